@@ -1,0 +1,100 @@
+"""Downloads: GLUE's archives and Hugging Face models. A file is checked beside its place and then renamed, so it is there whole or not at all."""
+
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from data import InputError
+
+GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
+MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+ARCHIVES = {name: f"{name}.zip" for name in ("CoLA", "SST-2", "STS-B", "MNLI", "RTE", "WNLI")} | {"QQP": "QQP-clean.zip", "QNLI": "QNLIv2.zip"}
+LIMIT = 2 << 30  # bytes, of an archive and of what it unpacks to; the largest, MNLI, has 0.3 and 1.3 GB
+
+
+def fetch(url, file):
+    """Downloads url to file, with a progress bar; InputError if the server cannot be reached or sends less than it announced."""
+    from tqdm import tqdm
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, open(file, "wb") as out:
+            size = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as bar:
+                while block := response.read(1 << 20):
+                    out.write(block)
+                    bar.update(len(block))
+                    if out.tell() > LIMIT:
+                        raise InputError(f"{url}: larger than {LIMIT >> 20} MiB, not downloaded")
+    except OSError as e:  # URLError and HTTPError among them
+        raise InputError(f"{url}: download failed ({e}); check the connection, or put the files in place by hand (--data)") from None
+    found = os.path.getsize(file)
+    if size and found != size:
+        raise InputError(f"{url}: the download broke off after {found} of {size} bytes; run the command again")
+
+
+def unpack(archive, name, folder):
+    """The .tsv files of a GLUE archive, whose top folder is `name`, into `folder`."""
+    try:
+        with zipfile.ZipFile(archive) as z:
+            for member in z.infolist():
+                parts = Path(member.filename).parts
+                if ".." in parts or Path(member.filename).is_absolute() or "\\" in member.filename:
+                    raise InputError(f"{archive.name}: member {member.filename!r} points outside the archive; nothing was unpacked")
+            wanted = [m for m in z.infolist() if Path(m.filename).parent == Path(name) and m.filename.endswith(".tsv")]
+            if sum(m.file_size for m in wanted) > LIMIT:
+                raise InputError(f"{archive.name}: unpacks to more than {LIMIT >> 20} MiB; nothing was unpacked")
+            for member in wanted:
+                with z.open(member) as source, open(folder / Path(member.filename).name, "wb") as target:
+                    shutil.copyfileobj(source, target)  # reading to the end checks the member's CRC
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{archive.name}: not a sound zip archive ({e}); run the command again") from None
+
+
+def split_mrpc(scratch, folder):
+    """GLUE's MRPC: Microsoft's training file, less the pairs that dev_ids names, which become dev.tsv."""
+    dev_ids = {tuple(line.split("\t")) for line in (scratch / "mrpc_dev_ids.tsv").read_text(encoding="utf-8").splitlines()}
+    header, *rows = (scratch / "msr_paraphrase_train.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    parts = {"train.tsv": [], "dev.tsv": []}
+    for row in rows:
+        parts["dev.tsv" if tuple(row.split("\t")[1:3]) in dev_ids else "train.tsv"].append(row)
+    for name, lines in parts.items():
+        (folder / name).write_text("\n".join([header, *lines]) + "\n", encoding="utf-8", newline="\n")
+
+
+def download_task(name, into):
+    """Puts GLUE's folder `name` (CoLA, SST-2 ..) with its train.tsv and dev files below `into`."""
+    into = Path(into)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=into) as scratch:
+        scratch = Path(scratch)
+        folder = scratch / name
+        folder.mkdir()
+        if name == "MRPC":
+            fetch(MRPC_URL + "msr_paraphrase_train.txt", scratch / "msr_paraphrase_train.txt")
+            fetch(GLUE_URL + "mrpc_dev_ids.tsv", scratch / "mrpc_dev_ids.tsv")
+            split_mrpc(scratch, folder)
+        else:
+            archive = scratch / ARCHIVES[name]
+            fetch(GLUE_URL + ARCHIVES[name], archive)
+            unpack(archive, name, folder)
+        if not (folder / "train.tsv").is_file():
+            raise InputError(f"{GLUE_URL}{ARCHIVES.get(name, '')}: holds no {name}/train.tsv; nothing was put in place")
+        os.replace(folder, into / name)
+
+
+def model_folder(name):
+    """The folder of a model: `name` itself if it is one, else a download of that name from the Hugging Face hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"--model {name}: no such folder; expected a folder in Hugging Face layout or a hub name such as roberta-base")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]))
+    except Exception as e:  # the hub client's errors are many, and all mean the same here
+        reason = str(e).strip().split("\n")[0]
+        raise InputError(f"--model {name}: no such folder, and not to be had from the Hugging Face hub ({type(e).__name__}: {reason})") from None

@@ -1,0 +1,150 @@
+"""
+The nine GLUE tasks, the demo, and anybody's own TSV folder: from a name to rows of text with their labels.
+
+GLUE's TSV files have no quoting (a bare " is a character), one line a row, a header everywhere but in CoLA.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data import InputError, metrics
+from data.download import download_task
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Task:
+    folder: str
+    text: tuple  # columns of the one or two sentences: names, or numbers where there is no header
+    label: object  # column of the label
+    labels: tuple  # in the order of the outputs; None: a number is predicted, one output
+    metric: str  # the headline
+    epochs: int = 10
+    header: bool = True
+    dev: tuple = ("dev.tsv",)
+    skip_broken: bool = False  # the file as published has rows with missing columns
+
+    @property
+    def num_labels(self):
+        return len(self.labels) if self.labels else 1
+
+
+@dataclass
+class Rows:
+    texts: list  # tuples of one or two sentences
+    labels: list  # class numbers, or floats
+
+
+BINARY, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
+TASKS = {
+    "cola": Task("CoLA", (3,), 1, BINARY, "matthews_correlation", header=False),
+    "sst2": Task("SST-2", ("sentence",), "label", BINARY, "accuracy", epochs=5),
+    "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", BINARY, "accuracy"),
+    "stsb": Task("STS-B", ("sentence1", "sentence2"), "score", None, "pearson"),
+    "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", BINARY, "accuracy", epochs=3, skip_broken=True),
+    "mnli": Task("MNLI", ("sentence1", "sentence2"), "gold_label", ("entailment", "neutral", "contradiction"), "accuracy", epochs=3,
+                 dev=("dev_matched.tsv", "dev_mismatched.tsv")),
+    "qnli": Task("QNLI", ("question", "sentence"), "label", ENTAILMENT, "accuracy", epochs=3),
+    "rte": Task("RTE", ("sentence1", "sentence2"), "label", ENTAILMENT, "accuracy", epochs=20),
+    "wnli": Task("WNLI", ("sentence1", "sentence2"), "label", BINARY, "accuracy"),
+    "demo": Task("demo", (3,), 1, BINARY, "matthews_correlation", epochs=6, header=False),
+}
+
+
+def read_table(file, header):
+    """Column names (numbers without a header) and the rows as (line number, cells)."""
+    try:
+        text = Path(file).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{file}: not found") from None
+    except UnicodeDecodeError as e:
+        raise InputError(f"{file}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
+    except OSError as e:
+        raise InputError(f"{file}: cannot be read ({e.strerror})") from None
+    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]  # not splitlines: a text may hold U+2028
+    if lines[-1] == [""]:
+        lines.pop()
+    if len(lines) <= header:
+        raise InputError(f"{file}: has no rows")
+    names = lines[0] if header else list(range(len(lines[0])))
+    return names, list(enumerate(lines, 1))[header:]
+
+
+def read_rows(file, task, limit=None):
+    """Rows of a file of the task; InputError names file, line and what was expected."""
+    names, table = read_table(file, task.header)
+    for column in (*task.text, task.label):
+        if column not in names:
+            found = f"columns {', '.join(map(repr, names))}" if task.header else f"{len(names)} columns"
+            raise InputError(f"{file}: no column {column!r}, found {found}; columns are separated by tabs")
+    at = [names.index(column) for column in task.text]
+    label_at, rows, broken = names.index(task.label), Rows([], []), []
+    for line, cells in table[:limit]:
+        if len(cells) != len(names):
+            if task.skip_broken:
+                broken.append(line)
+                continue
+            raise InputError(f"{file}: line {line} has {len(cells)} columns, expected {len(names)}, separated by tabs")
+        label = cells[label_at]
+        if task.labels is None:
+            try:
+                value = float(label)
+            except ValueError:
+                value = math.nan
+            if not math.isfinite(value):
+                raise InputError(f"{file}: line {line}: {task.label} is {label!r}, expected a number")
+        elif label not in task.labels:
+            raise InputError(f"{file}: line {line}: label is {label!r}, expected one of {', '.join(task.labels)}")
+        else:
+            value = task.labels.index(label)
+        rows.texts.append(tuple(cells[i] for i in at))
+        rows.labels.append(value)
+    if broken:
+        print(f"{file}: skipped {len(broken)} broken rows, the first in line {broken[0]}")
+    return rows
+
+
+def own_task(folder):
+    """The Task of a user's TSV folder, from the header and the labels of its train.tsv."""
+    file = Path(folder) / "train.tsv"
+    names, table = read_table(file, header=True)
+    text = ("sentence",) if "sentence" in names else ("sentence1", "sentence2")
+    label = "label" if "label" in names else "score"
+    for column in (*text, label):
+        if column not in names:
+            raise InputError(f"{file}: columns are {', '.join(map(repr, names))}, expected sentence (or sentence1 and sentence2) "
+                             f"and label (or score), separated by tabs")
+    task = Task(str(folder), text, label, None, "pearson")
+    if label == "score":
+        return task
+    at = names.index(label)
+    labels = {cells[at] for _, cells in table if len(cells) > at}
+    if not 2 <= len(labels) <= 1000:
+        raise InputError(f"{file}: column label has {len(labels)} distinct values, expected 2 to 1000 classes (for numbers name the column score)")
+    return replace(task, labels=tuple(sorted(labels, key=lambda x: (len(x), x) if x.isdigit() else (1 << 30, x))), metric="accuracy")
+
+
+def load_task(name, data=None, limit_train=None, limit_dev=None):
+    """Task, train Rows and a list of dev Rows. `name`: one of TASKS, or a user's folder; `data`: a folder in GLUE's layout, by
+    default this one, into which a missing GLUE task is downloaded."""
+    if name in TASKS:
+        task = TASKS[name]
+        folder = Path(data or HERE) / task.folder
+        if data is None and name != "demo" and not folder.is_dir():
+            download_task(task.folder, HERE)
+    else:
+        folder, task = Path(name), own_task(name)
+    return task, read_rows(folder / "train.tsv", task, limit_train), [read_rows(folder / file, task, limit_dev) for file in task.dev]
+
+
+def score(task, labels, logits):
+    """{metric: value} of numpy logits (n, num_labels)."""
+    if task.labels is None:
+        return {"pearson": metrics.pearson(labels, logits[:, 0]), "spearmanr": metrics.spearmanr(labels, logits[:, 0])}
+    prediction = logits.argmax(1)
+    scores = {"accuracy": metrics.accuracy(labels, prediction), "matthews_correlation": metrics.matthews_correlation(labels, prediction)}
+    if len(task.labels) == 2:
+        scores["f1"] = metrics.f1(labels, prediction)
+    return scores

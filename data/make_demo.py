@@ -1,0 +1,282 @@
+"""
+Makes everything in data/demo: an acceptability task in CoLA's layout, and a small RoBERTa that has read the grammar's good sentences.
+
+    python -m data.make_demo            # data in a second, then about 20 minutes of masked-language modelling on 2 CPU cores
+    python -m data.make_demo --data     # the sentences only
+
+Each row is a sentence or its minimal corruption; the first column names the phenomenon, as CoLA's names the source. The sentences
+are the same bytes on every machine. The weights are the same bytes only on the same machine, torch build and thread count.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "demo"
+
+NOUNS = [  # singular, plural, reflexive of the singular
+    ("boy", "boys", "himself"), ("man", "men", "himself"), ("king", "kings", "himself"), ("uncle", "uncles", "himself"),
+    ("actor", "actors", "himself"), ("monk", "monks", "himself"), ("waiter", "waiters", "himself"), ("son", "sons", "himself"),
+    ("girl", "girls", "herself"), ("woman", "women", "herself"), ("queen", "queens", "herself"), ("aunt", "aunts", "herself"),
+    ("actress", "actresses", "herself"), ("nun", "nuns", "herself"), ("waitress", "waitresses", "herself"), ("mother", "mothers", "herself"),
+]
+THINGS = [("house", "houses"), ("tree", "trees"), ("river", "rivers"), ("car", "cars"), ("box", "boxes"), ("lamp", "lamps"),
+          ("letter", "letters"), ("wall", "walls"), ("child", "children"), ("dog", "dogs"), ("horse", "horses"), ("bird", "birds")]
+NAMES = [("John", "himself"), ("Peter", "himself"), ("Paul", "himself"), ("Mary", "herself"), ("Susan", "herself"), ("Anna", "herself")]
+TRANSITIVE = [  # base, third person, past, participle, -ing
+    ("admire", "admires", "admired", "admired", "admiring"), ("see", "sees", "saw", "seen", "seeing"),
+    ("draw", "draws", "drew", "drawn", "drawing"), ("praise", "praises", "praised", "praised", "praising"),
+    ("forget", "forgets", "forgot", "forgotten", "forgetting"), ("choose", "chooses", "chose", "chosen", "choosing"),
+    ("hide", "hides", "hid", "hidden", "hiding"), ("blame", "blames", "blamed", "blamed", "blaming"),
+    ("describe", "describes", "described", "described", "describing"), ("protect", "protects", "protected", "protected", "protecting")]
+INTRANSITIVE = [
+    ("sleep", "sleeps", "slept", "slept", "sleeping"), ("arrive", "arrives", "arrived", "arrived", "arriving"),
+    ("fall", "falls", "fell", "fallen", "falling"), ("smile", "smiles", "smiled", "smiled", "smiling"),
+    ("vanish", "vanishes", "vanished", "vanished", "vanishing"), ("wait", "waits", "waited", "waited", "waiting"),
+    ("appear", "appears", "appeared", "appeared", "appearing"), ("rise", "rises", "rose", "risen", "rising")]
+ADJECTIVES = "old young tall small quiet happy tired clever strange famous gentle proud".split()
+PREPOSITIONS = "near behind beside with above".split()
+ADVERBS = "often never always rarely".split()
+DETERMINERS = [["the", "this", "that", "every", "a"], ["the", "these", "those", "many", "some"]]  # singular, plural
+BASE, THIRD, PAST, PARTICIPLE, ING = range(5)
+
+
+class Grammar:
+    """Sentences as lists of words; `number` is 0 for the singular and 1 for the plural throughout."""
+
+    def __init__(self, seed):
+        self.rng = random.Random(seed)
+
+    def pick(self, items):
+        return items[self.rng.randrange(len(items))]
+
+    def chance(self, p):
+        return self.rng.random() < p
+
+    def noun_phrase(self, number=None, person=True, modified=True):
+        """Words, number, reflexive pronoun that agrees."""
+        number = self.rng.randrange(2) if number is None else number
+        if person and number == 0 and self.chance(0.15):
+            name, reflexive = self.pick(NAMES)
+            return [name], 0, reflexive
+        noun = self.pick(NOUNS if person else THINGS)
+        words = [self.pick(DETERMINERS[number])] + [self.pick(ADJECTIVES)] * self.chance(0.3) + [noun[number]]
+        if words[0] == "a" and words[1][0] in "aeiou":
+            words[0] = "the"
+        if modified and self.chance(0.45):  # a modifier puts another noun between the head and its verb
+            other = self.noun_phrase(modified=False, person=self.chance(0.5))
+            if self.chance(0.5):
+                words += [self.pick(PREPOSITIONS)] + other[0]
+            elif self.chance(0.5):
+                words += ["that"] + other[0] + [self.pick(TRANSITIVE)[self.finite(other[1])]]
+            else:
+                words += ["that", self.pick(TRANSITIVE)[self.finite(number)]] + other[0]
+        return words, number, ("themselves" if number else noun[2]) if person else "itself"
+
+    def finite(self, number):
+        return (THIRD, BASE)[number]
+
+    def verb_phrase(self, form):
+        if self.chance(0.5):
+            return [self.pick(INTRANSITIVE)[form]]
+        return [self.pick(TRANSITIVE)[form]] + self.noun_phrase(person=self.chance(0.6), modified=self.chance(0.3))[0]
+
+    # Each phenomenon returns a good sentence and a bad one that differs from it in one respect.
+
+    def agreement(self):
+        subject, number, _ = self.noun_phrase()
+        if self.chance(0.15):
+            subject, number = self.noun_phrase(modified=False)[0] + ["and"] + self.noun_phrase(modified=False)[0], 1
+        if self.chance(0.3):
+            tail = [self.pick(ADJECTIVES)]
+            return subject + [("is", "are")[number]] + tail, subject + [("are", "is")[number]] + tail
+        adverb, state = [self.pick(ADVERBS)] * self.chance(0.3), self.rng.getstate()
+        good = self.verb_phrase(self.finite(number))
+        self.rng.setstate(state)
+        return subject + adverb + good, subject + adverb + self.verb_phrase(self.finite(1 - number))
+
+    def reflexive(self):
+        subject, number, good = self.noun_phrase()
+        bad = self.pick([w for w in ("himself", "herself", "themselves") if w != good])
+        verb = [self.pick(TRANSITIVE)[self.pick([PAST, self.finite(number)])]]
+        if self.chance(0.35):  # the nearer subject binds, not the farther one
+            outer = self.noun_phrase(modified=False)[0] + [self.pick(["said", "thought", "knew"]), "that"]
+            subject = outer + subject
+        return subject + verb + [good], subject + verb + [bad]
+
+    def determiner(self):
+        words, number, _ = self.noun_phrase(person=False, modified=self.chance(0.5))
+        own = [d for d in DETERMINERS[number] if d not in ("the", "a")]
+        other = [d for d in DETERMINERS[1 - number] if d not in ("the", "a", "some")]
+        good, bad = [self.pick(own)] + words[1:], [self.pick(other)] + words[1:]
+        if self.chance(0.5):
+            rest = self.verb_phrase(PAST)
+            return good + rest, bad + rest
+        start = self.noun_phrase(modified=False)[0] + [self.pick(TRANSITIVE)[PAST]]
+        return start + good, start + bad
+
+    def question(self):
+        subject, number, _ = self.noun_phrase(modified=self.chance(0.5))
+        aux, form, wrong = self.pick([
+            (("does", "do")[number], BASE, self.pick([THIRD, PAST])), ("did", BASE, PAST), ("will", BASE, self.pick([THIRD, PAST])),
+            (("has", "have")[number], PARTICIPLE, BASE), (("is", "are")[number], ING, BASE)])
+        state = self.rng.getstate()
+        good = self.verb_phrase(form)
+        self.rng.setstate(state)
+        bad = self.verb_phrase(wrong)
+        if aux == "did" or self.chance(0.5):  # the auxiliary agrees with the subject
+            other = {"does": "do", "do": "does", "has": "have", "have": "has", "is": "are", "are": "is"}.get(aux)
+            if other:
+                return [aux] + subject + good + ["?"], [other] + subject + good + ["?"]
+        if good == bad:
+            bad = good[::-1] if len(good) > 1 else good + good
+        return [aux] + subject + good + ["?"], [aux] + subject + bad + ["?"]
+
+    def gap(self):
+        """A question word needs a gap, and a gap needs a verb that takes an object."""
+        subject = self.noun_phrase(modified=self.chance(0.4))[0]
+        asked = self.pick([["who"], ["what"], ["which", self.pick(NOUNS)[0]], ["which", self.pick(THINGS)[1]]])
+        start, verb = asked + [self.pick(["did", "will"])] + subject, self.pick(TRANSITIVE)[BASE]
+        bad = [verb] + self.noun_phrase(modified=False)[0] if self.chance(0.5) else [self.pick(INTRANSITIVE)[BASE]]
+        return start + [verb, "?"], start + bad + ["?"]
+
+    def argument(self):
+        """Verbs that take an object, verbs that take none."""
+        subject, number, _ = self.noun_phrase(modified=self.chance(0.4))
+        form = self.pick([PAST, self.finite(number)])
+        whom = self.noun_phrase(modified=False, person=self.chance(0.5))[0]
+        transitive, intransitive = subject + [self.pick(TRANSITIVE)[form]], subject + [self.pick(INTRANSITIVE)[form]]
+        return (transitive + whom, intransitive + whom) if self.chance(0.5) else (intransitive, transitive)
+
+    def auxiliary(self):
+        subject, number, _ = self.noun_phrase(modified=self.chance(0.4))
+        aux, form, wrong = self.pick([
+            (["will"], BASE, PAST), (["must", "not"], BASE, ING), ([("does", "do")[number], "not"], BASE, ING),
+            ([("has", "have")[number]], PARTICIPLE, BASE), ([("is", "are")[number]], ING, BASE)])
+        state = self.rng.getstate()
+        good = self.verb_phrase(form)
+        self.rng.setstate(state)
+        return subject + aux + good, subject + aux + self.verb_phrase(wrong)
+
+    def order(self):
+        subject, number, _ = self.noun_phrase(modified=False)
+        obj = [self.pick(DETERMINERS[1][:3]), self.pick(ADJECTIVES), self.pick(THINGS)[1]]
+        verb = [self.pick(TRANSITIVE)[self.pick([PAST, self.finite(number)])]]
+        bad = self.pick([
+            subject + obj + verb, verb + subject + obj,
+            subject + verb + [obj[0], obj[2], obj[1]], subject + verb + [obj[1], obj[0], obj[2]]])
+        return subject + verb + obj, bad
+
+    PHENOMENA = ("agreement", "reflexive", "determiner", "question", "gap", "argument", "auxiliary", "order")
+
+    def pair(self):
+        """Phenomenon, good sentence, bad sentence; now and then below a verb of saying."""
+        name = self.pick(self.PHENOMENA)
+        good, bad = getattr(self, name)()
+        if good[-1] != "?":
+            outer = []
+            if self.chance(0.2):
+                outer = self.noun_phrase(modified=False)[0] + [self.pick(["said", "thought", "knew"]), "that"]
+            good, bad = outer + good + ["."], outer + bad + ["."]
+        return name, *(" ".join(s).replace(" .", ".").replace(" ?", "?") for s in (good, bad))
+
+
+def sentence_case(text):
+    return text[0].upper() + text[1:]
+
+
+def make_data(train_rows=6000, dev_rows=1000):
+    """{"train.tsv": .., "dev.tsv": ..}: distinct sentences, three in five good, never both members of a pair."""
+    grammar, seen, rows = Grammar(1), set(), []
+    while len(rows) < train_rows + dev_rows:
+        name, good, bad = grammar.pair()
+        label = int(grammar.chance(0.6))
+        text = sentence_case(good if label else bad)
+        if text not in seen and good != bad:
+            seen.add(text)
+            rows.append(f"{name}\t{label}\t{'' if label else '*'}\t{text}\n")
+    return {"dev.tsv": "".join(rows[:dev_rows]), "train.tsv": "".join(rows[dev_rows:])}
+
+
+def corpus(size, without):
+    """`size` good sentences, none of them in `without`."""
+    grammar, lines = Grammar(2), []
+    while len(lines) < size:
+        text = sentence_case(grammar.pair()[1])
+        if text not in without:
+            lines.append(text)
+    return lines
+
+
+def make_tokenizer(lines):
+    """RoBERTa's kind: byte-level BPE, <s> .. </s> around a sentence."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    return tokenizer
+
+
+def pretrain(lines, tokenizer, steps=4000, batch_size=192, lr=2e-3, seed=0):
+    """Masked-language modelling (15 % of the tokens: 80 % masked, 10 % random, 10 % kept) from scratch."""
+    import torch
+    import torch.nn.functional as F
+
+    from model import Encoder, EncoderConfig
+    torch.manual_seed(seed)
+    config = EncoderConfig(
+        "roberta", vocab_size=tokenizer.get_vocab_size(), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=512, max_position_embeddings=66, type_vocab_size=1, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, layer_norm_eps=1e-5)
+    model, bias = Encoder(config, num_labels=2), torch.zeros(config.vocab_size, requires_grad=True)
+    ids = sorted((e.ids for e in tokenizer.encode_batch(lines)), key=len)
+    batches = [torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in ids[i:i + batch_size]], batch_first=True, padding_value=1)
+               for i in range(0, len(ids), batch_size)]
+    optimizer = torch.optim.AdamW([*model.body.parameters(), bias], lr=lr, weight_decay=0.01)
+    mask_id = tokenizer.token_to_id("<mask>")
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * min(step / 200, (steps - step) / (steps - 200))
+        tokens = batches[torch.randint(len(batches), ()).item()]
+        chosen = (torch.rand(tokens.shape) < 0.15) & (tokens > 3)
+        dice = torch.rand(tokens.shape)
+        noisy = tokens.masked_fill(chosen & (dice < 0.8), mask_id)
+        noisy = torch.where(chosen & (dice > 0.9), torch.randint(5, config.vocab_size, tokens.shape), noisy)
+        x = model.hidden(noisy, tokens != 1)[chosen]
+        loss = F.cross_entropy(x @ model.body.embeddings.word_embeddings.weight.T + bias, tokens[chosen])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(f"step {step}/{steps}: masked-token loss {loss.item():.3f}", flush=True)
+    return config, model
+
+
+def main():
+    files = make_data()
+    (FOLDER / "model").mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (FOLDER / name).write_text(text, encoding="utf-8", newline="\n")
+    if "--data" in sys.argv:
+        return
+    import torch
+    from safetensors.torch import save_file
+    lines = corpus(200_000, without={row.split("\t")[3] for row in files["dev.tsv"].splitlines()})
+    tokenizer = make_tokenizer(lines)
+    tokenizer.save(str(FOLDER / "model" / "tokenizer.json"))
+    config, model = pretrain(lines, tokenizer)
+    settings = dict(architectures=["RobertaForMaskedLM"], hidden_act="gelu", **vars(config))
+    settings.update(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, classifier_dropout=0.1, torch_dtype="float16")
+    (FOLDER / "model" / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    weights = {key: value.to(torch.float16).contiguous() for key, value in model.state_dict().items() if key.startswith("roberta.")}
+    save_file(weights, FOLDER / "model" / "model.safetensors", metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    main()

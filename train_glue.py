@@ -1,0 +1,442 @@
+"""
+Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA (or LoRA, or all weights).
+
+    python train_glue.py                         # offline demo, about a minute on two CPU cores
+    python train_glue.py --task cola             # roberta-base and CoLA, downloaded once
+    python train_glue.py --task cola --model DIR --data DIR --seeds 0 1 2
+    python train_glue.py --task my_folder        # train.tsv and dev.tsv with columns sentence (or sentence1, sentence2) and label (or score)
+
+A run leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in Hugging Face PEFT) and checkpoint/ (for --resume).
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import salora as sl
+from data import InputError
+from data.batching import batch_order, collate, load_tokenizer, tokenize
+from data.download import model_folder
+from data.glue import HERE, TASKS, load_task, score
+from model import LINEARS, load_encoder, read_config
+
+METHODS = ("salora", "lora", "ft", "head")
+RECIPES = {  # what the two recipes set, unless a flag says otherwise
+    "default": dict(orth_reduction="mean", selection="budget", fold_gates=False, gate_lr=None),
+    "paper": dict(orth_reduction="sum", selection="paper", fold_gates=True, gate_lr=0.01),
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(fail(message))
+
+    def group(title):
+        add = parser.add_argument_group(title).add_argument
+        return lambda *names, help, **kw: add(*names, **kw, help=help if "default" not in kw or kw["default"] is None else f"{help} (default: %(default)s)")
+
+    arg = group("what to train, on what")
+    arg("--task", default="demo", help=f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv")
+    arg("--model", help="folder in Hugging Face layout, or a hub name (default: roberta-base; for demo the built-in one)")
+    arg("--data", help="folder in GLUE's layout, DIR/CoLA/train.tsv .. (default: data/, where a missing task is downloaded)")
+    arg("--limit-train", type=int, metavar="N", help="use only the first N training rows (default: all)")
+    arg("--limit-dev", type=int, metavar="N", help="use only the first N dev rows (default: all)")
+    arg("--max-length", type=int, help="longer inputs are cut to this many tokens (default: 128, or what the model has positions for)")
+
+    arg = group("method")
+    arg("--method", choices=METHODS, default="salora", help="SaLoRA, LoRA, full fine-tuning, or nothing but the head")
+    arg("--r", type=int, default=8, help="rank at the start")
+    arg("--alpha", type=float, help="the update is scaled by alpha/r (default: r, a scale of 1)")
+    arg("--targets", nargs="+", default=list("qkvoud"), choices=list(LINEARS), help="adapted matrices of each layer: W^Q W^K W^V W^O W^U W^D")
+    arg("--budget", type=float, default=0.5, help="share b of the adapter parameters to keep")
+    arg("--beta", type=float, default=0.1, help="weight of the orthogonal regulariser")
+    arg("--window", type=float, nargs=2, default=[0.2, 0.5], metavar=("START", "END"), help="fractions of the run between which gates are learned")
+    arg("--recipe", choices=list(RECIPES), default="default", help="paper: the letter of the paper, "
+        "--orth-reduction sum --selection paper --fold-gates --gate-lr 0.01")
+    arg("--orth-reduction", choices=["mean", "sum"], help="of the regulariser over the matrices (default: mean)")
+    arg("--selection", choices=["budget", "paper"], help="keep what fits the budget, or what has a gate above 0 "
+        "(default: budget; with --penalty: paper)")
+    arg("--fold-gates", action=argparse.BooleanOptionalAction, help="multiply kept gates into B instead of setting them to 1 (default: no)")
+    arg("--gate-lr", type=float, help="learning rate of log theta and lambda (default: 8 / steps in the window, at least 0.01)")
+    arg("--penalty", type=float, metavar="LAMBDA", help="eq. 10: a constant price per open gate instead of a budget (default: off)")
+
+    arg = group("optimisation")
+    arg("--epochs", type=float, help="passes over the training rows (default: by task, 3 to 20)")
+    arg("--max-steps", type=int, help="end after this many steps whatever --epochs says (default: no limit)")
+    arg("--batch-size", type=int, default=32, help="rows of a forward pass")
+    arg("--accumulate", type=int, default=1, help="forward passes a step")
+    arg("--lr", type=float, help="of the weights (default: 3e-4; ft 3e-5; for demo 3e-3, ft 5e-4)")
+    arg("--warmup", type=float, default=0.06, help="share of the steps in which the learning rates rise, before they fall linearly to 0")
+    arg("--weight-decay", type=float, default=0.01, help="of the weights; gates and lambda have none")
+    arg("--seed", type=int, default=0, help="of head and adapter weights, order of rows, dropout and gates")
+    arg("--seeds", type=int, nargs="+", help="several runs, --out/seed0 .., and their mean and standard deviation")
+
+    arg = group("machine")
+    arg("--device", default="auto", help="auto, cpu, cuda or cuda:i")
+    arg("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen weights; what is trained is float32")
+    arg("--threads", type=int, help="CPU threads (default: torch's choice)")
+    arg("--compile", action="store_true", default=False, help="compile the model with torch.compile")
+    arg("--checkpoint-activations", action="store_true", default=False, help="recompute activations in the backward pass: less memory, more time")
+
+    arg = group("output")
+    arg("--out", help="folder of the run (default: runs/TASK-METHOD, with a number behind it if that is taken)")
+    arg("--resume", action="store_true", default=False, help="go on from --out/checkpoint, written after each epoch")
+    arg("--overwrite", action="store_true", default=False, help="replace a finished run in --out")
+    arg("--log-every", type=int, default=10, help="steps from one line of log.jsonl to the next")
+    args = parser.parse_args(argv)
+
+    for name, value in RECIPES[args.recipe].items():
+        if getattr(args, name) is None:
+            setattr(args, name, "paper" if name == "selection" and args.penalty is not None else value)
+    demo = args.task == "demo"
+    args.model = args.model or (str(HERE / "demo" / "model") if demo else "roberta-base")
+    args.lr = args.lr or {(False, False): 3e-4, (False, True): 3e-5, (True, False): 3e-3, (True, True): 5e-4}[demo, args.method == "ft"]
+    args.alpha = args.alpha or float(args.r)
+    check(args)
+    return args
+
+
+def check(args):
+    """Everything that can be known to be wrong before a file is opened."""
+    def need(ok, flag, found, expected):
+        if not ok:
+            raise InputError(f"{flag} is {found}, expected {expected}")
+
+    need(args.task in TASKS or Path(args.task).is_dir(), "--task", repr(args.task), f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv")
+    need(0 < args.budget <= 1, "--budget", args.budget, "a share in (0, 1]")
+    start, end = args.window
+    need(0 <= start < end <= 1, "--window", f"{start} {end}", "two fractions of the run, 0 <= START < END <= 1")
+    for name, least in dict(r=1, batch_size=1, accumulate=1, max_length=4, log_every=1, limit_train=1, limit_dev=1, max_steps=1, threads=1, seed=0).items():
+        value = getattr(args, name)
+        need(value is None or value >= least, "--" + name.replace("_", "-"), value, f"at least {least}")
+    for name in ("lr", "gate_lr", "alpha", "epochs"):
+        value = getattr(args, name)
+        need(value is None or 0 < value < math.inf, "--" + name.replace("_", "-"), value, "a positive number")
+    for name in ("beta", "weight_decay", "penalty"):
+        value = getattr(args, name)
+        need(value is None or 0 <= value < math.inf, "--" + name.replace("_", "-"), value, "a number of at least 0")
+    need(0 <= args.warmup < 1, "--warmup", args.warmup, "a share in [0, 1)")
+    need(args.seeds is None or len(set(args.seeds)) == len(args.seeds), "--seeds", args.seeds, "different numbers")
+    need(len(set(args.targets)) == len(args.targets), "--targets", " ".join(args.targets), "each letter once")
+    need(args.method != "ft" or args.dtype == "float32", "--dtype", args.dtype, "float32 with --method ft, which trains every weight")
+    need(not args.resume or args.out, "--resume", "given without --out", "the --out of the run to go on with")
+    args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        device = None
+    need(device is not None and device.type in ("cpu", "cuda"), "--device", repr(args.device), "auto, cpu, cuda or cuda:i")
+    need(device.type == "cpu" or (device.index or 0) < torch.cuda.device_count(), "--device", args.device,
+         f"a GPU that is there ({torch.cuda.device_count()} found); use --device cpu")
+
+
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def write_text(file, text):
+    """Whole or not at all."""
+    beside = file.with_name(file.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, file)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one run
+
+
+def evaluate(model, rows, pad_id, device, batch_size=128):
+    """Logits (n, num_labels) in the order of `rows`, float32 numpy."""
+    training, logits = model.training, None
+    model.eval()
+    with torch.inference_mode():
+        for batch in batch_order([len(ids) for ids, _ in rows], batch_size):
+            out = model(*collate([rows[i] for i in batch], pad_id, device)).float().cpu()
+            logits = torch.zeros(len(rows), out.shape[1]) if logits is None else logits
+            logits[batch] = out
+    model.train(training)
+    return logits.numpy()
+
+
+def save_checkpoint(folder, optimizer, salora, progress):
+    """Everything a run needs to go on, as safetensors and JSON: nothing in it is code."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = {f"param.{i}": p.detach() for i, p in enumerate(trained)}
+    for i, p in enumerate(trained):
+        tensors |= {f"state.{i}.{name}": value for name, value in optimizer.state.get(p, {}).items()}
+    tensors["rng"] = torch.get_rng_state()
+    if salora:
+        tensors["gate_rng"] = salora.generator.get_state()
+        progress |= dict(pruned=salora.pruned, final_density=salora.final_density)
+    if torch.cuda.is_available():
+        tensors["cuda_rng"] = torch.cuda.get_rng_state()
+    beside = folder.with_name("checkpoint.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    save_file({name: value.contiguous() for name, value in tensors.items()}, beside / "state.safetensors")
+    (beside / "progress.json").write_text(json.dumps(progress))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+
+
+def load_checkpoint(folder, optimizer, salora, device):
+    """The inverse; returns the progress. Pruned tensors come in the shapes they were saved in."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = load_file(folder / "state.safetensors")
+    progress = json.loads((folder / "progress.json").read_text())
+    for i, p in enumerate(trained):
+        p.data = tensors[f"param.{i}"].to(device)
+    for name, value in tensors.items():
+        kind, *rest = name.split(".")
+        if kind == "state":
+            optimizer.state[trained[int(rest[0])]][rest[1]] = value if rest[1] == "step" else value.to(device)
+    torch.set_rng_state(tensors["rng"])
+    if salora:
+        salora.generator.set_state(tensors["gate_rng"])
+        salora.pruned, salora.final_density = progress["pruned"], progress["final_density"]
+    if "cuda_rng" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda_rng"])
+    return progress
+
+
+def train(args, seed, out):
+    """One seed: trains, writes the files of DESIGN into `out`, returns what is in result.json."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "overwrite", "seeds")} | dict(seed=seed)
+
+    # ---- data and model
+    task, train_rows, dev_sets = load_task(args.task, args.data, args.limit_train, args.limit_dev)
+    folder = model_folder(args.model)
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
+    max_length = args.max_length or min(128, config.max_length)
+    if max_length > config.max_length:
+        raise InputError(f"--max-length is {max_length}, but {args.model} has positions for {config.max_length} tokens")
+    tokens = tokenize(tokenizer, train_rows.texts, max_length, config.vocab_size)
+    dev_tokens = [tokenize(tokenizer, rows.texts, max_length, config.vocab_size) for rows in dev_sets]
+    lengths, pad_id = [len(ids) for ids, _ in tokens], config.pad_token_id
+
+    rows_per_step = args.batch_size * args.accumulate
+    epoch_steps = math.ceil(len(tokens) / rows_per_step)
+    steps = min(math.ceil((args.epochs or task.epochs) * epoch_steps), args.max_steps or math.inf)
+    window_steps = sum(args.window[0] <= step / steps < args.window[1] for step in range(steps))
+    if args.method == "salora" and not window_steps:
+        raise InputError(f"--window {args.window[0]} {args.window[1]} holds none of the {steps} steps: widen it or train longer")
+    # log theta has to travel several units inside the window, however short that is
+    gate_lr = args.gate_lr or max(0.01, 8 / max(window_steps, 1))
+    settings |= dict(epochs=args.epochs or task.epochs, gate_lr=gate_lr, max_length=max_length)
+
+    torch.manual_seed(seed)
+    device = torch.device(args.device)
+    model = load_encoder(folder, task.num_labels, getattr(torch, args.dtype)).to(device)
+    model.checkpoint_activations = args.checkpoint_activations
+    salora = None
+    if args.method in ("salora", "lora"):
+        try:
+            salora = sl.SaLoRA(model, model.target_paths(args.targets), args.r, args.alpha, args.budget,
+                               args.beta if args.method == "salora" else 0.0, args.window if args.method == "salora" else None,
+                               args.orth_reduction, args.selection, args.fold_gates, args.penalty, seed)
+        except ValueError as e:
+            raise InputError(f"--r {args.r}: {e}") from None
+    if args.method == "head":
+        model.requires_grad_(False)
+    if args.method != "ft":
+        for module in model.head:
+            module.float().requires_grad_(True)
+    head_params = sum(p.numel() for module in model.head for p in module.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) - head_params
+
+    if salora:
+        groups = salora.param_groups(args.lr, gate_lr, args.weight_decay)
+    else:
+        groups = [dict(params=[p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=args.weight_decay)]
+    optimizer = torch.optim.AdamW(groups)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+
+    print("settings: " + " ".join(f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in settings.items()))
+    print(f"{args.method} on {args.task}: {len(tokens)} training rows, {steps} steps; {trainable:,} parameters to train and {head_params:,} in the head")
+
+    # ---- go on where a run was stopped
+    step, history, seconds, log_file = 0, [], 0.0, out / "log.jsonl"
+    if args.resume and (out / "checkpoint").is_dir():
+        progress = load_checkpoint(out / "checkpoint", optimizer, salora, device)
+        changed = [k for k, v in settings.items() if progress["settings"].get(k) != v and k not in ("log_every", "threads")]
+        if changed:
+            raise InputError(f"--resume: --{changed[0].replace('_', '-')} is {settings[changed[0]]}, but {out}/checkpoint was written with "
+                             f"{progress['settings'].get(changed[0])}: give the run's own flags")
+        step, history, seconds = progress["step"], progress["history"], progress["seconds"]
+        lines = log_file.read_text().splitlines(keepends=True)
+        write_text(log_file, "".join(line for line in lines if json.loads(line)["step"] < step))
+        print(f"resumed at step {step} of {steps}")
+    else:
+        log_file.write_text("")
+
+    # ---- the loop
+    forward = torch.compile(model, dynamic=True) if args.compile else model
+    warmup = math.ceil(args.warmup * steps)
+    batches, log_loss, log_task, log_tokens, log_steps, log_start = [], 0.0, 0.0, 0, 0, time.time()
+    model.train()
+    while step < steps:
+        if not batches or step % epoch_steps == 0:  # the order of an epoch depends on the seed and its number alone
+            batches = batch_order(lengths, rows_per_step, np.random.default_rng([seed, step // epoch_steps]))
+        batch = batches[step % epoch_steps]
+        factor = min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+        task_loss = 0.0
+        for i in range(0, len(batch), args.batch_size):
+            if salora:
+                salora.begin_step(step / steps, optimizer)  # draws the step's gates; at the end of the window it prunes
+            part = batch[i:i + args.batch_size]
+            logits = forward(*collate([tokens[j] for j in part], pad_id, device))
+            label = torch.tensor([train_rows.labels[j] for j in part], device=device)
+            loss = F.cross_entropy(logits, label, reduction="sum") if task.labels else F.mse_loss(logits[:, 0], label, reduction="sum")
+            loss = loss / len(batch)
+            loss.backward()
+            task_loss += loss.detach()
+        penalty = salora.penalty() if salora else 0.0  # beta R_orth + lambda (C - b)^2
+        if torch.is_tensor(penalty):
+            penalty.backward()
+            penalty = penalty.detach()
+        optimizer.step()
+        if salora:
+            salora.project()  # lambda >= 0
+        optimizer.zero_grad()
+
+        # ---- what the step left: a line in log.jsonl now and then, scores after each epoch, a checkpoint
+        log_loss, log_task, log_steps = log_loss + task_loss + penalty, log_task + task_loss, log_steps + 1
+        log_tokens += sum(lengths[j] for j in batch)
+        epoch_end = (step + 1) % epoch_steps == 0 or step + 1 == steps
+        if step % args.log_every == 0 or epoch_end:
+            entry = dict(step=step, epoch=round((step + 1) / epoch_steps, 4), loss=float(log_loss) / log_steps, task_loss=float(log_task) / log_steps,
+                         lr=optimizer.param_groups[0]["lr"], density=None, orth_a=None, orth_b=None)
+            entry["lambda"] = None
+            if salora:
+                with torch.no_grad():
+                    orth_a, orth_b, count = salora.orthogonality()
+                    entry |= {"density": float(salora.density()), "lambda": float(salora.lam), "orth_a": float(orth_a) / count, "orth_b": float(orth_b) / count}
+            now = time.time()  # after the numbers above: reading them waits for the device
+            seconds += now - log_start
+            entry["tokens_per_second"] = round(log_tokens / (now - log_start), 1)
+            with log_file.open("a") as f:
+                f.write(json.dumps(entry) + "\n")
+            left = seconds / (step + 1) * (steps - step - 1)
+            line = f"step {step + 1}/{steps} loss {entry['task_loss']:.4f}"
+            if args.method == "salora":
+                line += f" density {entry['density']:.3f} lambda {entry['lambda']:.3f}"
+            line += f" {entry['tokens_per_second']:.0f} tokens/s, {int(left) // 60}:{int(left) % 60:02d} left"
+            if sys.stdout.isatty():
+                print(f"\r{line:<100}", end="", flush=True)
+            elif step * 20 // steps != (step - log_steps) * 20 // steps:
+                print(line, flush=True)
+            log_loss, log_task, log_tokens, log_steps, log_start = 0.0, 0.0, 0, 0, time.time()
+        step += 1
+        if epoch_end:
+            if step == steps and salora:
+                salora.begin_step(1.0, optimizer)  # a window that lasts to the end closes here
+            logits = [evaluate(model, rows, pad_id, device) for rows in dev_tokens]
+            scores = score(task, dev_sets[0].labels, logits[0])
+            if len(dev_sets) > 1:  # MNLI
+                scores |= {f"{k}_mismatched": v for k, v in score(task, dev_sets[1].labels, logits[1]).items()}
+            history.append(dict(step=step, epoch=round(step / epoch_steps, 4), **scores))
+            print(f"{chr(13) * sys.stdout.isatty()}epoch {step / epoch_steps:.4g}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True)
+            save_checkpoint(out / "checkpoint", optimizer, salora, dict(step=step, history=history, seconds=seconds, settings=settings))
+            log_start = time.time()
+
+    # ---- results; result.json comes last: with it the run counts as finished
+    for name, labels, values in zip(("predictions.tsv", "predictions_mismatched.tsv"), [rows.labels for rows in dev_sets], logits):
+        lines = ["\t".join(["index", "label", "prediction", *(f"logit_{i}" for i in range(values.shape[1]))])]
+        for i, (label, row) in enumerate(zip(labels, values)):
+            prediction = int(row.argmax()) if task.labels else float(row[0])
+            lines.append("\t".join(map(str, [i, label, prediction, *map(float, row)])))
+        write_text(out / name, "\n".join(lines) + "\n")
+    if salora:
+        modules = ["classifier"] if config.model_type == "roberta" else ["classifier", "pooler"]
+        sl.save(model, out / "adapter", modules, base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
+    memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    kept = salora.kept_params() if salora else trainable
+    gated = args.method == "salora"
+    result = dict(
+        task=args.task, model=args.model, method=args.method, seed=seed, metric=task.metric, score=scores[task.metric], metrics=scores,
+        best_score=max(h[task.metric] for h in history), trainable_params=trainable, kept_params=kept, head_params=head_params,
+        budget=args.budget if gated else None, density=salora.final_density if gated else None, kept_density=kept / trainable if trainable else 1.0,
+        ranks=sl.ranks(model), steps=steps, seconds=round(seconds, 2), examples_per_second=round(len(tokens) * steps / epoch_steps / seconds, 1),
+        peak_memory_mb=round(memory, 1), labels=list(task.labels or []), dev_rows=[len(rows.labels) for rows in dev_sets], history=history, settings=settings)
+    write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def report(args, result, out):
+    """The end of a run, for a person."""
+    print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} dev rows after {result['steps']} steps, {result['seconds']:.0f} s")
+    if args.method == "salora":
+        goal = f"budget {args.budget:.4g}" if args.penalty is None else f"penalty {args.penalty:.4g}"
+        print(f"{goal}: the gates came to a density of {result['density']:.3f}; kept {result['kept_params']:,} of {result['trainable_params']:,} "
+              f"adapter parameters ({100 * result['kept_density']:.2f} %)")
+    if result["ranks"]:
+        short = {path: next(k for k, name in LINEARS.items() if path.split(".", 4)[4] == name) for path in result["ranks"]}
+        print(f"\nrank of each matrix, from {args.r} at the start: layers left to right\n")
+        print(sl.rank_map({f"{path.split('.')[3]}.W^{short[path].upper()}": rank for path, rank in result["ranks"].items()}, args.r))
+    print(f"\n{out}/: result.json, log.jsonl (a line per {args.log_every} steps), predictions.tsv" + ", adapter/ (loads in PEFT)" * bool(result["ranks"]))
+
+
+def free_folder(stem):
+    """stem, or stem-2, stem-3 .. if it is taken."""
+    number = 1
+    while (folder := Path(stem if number == 1 else f"{stem}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    name = args.task if args.task in TASKS else Path(args.task).resolve().name
+    root = Path(args.out) if args.out else free_folder(f"runs/{name}-{args.method}")
+    runs = [(args.seed, root)] if args.seeds is None else [(seed, root / f"seed{seed}") for seed in args.seeds]
+    results = []
+    for seed, out in runs:
+        finished = out / "result.json"
+        if finished.exists() and args.resume:
+            print(f"{out}: finished already")
+            results.append(json.loads(finished.read_text()))
+            continue
+        if finished.exists() and not args.overwrite:
+            raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"--out {out}: cannot be made ({e.strerror})") from None
+        finished.unlink(missing_ok=True)
+        results.append(train(args, seed, out))
+        report(args, results[-1], out)
+    if args.seeds is not None:
+        scores = [r["score"] for r in results]
+        summary = dict(metric=results[0]["metric"], seeds=args.seeds, scores=scores, mean=statistics.mean(scores),
+                       std=statistics.stdev(scores) if len(scores) > 1 else 0.0)
+        write_text(root / "summary.json", json.dumps(summary, indent=1) + "\n")
+        print(f"\n{summary['metric']} over seeds {' '.join(map(str, args.seeds))}: {summary['mean']:.4f} ± {summary['std']:.4f} "
+              f"({' '.join(f'{s:.4f}' for s in scores)}); {root}/summary.json")
+    elif args.task == "demo":
+        print("\nnext: --method lora (the same without gates), --budget 0.25, --seeds 0 1 2, or the real thing: python train_glue.py --task cola")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        sys.exit(fail(e))
