@@ -69,7 +69,7 @@ def parse_args(argv=None):
     arg("--selection", choices=["budget", "paper"], help="keep what fits the budget, or what has a gate above 0 "
         "(default: budget; with --penalty: paper)")
     arg("--fold-gates", action=argparse.BooleanOptionalAction, help="multiply kept gates into B instead of setting them to 1 (default: no)")
-    arg("--gate-lr", type=float, help="learning rate of log theta and lambda (default: 8 / steps in the window, at least 0.01)")
+    arg("--gate-lr", type=float, help="learning rate of log theta and lambda (default: 16 / steps in the window, but 0.01 to 0.2)")
     arg("--penalty", type=float, metavar="LAMBDA", help="eq. 10: a constant price per open gate instead of a budget (default: off)")
 
     arg = group("optimisation")
@@ -234,7 +234,7 @@ def train(args, seed, out):
     if args.method == "salora" and not window_steps:
         raise InputError(f"--window {args.window[0]} {args.window[1]} holds none of the {steps} steps: widen it or train longer")
     # log theta has to travel several units inside the window, however short that is
-    gate_lr = args.gate_lr or max(0.01, 8 / max(window_steps, 1))
+    gate_lr = args.gate_lr or min(max(0.01, 16 / max(window_steps, 1)), 0.2)
     settings |= dict(epochs=args.epochs or task.epochs, gate_lr=gate_lr, max_length=max_length)
 
     torch.manual_seed(seed)
