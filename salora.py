@@ -221,7 +221,7 @@ class SaLoRA:
 
     def penalty(self):
         """What is added to the task's loss: the regulariser, and inside the window the price of the gates."""
-        total = 0.0
+        total = self.lam.new_zeros(())
         if self.beta:
             orth_a, orth_b, count = self.orthogonality()
             total = total + self.beta * (orth_a + orth_b) / (2 * count if self.orth_reduction == "mean" else 1)
@@ -245,7 +245,8 @@ class SaLoRA:
     def orthogonality(self):
         """Sum of |AA' - I|^2 and of |B'B - I|^2 over the matrices that have a rank left (two scalars), and how many those are."""
         live = [m for m in self.layers if m.rank]
-        return squared_gram_error([m.lora_A for m in live]), squared_gram_error([m.lora_B.mT for m in live]), max(len(live), 1)  # eq. 9
+        orth_a, orth_b = (squared_gram_error(group, self.lam.device) for group in ([m.lora_A for m in live], [m.lora_B.mT for m in live]))
+        return orth_a, orth_b, max(len(live), 1)
 
     def kept_params(self):
         """Number of adapter parameters now in the model."""
@@ -279,15 +280,15 @@ class SaLoRA:
         self.open, self.pruned = False, True
 
 
-def squared_gram_error(matrices):
-    """Sum of |MM' - I|^2 over a list of M (r_i, n_i): one batched product for each shape."""
+def squared_gram_error(matrices, device):
+    """Sum of |MM' - I|^2 over a list of M (r_i, n_i), a scalar: one batched product for each shape."""
     shapes = {}
     for m in matrices:
         shapes.setdefault(m.shape, []).append(m)
-    total = 0.0
+    total = torch.zeros((), device=device)
     for group in shapes.values():
         m = torch.stack(group)  # (count, r, n)
-        total = total + (m @ m.mT - torch.eye(m.shape[1], device=m.device)).square().sum()
+        total = total + (m @ m.mT - torch.eye(m.shape[1], device=device)).square().sum()  # eq. 9
     return total
 
 

@@ -307,17 +307,16 @@ def train(args, seed, out):
             loss = loss / len(batch)
             loss.backward()
             task_loss += loss.detach()
-        penalty = salora.penalty() if salora else 0.0  # beta R_orth + lambda (C - b)^2
-        if torch.is_tensor(penalty):
+        penalty = salora.penalty() if salora else torch.zeros((), device=device)  # beta R_orth + lambda (C - b)^2
+        if penalty.requires_grad:
             penalty.backward()
-            penalty = penalty.detach()
         optimizer.step()
         if salora:
             salora.project()  # lambda >= 0
         optimizer.zero_grad()
 
         # ---- what the step left: a line in log.jsonl now and then, scores after each epoch, a checkpoint
-        log_loss, log_task, log_steps = log_loss + task_loss + penalty, log_task + task_loss, log_steps + 1
+        log_loss, log_task, log_steps = log_loss + task_loss + penalty.detach(), log_task + task_loss, log_steps + 1
         log_tokens += sum(lengths[j] for j in batch)
         epoch_end = (step + 1) % epoch_steps == 0 or step + 1 == steps
         if step % args.log_every == 0 or epoch_end:
@@ -327,7 +326,7 @@ def train(args, seed, out):
             if salora:
                 with torch.no_grad():
                     orth_a, orth_b, count = salora.orthogonality()
-                    entry |= {"density": float(salora.density()), "lambda": float(salora.lam), "orth_a": float(orth_a) / count, "orth_b": float(orth_b) / count}
+                    entry |= {"density": float(salora.density()), "lambda": salora.lam.item(), "orth_a": float(orth_a) / count, "orth_b": float(orth_b) / count}
             now = time.time()  # after the numbers above: reading them waits for the device
             seconds += now - log_start
             entry["tokens_per_second"] = round(log_tokens / (now - log_start), 1)

@@ -1,0 +1,91 @@
+"""
+Made the files in tests/fixtures with other people's code: transformers 5.23.0 (torch 2.13.0), scikit-learn 1.9.1, SciPy 1.17.1.
+
+    pip install transformers==5.23.0 scikit-learn==1.9.1 scipy==1.17.1
+    python tests/make_fixtures.py [MINILM_FOLDER]
+
+roberta/, bert/    a tiny random model saved by transformers; expected.safetensors: inputs, last hidden states, logits
+minilm.safetensors the same for the real all-MiniLM-L6-v2 (with MINILM_FOLDER), float32: its last hidden states, a padded batch
+metrics.json       labels and predictions with scikit-learn's and SciPy's scores
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def batch(vocab_size, pad_id, lengths, generator):
+    """Right-padded ids (b, t), mask, token types: the second half of each row is the second sentence."""
+    t = max(lengths)
+    ids = torch.full((len(lengths), t), pad_id)
+    mask, types = torch.zeros(len(lengths), t, dtype=torch.long), torch.zeros(len(lengths), t, dtype=torch.long)
+    for i, n in enumerate(lengths):
+        ids[i, :n] = torch.randint(5, vocab_size, (n,), generator=generator)
+        mask[i, :n] = 1
+        types[i, n // 2:n] = 1
+    return ids, mask, types
+
+
+def tiny(kind):
+    import transformers as tr
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, initializer_range=0.3,
+                 max_position_embeddings=40, num_labels=3)
+    if kind == "roberta":
+        model = tr.RobertaForSequenceClassification(tr.RobertaConfig(type_vocab_size=1, pad_token_id=1, layer_norm_eps=1e-5, **sizes))
+    else:
+        model = tr.BertForSequenceClassification(tr.BertConfig(type_vocab_size=2, pad_token_id=0, **sizes))
+    for name, p in model.named_parameters():  # biases and norms off their trivial start, or a swapped one would not show
+        if p.dim() == 1:
+            torch.nn.init.normal_(p, mean=float("LayerNorm.weight" in name), std=0.2)
+    model.eval().save_pretrained(FIXTURES / kind)
+    ids, mask, types = batch(60, model.config.pad_token_id, [11, 4, 7], torch.Generator().manual_seed(1))
+    inputs = dict(input_ids=ids, attention_mask=mask) | (dict(token_type_ids=types) if kind == "bert" else {})
+    with torch.no_grad():
+        hidden = model.base_model(**inputs).last_hidden_state
+        logits = model(**inputs).logits
+    save_file(dict(inputs, hidden=hidden, logits=logits), FIXTURES / kind / "expected.safetensors")
+
+
+def minilm(folder):
+    import transformers as tr
+    model = tr.BertModel.from_pretrained(folder, dtype=torch.float32).eval()
+    ids, mask, types = batch(30000, 0, [12, 5], torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        hidden = model(input_ids=ids, attention_mask=mask, token_type_ids=types).last_hidden_state
+    save_file(dict(input_ids=ids, attention_mask=mask, token_type_ids=types, hidden=hidden), FIXTURES / "minilm.safetensors")
+
+
+def metrics():
+    from scipy import stats
+    from sklearn import metrics as sk
+    rng, cases = np.random.default_rng(0), []
+    for n, classes in ((50, 2), (1043, 2), (9, 2), (300, 3), (77, 5)):
+        label = rng.integers(classes, size=n)
+        prediction = np.where(rng.random(n) < 0.6, label, rng.integers(classes, size=n))
+        case = dict(label=label.tolist(), prediction=prediction.tolist(), accuracy=sk.accuracy_score(label, prediction),
+                    matthews_correlation=sk.matthews_corrcoef(label, prediction))
+        cases.append(case | (dict(f1=sk.f1_score(label, prediction)) if classes == 2 else {}))
+    for label, prediction in (([1] * 5, [1] * 5), ([0, 1, 0, 1], [1] * 4), ([0] * 4, [0, 1, 0, 1]), ([0, 0, 0], [0, 0, 0])):
+        cases.append(dict(label=label, prediction=prediction, accuracy=sk.accuracy_score(label, prediction),
+                          matthews_correlation=sk.matthews_corrcoef(label, prediction), f1=sk.f1_score(label, prediction, zero_division=0)))
+    for n, decimals in ((1500, 15), (200, 1), (40, 0), (2, 15)):  # few decimals: many ties
+        label = np.round(rng.uniform(0, 5, n), decimals)
+        prediction = np.round(label + rng.normal(0, 1, n), decimals)
+        cases.append(dict(label=label.tolist(), prediction=prediction.tolist(), pearson=stats.pearsonr(label, prediction)[0],
+                          spearmanr=stats.spearmanr(label, prediction)[0]))
+    (FIXTURES / "metrics.json").write_text(json.dumps(cases))
+
+
+if __name__ == "__main__":
+    tiny("roberta")
+    tiny("bert")
+    metrics()
+    if len(sys.argv) > 1:
+        minilm(sys.argv[1])

@@ -1,0 +1,559 @@
+"""salora.py on small models: equations 5 and 9 to 12, the window, pruning, merging, saving."""
+
+import copy
+import json
+import math
+import textwrap
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import salora as sl
+from model import Encoder, EncoderConfig
+from salora import SaLoRA, SaLoRALinear, adapters, load, merge, rank_map, ranks, save
+
+
+def mlp(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(10, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def wrapped(seed=0, r=4, **kw):
+    model = mlp(seed)
+    return model, SaLoRA(model, ["0", "2"], r=r, **kw)
+
+
+def scatter(salora, seed=1):
+    """Puts every learned number somewhere generic."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in salora.layers:
+            layer.lora_A.copy_(torch.randn(layer.lora_A.shape, generator=g))
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=g))
+        salora.log_theta.copy_(2 * torch.randn(salora.log_theta.shape, generator=g))
+        salora.lam.fill_(0.7)
+
+
+def encoder():
+    torch.manual_seed(0)
+    return Encoder(EncoderConfig("roberta", vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                                 max_position_embeddings=20, type_vocab_size=1), num_labels=2)
+
+
+# ---- the usage example in the first screen of salora.py
+
+
+def test_usage_example_runs_as_printed(tmp_path, monkeypatch):
+    lines = sl.__doc__.split("know of it:\n")[1]
+    code = textwrap.dedent(lines).strip()
+    assert len(code.splitlines()) <= 10
+    torch.manual_seed(0)
+    model = nn.ModuleDict(dict(up=nn.Linear(16, 32), down=nn.Linear(32, 16)))
+    model.forward = lambda x: model.down(torch.relu(model.up(x)))
+    x, y = torch.randn(64, 16), torch.randint(16, (64,))
+    before = F.cross_entropy(model(x), y).item()
+    monkeypatch.chdir(tmp_path)
+    names = dict(vars(sl), model=model, x=x, y=y, steps=60, F=F)
+    exec(code, names)
+    assert F.cross_entropy(model(x), y).item() < before
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert sum(ranks(model).values()) == 8  # half of 2 x 8
+
+
+# ---- layer, eq. 3 and 5
+
+
+def test_first_step_is_the_pretrained_model():
+    model, plain = mlp(), mlp()
+    x = torch.randn(5, 10)
+    SaLoRA(model, ["0", "2"], r=4)
+    assert torch.equal(model(x), plain(x))
+
+
+def test_a_starts_gaussian_with_rows_of_unit_norm_and_b_at_zero():
+    model = nn.ModuleDict(dict(big=nn.Linear(1000, 600)))
+    layer = SaLoRA(model, ["big"], r=500).layers[0]
+    assert layer.lora_A.std().item() == pytest.approx(1 / math.sqrt(1000), rel=0.01)
+    assert layer.lora_A.norm(dim=1).mean().item() == pytest.approx(1, rel=0.01)
+    assert not layer.lora_B.any()
+
+
+@pytest.mark.parametrize("alpha,scale", [(None, 1.0), (16, 4.0)])
+def test_layer_computes_equation_5(alpha, scale):
+    model, salora = wrapped(alpha=alpha)
+    scatter(salora)
+    salora.begin_step(0.3, None)
+    layer, x = salora.layers[0], torch.randn(7, 10)
+    expected = x @ layer.base.weight.T + layer.base.bias + scale * x @ layer.lora_A.T @ torch.diag(layer.gate) @ layer.lora_B.T
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
+def test_scale_stays_when_the_rank_falls():
+    model, salora = wrapped(alpha=8, window=(0, 0.5), budget=0.25)
+    scatter(salora)
+    salora.begin_step(0.5, None)
+    assert all(layer.scale == 2.0 for layer in salora.layers) and salora.layers[0].rank < 4
+
+
+def test_base_may_be_bfloat16_while_the_adapter_is_float32():
+    model = mlp().bfloat16()
+    salora = SaLoRA(model, ["0", "2"], r=4)
+    out = model(torch.randn(3, 10, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    (out.float().sum() + salora.penalty()).backward()
+    assert {p.dtype for p in (*(layer.lora_A for layer in salora.layers), salora.log_theta, salora.lam)} == {torch.float32}
+    assert salora.layers[0].lora_B.grad.dtype == torch.float32
+
+
+def test_only_adapters_are_trainable_and_full_paths_and_tails_both_name_them():
+    model = encoder()
+    SaLoRA(model, ["attention.self.query", "roberta.encoder.layer.1.output.dense"], r=2)
+    assert list(adapters(model)) == ["roberta.encoder.layer.0.attention.self.query", "roberta.encoder.layer.1.attention.self.query",
+                                     "roberta.encoder.layer.1.output.dense"]
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kw,words", [
+    (dict(targets=["nope"]), "'nope' matches no nn.Linear"), (dict(r=11), "0 is 24 x 10: expected 1 to 10"), (dict(r=0), "r is 0"),
+    (dict(budget=0), "budget is 0"), (dict(budget=1.5), "budget is 1.5"), (dict(budget=math.nan), "budget is nan"),
+    (dict(window=(0.5, 0.2)), "window is (0.5, 0.2)"), (dict(window=(0.5, 1.2)), "window is"), (dict(selection="best"), "'best'"),
+    (dict(orth_reduction="max"), "'max'")])
+def test_bad_settings_are_refused_and_the_model_left_alone(kw, words):
+    model = mlp()
+    with pytest.raises(ValueError, match=words.replace("(", r"\(").replace(")", r"\)")):
+        SaLoRA(model, **(dict(targets=["0", "2"], r=4) | kw))
+    assert not adapters(model) and all(p.requires_grad for p in model.parameters())
+
+
+# ---- orthogonality, eq. 9
+
+
+def test_orthogonality_is_equation_9_matrix_by_matrix():
+    model = mlp()
+    salora = SaLoRA(model, ["0", "2", "4"], r=3)  # three shapes, so three batched products
+    scatter(salora)
+    orth_a, orth_b, count = salora.orthogonality()
+    eye = torch.eye(3, dtype=torch.float64)
+    a = sum((((m.lora_A.double() @ m.lora_A.double().T) - eye) ** 2).sum() for m in salora.layers)
+    b = sum((((m.lora_B.double().T @ m.lora_B.double()) - eye) ** 2).sum() for m in salora.layers)
+    assert (orth_a.item(), orth_b.item(), count) == (pytest.approx(a.item(), rel=1e-5), pytest.approx(b.item(), rel=1e-5), 3)
+
+
+def test_orthogonality_is_zero_for_orthonormal_triplets_and_r_for_zero_b():
+    model, salora = wrapped()
+    assert salora.orthogonality()[1].item() == pytest.approx(2 * 4)  # |0 - I|^2 = r for each B
+    with torch.no_grad():
+        for layer in salora.layers:
+            nn.init.orthogonal_(layer.lora_A)
+            nn.init.orthogonal_(layer.lora_B)
+    assert sum(salora.orthogonality()[:2]).item() < 1e-9
+
+
+@pytest.mark.parametrize("reduction,parts", [("mean", 4), ("sum", 1)])
+def test_regulariser_is_the_mean_over_2k_matrices_or_the_sum(reduction, parts):
+    model, salora = wrapped(beta=0.3, orth_reduction=reduction)
+    scatter(salora)
+    orth_a, orth_b, _ = salora.orthogonality()
+    assert salora.penalty().item() == pytest.approx(0.3 * (orth_a + orth_b).item() / parts, rel=1e-6)  # outside the window: nothing else
+
+
+# ---- density and the two forms of the loss, eq. 10 to 12
+
+
+def test_density_is_the_ratio_of_sums():
+    model, salora = wrapped()
+    assert salora.density().item() == pytest.approx(11 / 12, abs=1e-6)
+    scatter(salora)
+    p = sl.open_probability(salora.log_theta)
+    expected = (p[0].sum() * (10 + 24) + p[1].sum() * (24 + 16)) / (4 * (10 + 24) + 4 * (24 + 16))
+    assert salora.density().item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_density_is_what_open_gates_weigh_on_average():
+    model, salora = wrapped()
+    scatter(salora)
+    u = torch.rand(20_000, *salora.log_theta.shape, generator=torch.Generator().manual_seed(0))
+    weight = ((sl.sample_gates(salora.log_theta, u) > 0).sum(2) * salora.size).sum(1) / salora.initial_params  # (draws,)
+    assert float(weight.mean()) == pytest.approx(salora.density().item(), abs=5 * float(weight.std()) / math.sqrt(20_000))
+
+
+def test_penalty_form_is_equation_10():
+    model, salora = wrapped(beta=0.2, orth_reduction="sum", penalty=0.03)
+    scatter(salora)
+    salora.begin_step(0.3, None)
+    orth = sum(salora.orthogonality()[:2])
+    expected = 0.03 * sl.open_probability(salora.log_theta).sum() + 0.2 * orth
+    assert salora.penalty().item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_lagrangian_is_equation_12_with_its_gradients():
+    model, salora = wrapped(beta=0.2, budget=0.4)
+    scatter(salora)
+    salora.begin_step(0.3, None)
+    c = salora.density().item()
+    orth = sum(salora.orthogonality()[:2]) / 4
+    assert salora.penalty().item() == pytest.approx(0.2 * orth.item() + 0.7 * (c - 0.4) ** 2, rel=1e-5)
+    salora.penalty().backward()
+    assert float(salora.lam.grad) == pytest.approx((c - 0.4) ** 2, rel=1e-5)  # d / d lambda >= 0
+    p = sl.open_probability(salora.log_theta.detach())
+    by_hand = 0.7 * 2 * (c - 0.4) * p * (1 - p) * salora.size[:, None] / salora.initial_params
+    assert torch.allclose(salora.log_theta.grad, by_hand, rtol=1e-4, atol=1e-8)
+
+
+# ---- the min-max optimiser
+
+
+def train(model, salora, steps, lr=1e-2, gate_lr=0.05, make=torch.optim.AdamW, trace=lambda *_: None, **kw):
+    torch.manual_seed(1)
+    x, y = torch.randn(64, 10), torch.randint(3, (64,))
+    optimizer = make(salora.param_groups(lr, gate_lr, weight_decay=0.1), **kw)
+    for step in range(steps):
+        salora.begin_step(step / steps, optimizer)
+        loss = F.cross_entropy(model(x), y)
+        (loss + salora.penalty()).backward()
+        optimizer.step()
+        salora.project()
+        optimizer.zero_grad()
+        trace(step, optimizer)
+    return optimizer
+
+
+def test_groups_are_weights_gates_and_a_maximised_lambda_without_decay():
+    model, salora = wrapped()
+    weights, gates, lam = salora.param_groups(lr=1e-3, gate_lr=0.02, weight_decay=0.1)
+    assert len(weights["params"]) == 4 and weights["lr"] == 1e-3 and weights["weight_decay"] == 0.1
+    assert gates["params"] == [salora.log_theta] and gates["lr"] == 0.02 and gates["weight_decay"] == 0
+    assert lam["params"] == [salora.lam] and lam["lr"] == 0.02 and lam["weight_decay"] == 0 and lam["maximize"]
+
+
+def test_lambda_starts_at_zero_and_never_falls_and_gates_rest_outside_the_window():
+    model, salora = wrapped(window=(0.25, 0.75), budget=0.5)
+    assert salora.lam.item() == 0
+    seen = []
+    train(model, salora, 80, trace=lambda step, _: seen.append((step, salora.lam.item(), salora.log_theta.detach().clone())))
+    lams = [lam for _, lam, _ in seen]
+    assert all(b >= a for a, b in zip(lams, lams[1:])) and lams[19] == 0 and lams[20] > 0 and lams[59] == lams[79]
+    assert not seen[19][2].any() and seen[20][2].any()  # steps 20 .. 59 are the window
+    assert not torch.equal(seen[58][2], seen[59][2]) and torch.equal(seen[59][2], seen[79][2])
+
+
+def test_projection_keeps_lambda_at_or_above_zero():
+    model, salora = wrapped()
+    with torch.no_grad():
+        salora.lam.fill_(-0.3)
+    salora.project()
+    assert salora.lam.item() == 0
+
+
+@pytest.mark.parametrize("budget", [0.25, 0.5, 0.75])
+def test_the_multiplier_drives_density_to_the_budget(budget):
+    model, salora = wrapped(window=(0, 1), budget=budget, beta=0)
+    train(model, salora, 600, gate_lr=0.1)
+    assert salora.density().item() == pytest.approx(budget, abs=0.03) and not salora.pruned
+
+
+def test_a_penalty_closes_more_gates_the_higher_it_is():
+    ends = []
+    for penalty in (0.0, 0.02, 0.5):
+        model, salora = wrapped(window=(0, 1), penalty=penalty, beta=0)
+        train(model, salora, 200)
+        ends.append(salora.density().item())
+    assert ends[0] > ends[1] > ends[2] and salora.lam.item() == 0
+
+
+# ---- the window
+
+
+def test_outside_the_window_the_step_is_plain_lora():
+    model, salora = wrapped(beta=0.0, window=(0.5, 0.9))
+    plain, lora = wrapped(beta=0.0, window=None)
+    train(model, salora, 1)
+    train(plain, lora, 1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters()))
+    assert lora.density().item() == 1.0 and lora.penalty() == 0.0
+
+
+def test_a_step_has_one_draw_and_the_next_step_another():
+    model, salora = wrapped()
+    salora.begin_step(0.3, None)
+    first = torch.stack([layer.gate for layer in salora.layers])
+    salora.begin_step(0.3, None)  # a second backward pass of the same step
+    again = torch.stack([layer.gate for layer in salora.layers])
+    salora.begin_step(0.31, None)
+    other = torch.stack([layer.gate for layer in salora.layers])
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_gates_depend_on_their_own_seed_alone():
+    draws = []
+    for global_seed, seed in ((0, 5), (1, 5), (0, 6)):
+        salora = SaLoRA(mlp(), ["0", "2"], r=4, seed=seed)
+        torch.manual_seed(global_seed)
+        salora.begin_step(0.3, None)
+        draws.append(salora.layers[0].gate.detach())
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_evaluation_in_the_window_uses_the_current_deterministic_gates():
+    model, salora = wrapped()
+    scatter(salora)
+    salora.begin_step(0.3, None)
+    with torch.no_grad():
+        salora.log_theta.sub_(0.5)  # an optimiser step after the draw
+    layer, x = salora.layers[1].eval(), torch.randn(4, 24)
+    g = sl.deterministic_gates(salora.log_theta[1])
+    with torch.no_grad():
+        assert torch.allclose(layer(x), layer.base(x) + (x @ layer.lora_A.T * g) @ layer.lora_B.T, atol=1e-5)
+
+
+def test_a_window_to_the_end_closes_with_a_last_call():
+    model, salora = wrapped(window=(0.5, 1))
+    optimizer = train(model, salora, 20)
+    assert not salora.pruned
+    salora.begin_step(1.0, optimizer)
+    assert salora.pruned and salora.kept_params() <= 0.5 * salora.initial_params
+
+
+# ---- pruning
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.25, 0.5, 0.731, 1.0])
+def test_budget_selection_fills_the_budget_and_never_exceeds_it(budget):
+    model, salora = wrapped(budget=budget)
+    scatter(salora)
+    keep = salora.select()
+    kept = int((keep.sum(1) * salora.size).sum())
+    room = budget * salora.initial_params
+    assert kept <= room and (room - kept < 34 or budget == 1.0)  # less than the smallest triplet is left over
+    if budget == 1.0:
+        assert keep.all()
+
+
+def test_budget_selection_goes_by_log_theta():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    salora = SaLoRA(model, ["0", "1"], r=3, budget=0.5)
+    with torch.no_grad():
+        salora.log_theta.copy_(torch.tensor([[5.0, -1, 2], [1, 3, -4]]))
+    assert salora.select().tolist() == [[True, False, True], [False, True, False]]
+
+
+def test_paper_selection_keeps_what_has_a_gate_above_zero():
+    model, salora = wrapped(selection="paper", budget=0.01)
+    with torch.no_grad():
+        salora.log_theta.copy_(torch.tensor([[0.0, -2.3, -2.5, 9], [-9, -9, -9, -9]]))  # closes at log(-gamma / zeta) = -2.398
+    assert salora.select().tolist() == [[True, True, False, True], [False] * 4]
+
+
+def test_an_exact_share_is_met_exactly():
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    salora = SaLoRA(model, ["0", "1"], r=5, budget=0.3)  # 0.3 * 100 is 30 and not a rounding error below
+    assert int((salora.select().sum(1) * salora.size).sum()) == 30
+
+
+@pytest.mark.parametrize("make,kw", [(torch.optim.AdamW, {}), (torch.optim.SGD, dict(momentum=0.9))])
+def test_pruning_shrinks_tensors_and_moments_and_keeps_those_of_the_kept(make, kw):
+    model, salora = wrapped(window=(0, 0.5))
+    optimizer = train(model, salora, 10, make=make, gate_lr=0.3, **kw)  # ends at progress 0.9, pruned at 0.5
+    model, salora = wrapped(window=(0, 1), budget=0.5)
+    optimizer = train(model, salora, 10, make=make, gate_lr=0.3, **kw)
+    keep, layers = salora.select(), salora.layers
+    before = [(m.lora_A.detach().clone(), m.lora_B.detach().clone(), copy.deepcopy(optimizer.state[m.lora_A]), copy.deepcopy(optimizer.state[m.lora_B])) for m in layers]
+    salora.prune(optimizer)
+    assert 0 < keep.sum() < keep.numel()
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for layer, kept, (a, b, state_a, state_b) in zip(layers, keep, before):
+        assert torch.equal(layer.lora_A, a[kept]) and torch.equal(layer.lora_B, b[:, kept])
+        assert layer.rank == int(kept.sum()) and layer.lora_A.is_contiguous() and layer.lora_A.untyped_storage().nbytes() == 4 * layer.lora_A.numel()
+        for p, old, dim in ((layer.lora_A, state_a, 0), (layer.lora_B, state_b, 1)):
+            assert id(p) in held
+            for name, value in optimizer.state[p].items():
+                was = old[name]
+                if torch.is_tensor(value) and value.dim() == 2:
+                    assert value.shape == p.shape and torch.equal(value, was.index_select(dim, kept.nonzero().squeeze(1)))
+                else:
+                    assert value == was
+    assert salora.log_theta not in optimizer.state and salora.lam not in optimizer.state
+    assert sum(p.numel() for p in optimizer.state if p.dim() == 2) == salora.kept_params()
+
+
+def test_training_goes_on_after_pruning():
+    model, salora = wrapped(window=(0.1, 0.5))
+    before = None
+
+    def trace(step, optimizer):
+        nonlocal before
+        if step == 20:
+            before = [p.detach().clone() for m in salora.layers for p in (m.lora_A, m.lora_B)]
+
+    train(model, salora, 40, trace=trace)
+    after = [p for m in salora.layers for p in (m.lora_A, m.lora_B)]
+    assert salora.pruned and all(not torch.equal(a, b) for a, b in zip(before, after) if a.numel())
+
+
+def test_kept_gates_are_set_to_one_or_folded_in():
+    for fold in (False, True):
+        model, salora = wrapped(fold_gates=fold)
+        scatter(salora)
+        salora.begin_step(0.3, None)
+        g, b, keep = sl.deterministic_gates(salora.log_theta), [m.lora_B.detach().clone() for m in salora.layers], salora.select()
+        salora.begin_step(0.5, None)
+        for i, layer in enumerate(salora.layers):
+            assert torch.allclose(layer.lora_B, (b[i] * (g[i] if fold else 1))[:, keep[i]])
+
+
+def test_folding_in_with_the_papers_selection_leaves_the_evaluated_model_as_it_was():
+    model, salora = wrapped(fold_gates=True, selection="paper")
+    scatter(salora)
+    salora.begin_step(0.3, None)
+    x = torch.randn(6, 10)
+    model.eval()
+    before = model(x)
+    salora.begin_step(0.5, None)
+    assert 0 < sum(ranks(model).values()) < 8 and torch.allclose(model(x), before, atol=1e-5)
+
+
+def test_rank_zero_is_the_pretrained_layer_again():
+    model, salora = wrapped(selection="paper")
+    scatter(salora)
+    with torch.no_grad():
+        salora.log_theta[0] = -9.0
+    salora.begin_step(0.3, None)
+    salora.begin_step(0.5, None)
+    x = torch.randn(6, 10)
+    assert ranks(model)["0"] == 0 and torch.equal(model[0](x), model[0].base(x))
+    (model(x).sum() + salora.penalty()).backward()  # the others still learn
+    assert salora.orthogonality()[2] == 1 and salora.layers[1].lora_A.grad is not None
+
+
+def test_everything_pruned_is_the_pretrained_model():
+    model, salora = wrapped(selection="paper")
+    scatter(salora)
+    with torch.no_grad():
+        salora.log_theta.fill_(-9)
+    salora.begin_step(0.3, None)
+    salora.begin_step(0.5, None)
+    x = torch.randn(2, 10)
+    assert torch.equal(model(x), mlp()(x)) and salora.penalty().item() == 0 and salora.density().item() == 0
+
+
+def test_density_before_and_after_the_selection_are_both_known():
+    model, salora = wrapped(budget=0.5)
+    scatter(salora)
+    expected = salora.density().item()
+    salora.begin_step(0.3, None)
+    salora.begin_step(0.5, None)
+    assert salora.final_density == pytest.approx(expected)
+    assert salora.density().item() == pytest.approx(salora.kept_params() / salora.initial_params)
+
+
+# ---- ranks, merging, saving, loading
+
+
+def trained(**kw):
+    model, salora = wrapped(budget=0.4, **kw)
+    scatter(salora)
+    salora.begin_step(0.3, None)
+    salora.begin_step(0.5, None)
+    return model
+
+
+def test_rank_map_has_a_row_a_module_and_a_column_a_layer():
+    text = rank_map({"enc.0.q": 8, "enc.0.v": 0, "enc.1.q": 3}, 8)
+    assert [line.split() for line in text.splitlines()] == [["0", "1"], ["q", "8█", "3▃"], ["v", "0"]]
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_merged_model_is_plain_and_computes_the_same(dtype, tolerance):
+    model = trained(alpha=2)
+    for layer in adapters(model).values():
+        layer.base.to(dtype)
+    model[4].to(dtype)
+    x = torch.randn(6, 10, dtype=dtype)
+    before = model(x)
+    merge(model)
+    assert not adapters(model) and type(model[0]) is nn.Linear and model[0].weight.dtype == dtype
+    assert torch.allclose(model(x), before, rtol=tolerance, atol=tolerance)
+
+
+def test_merging_inside_the_window_uses_the_deterministic_gates():
+    model, salora = wrapped()
+    scatter(salora)
+    salora.begin_step(0.3, None)
+    x = torch.randn(6, 10)
+    before = model.eval()(x)
+    assert torch.allclose(merge(model)(x), before, atol=1e-5)
+
+
+def test_saved_adapter_is_in_pefts_format_and_loads_back(tmp_path):
+    model = trained(alpha=8)
+    x = torch.randn(6, 10)
+    save(model, tmp_path / "adapter", modules_to_save=["4"], task_type="SEQ_CLS")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    table = ranks(model)
+    assert config["peft_type"] == "LORA" and config["target_modules"] == [p for p, r in table.items() if r]
+    for path, r in table.items():
+        assert config["rank_pattern"].get(path, config["r"]) == config["alpha_pattern"].get(path, config["lora_alpha"]) == r
+        assert tensors[f"base_model.model.{path}.lora_A.weight"].shape[0] == tensors[f"base_model.model.{path}.lora_B.weight"].shape[1] == r
+    assert {t.dtype for t in tensors.values()} == {torch.float32} and "base_model.model.4.weight" in tensors
+    again = load(mlp(), tmp_path / "adapter")
+    assert torch.allclose(again(x), model(x), atol=1e-5) and ranks(again) == table
+
+
+def test_matrices_of_rank_zero_are_left_out_of_the_file(tmp_path):
+    model, salora = wrapped(selection="paper")
+    scatter(salora)
+    with torch.no_grad():
+        salora.log_theta[0] = -9.0
+    salora.prune()
+    save(model, tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"] == ["2"]
+    assert torch.allclose(load(mlp(), tmp_path / "a")(torch.ones(1, 10)), model(torch.ones(1, 10)), atol=1e-6)
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda c, t: t.pop("base_model.model.2.lora_B.weight"), "2.lora_B.weight: expected .*found nothing"),
+    (lambda c, t: t.update({"base_model.model.9.lora_A.weight": torch.zeros(1)}), "9.lora_A.weight: expected nothing"),
+    (lambda c, t: t.update({"base_model.model.0.lora_A.weight": torch.zeros(2, 9)}), "0.lora_A.weight: expected"),
+    (lambda c, t: c.update(use_dora=True), "use_dora is True"), (lambda c, t: c.update(peft_type="LOHA"), "LOHA"),
+    (lambda c, t: c.update(rank_pattern={"7": 3}), "names '7'"), (lambda c, t: c.update(target_modules="0|2"), "expected a list"),
+    (lambda c, t: c.update(target_modules=["0", "2", "8"]), "'8' matches no nn.Linear")])
+def test_loading_is_strict_and_names_what_is_wrong(tmp_path, change, words):
+    save(trained(), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    config, tensors = json.loads(file.read_text()), load_file(tmp_path / "a" / "adapter_model.safetensors")
+    change(config, tensors)
+    file.write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    model = mlp()
+    with pytest.raises(ValueError, match=words):
+        load(model, tmp_path / "a")
+    assert not adapters(model)
+
+
+# ---- on a transformer
+
+
+def test_works_on_an_encoder_end_to_end():
+    model = encoder()
+    plain = copy.deepcopy(model).eval()
+    salora = SaLoRA(model, model.target_paths("qkvoud"), r=4, window=(0.2, 0.6))
+    ids, y = torch.randint(2, 40, (16, 9)), torch.randint(2, (16,))
+    assert torch.equal(model.eval()(ids), plain(ids))
+    optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-2, gate_lr=0.2))
+    model.train()
+    losses = []
+    for step in range(40):
+        salora.begin_step(step / 40, optimizer)
+        loss = F.cross_entropy(model(ids), y)
+        (loss + salora.penalty()).backward()
+        optimizer.step()
+        salora.project()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert salora.kept_params() <= 0.5 * salora.initial_params and len(set(ranks(model).values())) > 1
+    assert isinstance(model.roberta.encoder.layer[0].output.dense, SaLoRALinear)
