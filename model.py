@@ -156,6 +156,7 @@ class Encoder(nn.Module):
     def forward(self, input_ids, attention_mask=None, token_type_ids=None):
         """Logits (b, num_labels)."""
         x = self.hidden(input_ids, attention_mask, token_type_ids, first_only=True)[:, 0]  # (b, d)
+        x = x.to(next(self.head[0].parameters()).dtype)  # a float32 head may sit on a bfloat16 body
 
         def drop(y):
             return F.dropout(y, self.config.classifier_dropout, self.training)

@@ -1,0 +1,256 @@
+"""model.py gives transformers' numbers, reads the folders people have, and names what is wrong with the others."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from data import InputError
+from model import LINEARS, Encoder, load_encoder, read_config
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(params=["roberta", "bert"])
+def folder(request, tmp_path):
+    """A copy of a tiny model that transformers saved."""
+    return Path(shutil.copytree(FIXTURES / request.param, tmp_path / request.param))
+
+
+def expected(folder):
+    e = load_file(FIXTURES / folder.name / "expected.safetensors")
+    return [e["input_ids"], e["attention_mask"], e.get("token_type_ids")], e["hidden"], e["logits"]
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def edit_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    tensors = change(tensors) or tensors
+    save_file(tensors, folder / "model.safetensors")
+
+
+# ---- parity
+
+
+def test_hidden_states_and_logits_are_those_of_transformers(folder):
+    inputs, hidden, logits = expected(folder)
+    model = load_encoder(folder, num_labels=3).eval()
+    with torch.no_grad():
+        assert (model.hidden(*inputs) - hidden).abs().max() < 1e-5
+        assert (model(*inputs) - logits).abs().max() < 1e-5
+        assert logits.std() > 0.05  # and that is not because everything is zero
+
+
+def test_padding_changes_nothing_and_needs_no_mask_where_there_is_none(folder):
+    (ids, mask, types), hidden, logits = expected(folder)
+    model = load_encoder(folder, num_labels=3).eval()
+    with torch.no_grad():
+        for i, n in enumerate(mask.sum(1).tolist()):
+            row = ids[i:i + 1, :n], None, None if types is None else types[i:i + 1, :n]
+            assert torch.allclose(model(*row), logits[i:i + 1], atol=1e-5)
+            assert torch.allclose(model.hidden(*row), hidden[i:i + 1, :n], atol=1e-5)
+
+
+@pytest.mark.skipif("MINILM" not in os.environ, reason="MINILM names no folder with the real all-MiniLM-L6-v2 (.ci/run sets it)")
+def test_real_minilm_has_the_hidden_states_of_transformers():
+    e = load_file(FIXTURES / "minilm.safetensors")
+    model = load_encoder(os.environ["MINILM"], num_labels=2).eval()
+    with torch.no_grad():
+        assert (model.hidden(e["input_ids"], e["attention_mask"], e["token_type_ids"]) - e["hidden"]).abs().max() < 1e-5
+
+
+def test_logits_need_only_the_first_row_of_the_last_layer(folder):
+    inputs, hidden, _ = expected(folder)
+    model = load_encoder(folder, num_labels=3).eval()
+    assert torch.allclose(model.hidden(*inputs, first_only=True), hidden[:, :1], atol=1e-5)
+
+
+@pytest.mark.parametrize("b,t", [(1, 1), (1, 38), (5, 2)])
+def test_any_batch_and_length(folder, b, t):
+    model = load_encoder(folder, num_labels=3)
+    assert model(torch.randint(2, 60, (b, t))).shape == (b, 3)
+
+
+def test_dropout_is_as_configured(folder):
+    inputs, _, logits = expected(folder)
+    model = load_encoder(folder, 3).train()
+    assert not torch.allclose(model(*inputs), model(*inputs))
+    edit_config(folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    assert torch.allclose(load_encoder(folder, 3).train()(*inputs), logits, atol=1e-5)
+    edit_config(folder, classifier_dropout=0.5)
+    model = load_encoder(folder, 3).train()
+    assert not torch.allclose(model(*inputs), logits, atol=1e-3)
+    assert torch.allclose(model.hidden(*inputs), model.hidden(*inputs))
+    edit_config(folder, classifier_dropout=None, attention_probs_dropout_prob=0.5)
+    model = load_encoder(folder, 3).train()
+    assert not torch.allclose(model.hidden(*inputs), model.hidden(*inputs))
+
+
+def test_checkpointed_activations_give_the_same_gradients(folder):
+    inputs, _, _ = expected(folder)
+    grads = []
+    for flag in (False, True):
+        model = load_encoder(folder, 3).train()
+        model.checkpoint_activations = flag
+        torch.manual_seed(0)
+        F.cross_entropy(model(*inputs), torch.tensor([0, 1, 2])).backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+
+
+def test_target_paths_name_the_six_matrices_of_each_layer(folder):
+    model = load_encoder(folder, 3)
+    paths = model.target_paths("qkvoud")
+    assert len(paths) == len(set(paths)) == 12
+    shapes = [tuple(model.get_submodule(p).weight.shape) for p in paths[:6]]
+    assert shapes == [(32, 32)] * 4 + [(64, 32), (32, 64)] and list(LINEARS) == list("qkvoud")
+
+
+def test_roberta_base_has_the_published_number_of_parameters(tmp_path):
+    edit = dict(model_type="roberta", vocab_size=50265, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+                max_position_embeddings=514, type_vocab_size=1, pad_token_id=1)
+    (tmp_path / "config.json").write_text(json.dumps(edit))
+    with torch.device("meta"):
+        model = Encoder(read_config(tmp_path), num_labels=2)
+    assert sum(p.numel() for p in model.parameters()) == 124_647_170  # RobertaForSequenceClassification, two labels
+    assert model.config.max_length == 512
+
+
+# ---- what a folder may look like
+
+
+def test_sharded_checkpoint(folder):
+    inputs, _, logits = expected(folder)
+    tensors = load_file(folder / "model.safetensors")
+    names, weight_map = sorted(tensors), {}
+    for i, part in enumerate((names[:7], names[7:])):
+        file = f"model-0000{i + 1}-of-00002.safetensors"
+        save_file({n: tensors[n] for n in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=weight_map)))
+    assert torch.allclose(load_encoder(folder, 3).eval()(*inputs), logits, atol=1e-5)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match="model-00002-of-00002.safetensors: shard listed in .* not found"):
+        load_encoder(folder, 3)
+
+
+def test_old_names_and_harmless_extras(folder):
+    inputs, _, logits = expected(folder)
+    kind = folder.name
+
+    def change(tensors):
+        new = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v for k, v in tensors.items()}
+        new[f"{kind}.embeddings.position_ids"] = torch.arange(40)[None]
+        new["lm_head.bias"], new["cls.predictions.bias"] = torch.zeros(60), torch.zeros(60)
+        if kind == "roberta":
+            new["roberta.pooler.dense.weight"] = torch.zeros(32, 32)
+        return new
+
+    edit_weights(folder, change)
+    assert torch.allclose(load_encoder(folder, 3).eval()(*inputs), logits, atol=1e-5)
+
+
+def test_bare_model_without_prefix_and_head(folder, capsys):
+    inputs, hidden, _ = expected(folder)
+    kind = folder.name
+    edit_weights(folder, lambda t: {k.removeprefix(kind + "."): v for k, v in t.items() if not k.startswith("classifier")})
+    model = load_encoder(folder, 2).eval()
+    assert torch.allclose(model.hidden(*inputs), hidden, atol=1e-5)
+    assert "new head, not in the checkpoint: classifier." in capsys.readouterr().out
+    weight = dict(model.named_parameters())["classifier.out_proj.weight" if kind == "roberta" else "classifier.weight"]
+    assert weight.std().item() == pytest.approx(0.3, rel=0.5)  # initializer_range
+
+
+def test_head_for_another_number_of_labels_starts_anew_and_says_so(folder, capsys):
+    assert load_encoder(folder, 5)(torch.randint(2, 60, (2, 4))).shape == (2, 5)
+    assert "new head" in capsys.readouterr().out
+    load_encoder(folder, 3)
+    assert capsys.readouterr().out == ""
+
+
+def test_half_precision_checkpoint_is_read_as_float32(folder):
+    inputs, _, logits = expected(folder)
+    edit_weights(folder, lambda t: {k: v.half() for k, v in t.items()})
+    model = load_encoder(folder, 3).eval()
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and torch.allclose(model(*inputs), logits, atol=0.05)
+
+
+def test_bfloat16_base_with_a_float32_head(folder):
+    inputs, _, logits = expected(folder)
+    model = load_encoder(folder, 3, torch.bfloat16).eval()
+    for module in model.head:
+        module.float()
+    assert model(*inputs).dtype == torch.float32 and torch.allclose(model(*inputs), logits, atol=0.2)
+
+
+def test_bert_laid_out_as_roberta_computes_the_same(tmp_path):
+    """Token type 0 folded into the positions, those shifted by padding_idx + 1."""
+    (ids, mask, _), _, _ = expected(Path("bert"))
+    bert = load_encoder(FIXTURES / "bert", 3).eval()
+    folder = Path(shutil.copytree(FIXTURES / "bert", tmp_path / "as_roberta"))
+    edit_config(folder, model_type="roberta", type_vocab_size=1, pad_token_id=0, max_position_embeddings=41)
+
+    def change(tensors):
+        new = {"roberta." + k.removeprefix("bert."): v for k, v in tensors.items() if k.startswith("bert.")}
+        e = "roberta.embeddings."
+        positions = new[e + "position_embeddings.weight"] + new[e + "token_type_embeddings.weight"][0]
+        new[e + "position_embeddings.weight"] = torch.cat([positions[:1], positions])
+        new[e + "token_type_embeddings.weight"] = torch.zeros(1, 32)
+        return new
+
+    edit_weights(folder, change)
+    roberta = load_encoder(folder, 3).eval()
+    keep = mask.bool()
+    assert roberta.config.max_length == 40
+    assert torch.allclose(roberta.hidden(ids, mask)[keep], bert.hidden(ids, mask)[keep], atol=1e-5)
+
+
+# ---- what is refused, by name
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(model_type="gpt2"), "model_type is 'gpt2', expected roberta or bert"), (dict(hidden_act="relu"), "hidden_act is 'relu'"),
+    (dict(position_embedding_type="relative_key"), "position_embedding_type"), (dict(hidden_size=...), "hidden_size is missing"),
+    (dict(vocab_size="60"), "vocab_size is '60'"), (dict(num_attention_heads=5), "sizes do not fit together"),
+    (dict(hidden_size=64), r"has shape \[.*32.*config.json asks for"), (dict(num_hidden_layers=3), "lacks .*encoder.layer.2"),
+    (dict(num_hidden_layers=1), "has unexpected .*encoder.layer.1")])
+def test_config_that_does_not_fit(folder, changes, words):
+    edit_config(folder, **changes)
+    with pytest.raises(InputError, match=words):
+        load_encoder(folder, 3)
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda t: t.pop(next(k for k in t if k.endswith("query.weight"))) is None, "lacks .*query.weight"),
+    (lambda t: t.update({"something.else": torch.zeros(1)}), "has unexpected something.else"),
+    (lambda t: t.update({next(k for k in t if k.endswith("layer.1.output.dense.weight")): torch.zeros(2, 2)}), r"output.dense.weight has shape \[2, 2\]")])
+def test_weights_that_do_not_fit(folder, change, words):
+    edit_weights(folder, change)
+    with pytest.raises(InputError, match=words):
+        load_encoder(folder, 3)
+
+
+@pytest.mark.parametrize("name,content,words", [
+    ("config.json", None, "config.json: not found"), ("config.json", b"{", "config.json: cannot be read as JSON"), ("config.json", b"[]", "holds a list"),
+    ("model.safetensors", None, "found neither model.safetensors nor"), ("model.safetensors", b"\x10\0\0\0\0\0\0\0{not json", "not a readable safetensors file"),
+    ("model.safetensors", b"", "not a readable safetensors file")])
+def test_files_that_are_missing_or_broken(folder, name, content, words):
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        load_encoder(folder, 3)
+
+
+def test_a_pickle_is_not_read(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pytorch_model.bin is a pickle, which is not read"):
+        load_encoder(folder, 3)
