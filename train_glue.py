@@ -434,8 +434,12 @@ def main(argv=None):
         print("\nnext: --method lora (the same without gates), --budget 0.25, --seeds 0 1 2, or the real thing: python train_glue.py --task cola")
 
 
-if __name__ == "__main__":
+def command(argv=None):
     try:
-        main()
+        main(argv)
     except InputError as e:
         sys.exit(fail(e))
+
+
+if __name__ == "__main__":
+    command()

@@ -3,9 +3,9 @@
 import os
 import shutil
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 from data import InputError
@@ -49,9 +49,7 @@ def unpack(archive, name, folder):
             for member in wanted:
                 with z.open(member) as source, open(folder / Path(member.filename).name, "wb") as target:
                     shutil.copyfileobj(source, target)  # reading to the end checks the member's CRC
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as e:
-        if isinstance(e, InputError):
-            raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as e:  # the last two: exotic compression, encryption
         raise InputError(f"{archive.name}: not a sound zip archive ({e}); run the command again") from None
 
 

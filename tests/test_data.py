@@ -1,0 +1,303 @@
+"""Readers, downloads, batches and scores."""
+
+import functools
+import hashlib
+import http.server
+import io
+import json
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import InputError, download, glue, metrics
+from data.batching import batch_order, collate, load_tokenizer, tokenize
+from data.glue import HERE, TASKS, load_task, score
+from data.make_demo import make_data
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+# Two rows of each split in GLUE's own layout, with what makes each file awkward: a bare quote, a BOM, no header, \r\n, U+2028.
+MNLI = "index\tpromptID\tpairID\tgenre\tp1\tp2\tp3\tp4\tsentence1\tsentence2\tlabel1\t{}gold_label\n"
+LAYOUT = {
+    "CoLA": {"train.tsv": 'gj04\t1\t\tHe said "no.\ngj04\t0\t*\tHim said\u2028it.\n', "dev.tsv": "gj04\t1\t\tShe left.\ngj04\t0\t*\tShe leave."},
+    "SST-2": {"train.tsv": "sentence\tlabel\ngood fun \t1\ndull \t0\n", "dev.tsv": "sentence\tlabel\nfine\t1\nbad\t0\n"},
+    "MRPC": {s: "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tA \"b\tB a\n0\t9\t10\tC\tD\n" for s in ("train.tsv", "dev.tsv")},
+    "STS-B": {s: "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+                 "0\tg\tf\t2012\t1\tn\tn\tA\tB\t5.000\n1\tg\tf\t2012\t2\tn\tn\tC\tD\t3.8\n" for s in ("train.tsv", "dev.tsv")},
+    "QQP": {s: "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\r\n1\t1\t2\tWhy?\tHow?\t0\r\nbroken row\r\n2\t3\t4\tA?\tB?\t1\r\n" for s in ("train.tsv", "dev.tsv")},
+    "MNLI": {"train.tsv": MNLI.format("") + "0\tn\tn\tg\tp\tp\tp\tp\tA\tB\tneutral\tneutral\n1\tn\tn\tg\tp\tp\tp\tp\tC\tD\tx\tentailment\n",
+             **{f"dev_{m}matched.tsv": MNLI.format("label2\t") + f"0\tn\tn\tg\tp\tp\tp\tp\tA{m}\tB\tx\tx\tcontradiction\n1\tn\tn\tg\tp\tp\tp\tp\tC\tD\tx\tx\tneutral\n"
+                for m in ("", "mis")}},
+    "QNLI": {s: "index\tquestion\tsentence\tlabel\n0\tWho?\tHe.\tentailment\n1\tWhy?\tNo.\tnot_entailment\n" for s in ("train.tsv", "dev.tsv")},
+    "RTE": {s: "index\tsentence1\tsentence2\tlabel\n0\tA\tB\tnot_entailment\n1\tC\tD\tentailment\n" for s in ("train.tsv", "dev.tsv")},
+    "WNLI": {s: "index\tsentence1\tsentence2\tlabel\n0\tA\tB\t1\n1\tC\tD\t0\n" for s in ("train.tsv", "dev.tsv")},
+}
+FIRST = {  # text, label number of the first training row, all training labels
+    "cola": (('He said "no.',), [1, 0]), "sst2": (("good fun ",), [1, 0]), "mrpc": (('A "b', "B a"), [1, 0]), "stsb": (("A", "B"), [5.0, 3.8]),
+    "qqp": (("Why?", "How?"), [0, 1]), "mnli": (("A", "B"), [1, 0]), "qnli": (("Who?", "He."), [0, 1]), "rte": (("A", "B"), [1, 0]),
+    "wnli": (("A", "B"), [1, 0])}
+
+
+def lay_out(folder, name):
+    (folder / name).mkdir(parents=True)
+    for file, text in LAYOUT[name].items():
+        (folder / name / file).write_bytes(text.encode())
+    return folder
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_nine_tasks_in_glues_own_layout(name, tmp_path, capsys):
+    task, train, dev = load_task(name, lay_out(tmp_path, TASKS[name].folder))
+    assert (train.texts[0], train.labels) == FIRST[name]
+    assert len(train.texts) == 2 and [len(rows.labels) for rows in dev] == [2] * (2 if name == "mnli" else 1)
+    assert task.num_labels == {"stsb": 1, "mnli": 3}.get(name, 2)
+    assert ("skipped 1 broken rows, the first in line 3" in capsys.readouterr().out) == (name == "qqp")
+
+
+def test_cola_without_header_or_last_newline_and_with_a_line_separator_in_the_text(tmp_path):
+    _, train, dev = load_task("cola", lay_out(tmp_path, "CoLA"))
+    assert train.texts[1] == ("Him said\u2028it.",) and dev[0].texts == [("She left.",), ("She leave.",)]
+
+
+def test_mnli_has_matched_and_mismatched_dev_sets(tmp_path):
+    _, _, (matched, mismatched) = load_task("mnli", lay_out(tmp_path, "MNLI"))
+    assert (matched.texts[0][0], mismatched.texts[0][0]) == ("A", "Amis") and matched.labels == [2, 1]
+
+
+def test_limits_take_the_first_rows():
+    _, train, dev = load_task("demo", limit_train=5, limit_dev=3)
+    assert (len(train.labels), len(dev[0].labels)) == (5, 3)
+    assert train.texts == load_task("demo")[1].texts[:5]
+
+
+@pytest.mark.parametrize("header,rows,labels,values,metric", [
+    ("sentence\tlabel", ["a\tpos", "b\tneg"], ("neg", "pos"), [1, 0], "accuracy"),
+    ("label\tid\tsentence", ["10\tx\ta", "2\tx\tb", "1\tx\tc"], ("1", "2", "10"), [2, 1, 0], "accuracy"),
+    ("sentence1\tsentence2\tscore", ["a\tb\t1.5", "c\td\t-2"], None, [1.5, -2.0], "pearson")])
+def test_own_tsv_folder(tmp_path, header, rows, labels, values, metric):
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / name).write_text("\n".join([header, *rows]) + "\n")
+    task, train, dev = load_task(str(tmp_path))
+    assert (task.labels, train.labels, task.metric) == (labels, values, metric)
+
+
+@pytest.mark.parametrize("train,dev,words", [
+    (None, None, "train.tsv: not found"), (b"", None, "train.tsv: has no rows"), (b"sentence\tlabel\n", None, "has no rows"),
+    (b"text\tlabel\na\t1\n", None, "columns are 'text', 'label', expected sentence"), (b"sentence label\na 1\n", None, "separated by tabs"),
+    (b"sentence\tlabel\na\t1\nb\t1\n", None, "1 distinct values"), (b"sentence\tlabel\n\xff\t1\n", None, "byte 15 is not UTF-8"),
+    (b"sentence\tlabel\na\t1\nb\n", None, "1 distinct values"), (b"sentence\tlabel\na\t1\nb\t0\nc\n", None, "line 4 has 1 columns, expected 2"),
+    (b"sentence\tscore\na\tx\n", None, "line 2: score is 'x', expected a number"), (b"sentence\tscore\na\tnan\n", None, "expected a number"),
+    (b"sentence\tlabel\na\t1\nb\t0\n", b"sentence\tlabel\na\t2\n", "dev.tsv: line 2: label is '2', expected one of 0, 1"),
+    (b"sentence\tlabel\na\t1\nb\t0\n", b"label\n1\n", "dev.tsv: no column 'sentence'")])
+def test_bad_tsv_is_named_by_file_and_line(tmp_path, train, dev, words):
+    for name, content in (("train.tsv", train), ("dev.tsv", dev)):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        load_task(str(tmp_path))
+
+
+def test_given_data_folder_is_never_filled_by_a_download(tmp_path):
+    with pytest.raises(InputError, match="CoLA/train.tsv: not found"):
+        load_task("cola", tmp_path)
+
+
+# ---- downloads, from a loopback server
+
+
+def archive(name, extra=()):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
+        for file, text in LAYOUT[name].items():
+            z.writestr(f"{name}/{file}", text)
+        for member, content in (("__MACOSX/x.tsv", "junk"), *extra):
+            z.writestr(member, content)
+    return out.getvalue()
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves the files in tmp_path/www as GLUE's archives; a file `cut` is announced whole and sent by half."""
+    www = tmp_path / "www"
+    www.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def copyfile(self, source, target):
+            content = source.read()
+            target.write(content[:len(content) // 2] if (www / "cut").exists() else content)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=www)) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        for name in ("GLUE_URL", "MRPC_URL"):
+            monkeypatch.setattr(download, name, f"http://127.0.0.1:{httpd.server_port}/")
+        into = tmp_path / "data"
+        into.mkdir()
+        monkeypatch.setattr(glue, "HERE", into)
+        yield www, into
+        httpd.shutdown()
+
+
+@pytest.mark.parametrize("name", [name for name in FIRST if name != "mrpc"])
+def test_missing_task_is_downloaded_once_and_read(name, server):
+    www, into = server
+    folder = TASKS[name].folder
+    (www / download.ARCHIVES[folder]).write_bytes(archive(folder))
+    assert load_task(name)[1].labels == FIRST[name][1]
+    (www / download.ARCHIVES[folder]).unlink()
+    assert load_task(name)[1].labels == FIRST[name][1]  # from disk this time
+    assert [p.name for p in into.iterdir()] == [folder] and set(LAYOUT[folder]) == {p.name for p in (into / folder).iterdir()}
+
+
+def test_mrpc_is_split_by_dev_ids_as_glue_does(server):
+    www, into = server
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+    rows = ["1\t7\t8\tA \"b\tB a\n", "0\t9\t10\tC\tD\n", "1\t3\t4\tE\tF\n"]
+    (www / "msr_paraphrase_train.txt").write_text(header + "".join(rows))
+    (www / "mrpc_dev_ids.tsv").write_text("9\t10\n")
+    _, train, (dev,) = load_task("mrpc")
+    assert train.texts == [('A "b', "B a"), ("E", "F")] and dev.texts == [("C", "D")] and dev.labels == [0]
+
+
+def bad_crc():
+    content = bytearray(archive("CoLA"))
+    at = content.index(b"CoLA/train.tsv") + len("CoLA/train.tsv") + 4
+    content[at] ^= 0xFF  # inside the compressed data
+    return bytes(content)
+
+
+@pytest.mark.parametrize("content,words", [
+    (None, "download failed .*404.*put the files in place by hand"), ("cut", "the download broke off after .* of .* bytes; run the command again"),
+    (b"this is no archive", "CoLA.zip: not a sound zip archive"), (bad_crc(), "CoLA.zip: not a sound zip archive"), (archive("CoLA")[:-30], "not a sound zip archive"),
+    (archive("CoLA", [("CoLA/../../evil.tsv", "x")]), "'CoLA/../../evil.tsv' points outside the archive"),
+    (archive("CoLA", [("/tmp/evil.tsv", "x")]), "points outside the archive"), (archive("RTE"), "holds no CoLA/train.tsv")])
+def test_bad_archive_leaves_nothing_behind(server, content, words):
+    www, into = server
+    if content == "cut":
+        (www / "cut").touch()
+        content = archive("CoLA")
+    if content is not None:
+        (www / "CoLA.zip").write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        load_task("cola")
+    assert list(into.iterdir()) == [] and not list(into.parent.rglob("evil.tsv"))
+
+
+def test_archive_that_unpacks_to_too_much_is_refused(server, monkeypatch):
+    www, into = server
+    (www / "CoLA.zip").write_bytes(archive("CoLA", [("CoLA/test.tsv", "0" * 100_000)]))
+    monkeypatch.setattr(download, "LIMIT", 50_000)
+    with pytest.raises(InputError, match="unpacks to more than"):
+        load_task("cola")
+    assert list(into.iterdir()) == []
+
+
+def test_unreachable_server_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "GLUE_URL", "http://127.0.0.1:9/")
+    with pytest.raises(InputError, match="download failed .*check the connection"):
+        download.download_task("RTE", tmp_path)
+
+
+def test_model_folder_or_hub_name(tmp_path, monkeypatch):
+    assert download.model_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(InputError, match="no such folder"):
+        download.model_folder("./nowhere")
+    import huggingface_hub
+
+    def offline(*args, **kw):
+        raise ConnectionError("no route\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(InputError) as e:
+        download.model_folder("roberta-base")
+    assert "--model roberta-base" in str(e.value) and "no route" in str(e.value) and "\n" not in str(e.value)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path / name))
+    assert download.model_folder("roberta-base") == tmp_path / "roberta-base"
+
+
+# ---- scores
+
+
+@pytest.mark.parametrize("case", json.loads((FIXTURES / "metrics.json").read_text()), ids=lambda c: f"{len(c['label'])}rows")
+def test_scores_are_those_of_scikit_learn_and_scipy(case):
+    for name in set(case) - {"label", "prediction"}:
+        assert getattr(metrics, name)(case["label"], case["prediction"]) == pytest.approx(case[name], abs=1e-12, rel=1e-12), name
+
+
+def test_degenerate_scores_are_zero():
+    assert metrics.matthews_correlation([0, 1, 1], [1, 1, 1]) == 0 and metrics.matthews_correlation([1, 1], [1, 1]) == 0
+    assert metrics.f1([0, 0], [0, 0]) == 0
+    assert metrics.pearson([1, 2, 3], [2, 2, 2]) == 0 and metrics.spearmanr([1, 1], [1, 2]) == 0 and metrics.pearson([1.0], [2.0]) == 0
+
+
+def test_ties_share_the_mean_of_their_ranks():
+    assert metrics.average_ranks([3, 1, 3, 3, 2]).tolist() == [4, 1, 4, 4, 2]
+
+
+def test_score_has_the_metrics_of_the_task():
+    logits = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 3.0]])
+    assert score(TASKS["mrpc"], [0, 1, 0], logits) == pytest.approx(dict(accuracy=2 / 3, f1=2 / 3, matthews_correlation=0.5))
+    assert set(score(TASKS["mnli"], [0, 1, 2], np.eye(3))) == {"accuracy", "matthews_correlation"}
+    assert score(TASKS["stsb"], [1.0, 2, 4], np.array([[1.0], [3], [2]])) == pytest.approx(dict(pearson=0.327326835, spearmanr=0.5))
+
+
+# ---- tokens and batches
+
+
+def test_tokens_have_special_tokens_pairs_and_truncation():
+    tokenizer = load_tokenizer(HERE / "demo" / "model")
+    (single, _), (pair, _) = tokenize(tokenizer, [("Mary slept.",), ("Mary slept.", "John fell.")], 64, 10_000)
+    assert single[0] == 0 and single[-1] == 2 and pair[:len(single)] == single and pair[len(single)] == 2  # <s> A </s></s> B </s>
+    long = tokenize(tokenizer, [("Mary slept. " * 50, "John fell.")], 20, 10_000)[0][0]
+    assert len(long) == 20 and long[-len(pair) + len(single):] == pair[len(single):]  # the longer sentence was cut, the shorter one is whole
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused():
+    with pytest.raises(InputError, match="vocab_size is 10: they do not belong together"):
+        tokenize(load_tokenizer(HERE / "demo" / "model"), [("Mary slept.",)], 64, 10)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff\xfe"])
+def test_bad_tokenizer_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(InputError, match="tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_every_row_is_in_one_batch_and_little_is_padding():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(4, 60, 1000)
+    one, two = (batch_order(lengths, 32, np.random.default_rng([7, epoch])) for epoch in (0, 1))
+    assert sorted(i for batch in one for i in batch) == list(range(1000)) and len(one) == 32
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in one)
+    assert padded < 1.12 * lengths.sum()
+    assert {frozenset(b) for b in one} != {frozenset(b) for b in two}  # batches mix from epoch to epoch
+    assert one == batch_order(lengths, 32, np.random.default_rng([7, 0]))
+    tops = [max(lengths[i] for i in batch) for batch in one]
+    assert tops != sorted(tops)  # and come in random order
+
+
+def test_collate_pads_and_masks_only_what_needs_it():
+    ids, mask, types = collate([([5, 6, 7], [0, 0, 1]), ([8], [0])], pad_id=1, device="cpu")
+    assert ids.tolist() == [[5, 6, 7], [8, 1, 1]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]] and types.tolist() == [[0, 0, 1], [0, 0, 0]]
+    assert collate([([5], [0]), ([6], [0])], 1, "cpu")[1] is None
+
+
+# ---- the demo
+
+
+def test_demo_data_is_what_its_script_makes():
+    for name, text in make_data().items():
+        assert hashlib.sha256(text.encode()).digest() == hashlib.sha256((HERE / "demo" / name).read_bytes()).digest(), name
+
+
+def test_demo_is_small_balanced_and_has_no_dev_sentence_in_train():
+    assert sum(p.stat().st_size for p in (HERE / "demo").rglob("*") if p.is_file()) < 4 << 20
+    _, train, (dev,) = load_task("demo")
+    assert len(dev.labels) == 1000 and 0.5 < np.mean(dev.labels) < 0.7 and not set(train.texts) & set(dev.texts)

@@ -1,0 +1,294 @@
+"""The command line, from flags to files. Most runs here are a few steps of the demo; one is the demo as a user sees it."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_glue
+from data import InputError, metrics
+from data.glue import HERE, load_task
+from model import load_encoder
+from salora import load, ranks
+
+ROOT = Path(train_glue.__file__).parent
+SHORT = ["--limit-train", "200", "--limit-dev", "90", "--epochs", "2", "--log-every", "1", "--threads", "1"]
+
+
+def run(out, *flags):
+    train_glue.main([*SHORT, "--out", str(out), *map(str, flags)])
+    return json.loads((out / "result.json").read_text())
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def predictions(out):
+    lines = (out / "predictions.tsv").read_text().splitlines()
+    return lines[0].split("\t"), [line.split("\t") for line in lines[1:]]
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    out = tmp_path_factory.mktemp("short") / "run"
+    return out, run(out)
+
+
+# ---- the demo as a user sees it
+
+
+def test_demo_is_learned_through_the_adapter(tmp_path):
+    text = subprocess.run([sys.executable, ROOT / "train_glue.py", "--out", tmp_path / "salora"], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    salora = json.loads((tmp_path / "salora" / "result.json").read_text())
+    train_glue.main(["--method", "head", "--out", str(tmp_path / "head"), "--epochs", "3"])
+    head = json.loads((tmp_path / "head" / "result.json").read_text())
+    assert salora["score"] > 0.85 and salora["score"] > head["score"] + 0.3  # a majority vote scores 0
+    assert 0.49 < salora["kept_density"] <= 0.5 and salora["density"] == pytest.approx(0.5, abs=0.05)
+    assert max(salora["ranks"].values()) - min(salora["ranks"].values()) >= 5  # visibly uneven
+    for words in ("on 1000 dev rows", "budget 0.5", "adapter parameters (", "W^Q", "W^D", "adapter/", "next: "):
+        assert words in text, words
+
+
+# ---- files of a run
+
+
+def test_result_has_every_field(short):
+    out, result = short
+    assert {"task", "model", "method", "seed", "metric", "score", "metrics", "best_score", "trainable_params", "kept_params", "head_params", "budget",
+            "density", "kept_density", "ranks", "steps", "seconds", "examples_per_second", "peak_memory_mb", "settings"} <= set(result)
+    assert (result["task"], result["method"], result["seed"], result["metric"], result["steps"]) == ("demo", "salora", 0, "matthews_correlation", 14)
+    d, inner, layers = 128, 512, 4
+    assert result["trainable_params"] == 8 * layers * (4 * 2 * d + 2 * (d + inner)) and result["head_params"] == d * d + d + 2 * d + 2
+    table = result["ranks"]
+    assert len(table) == 24 and result["kept_params"] == sum(r * (d + inner if path.endswith(("intermediate.dense", "r.%d.output.dense" % int(path.split(".")[3])))
+                                                                  else 2 * d) for path, r in table.items())
+    assert result["kept_density"] == result["kept_params"] / result["trainable_params"] <= 0.5
+    assert result["best_score"] >= result["score"] == result["metrics"]["matthews_correlation"]
+    assert set(vars(train_glue.parse_args([]))) - {"out", "resume", "overwrite", "seeds"} <= set(result["settings"])
+
+
+def test_log_has_every_field_and_the_method_shows_in_it(short):
+    lines = log(short[0])
+    assert [line["step"] for line in lines] == list(range(14))
+    assert all({"step", "epoch", "loss", "task_loss", "lr", "density", "lambda", "orth_a", "orth_b", "tokens_per_second"} == set(line) for line in lines)
+    assert lines[0]["density"] == pytest.approx(11 / 12, abs=1e-6) and lines[-1]["density"] == short[1]["kept_density"]
+    lams = [line["lambda"] for line in lines]
+    assert lams[0] == 0 and lams[-1] > 0 and lams == sorted(lams)
+    assert lines[0]["orth_b"] == pytest.approx(8, abs=0.1)  # B starts at zero: |0 - I|^2 = r
+    assert all(line["loss"] > line["task_loss"] for line in lines)
+    peak = max(line["lr"] for line in lines)
+    assert peak == 3e-3 and lines[-1]["lr"] == pytest.approx(3e-3 / 13) and lines[-1]["epoch"] == 2
+
+
+def test_predictions_are_the_dev_rows_in_file_order_and_give_the_score(short):
+    out, result = short
+    header, rows = predictions(out)
+    assert header == ["index", "label", "prediction", "logit_0", "logit_1"]
+    assert [int(r[0]) for r in rows] == list(range(90)) and [int(r[1]) for r in rows] == load_task("demo", limit_dev=90)[2][0].labels
+    assert all(int(r[2]) == (float(r[4]) > float(r[3])) for r in rows)
+    assert metrics.matthews_correlation([int(r[1]) for r in rows], [int(r[2]) for r in rows]) == pytest.approx(result["score"], abs=1e-12)
+
+
+def test_adapter_folder_gives_the_predictions_of_the_run(short):
+    out, result = short
+    model = load(load_encoder(HERE / "demo" / "model", 2), out / "adapter").eval()
+    args = train_glue.parse_args([])
+    tokenizer = train_glue.load_tokenizer(args.model)
+    rows = train_glue.tokenize(tokenizer, load_task("demo", limit_dev=90)[2][0].texts, 64, 10_000)
+    logits = train_glue.evaluate(model, rows, 1, "cpu")
+    assert np.allclose(logits, [[float(x) for x in r[3:]] for r in predictions(out)[1]], atol=1e-5)
+    assert ranks(model) == {path: r for path, r in result["ranks"].items() if r}
+
+
+# ---- methods, tasks, flags
+
+
+def test_lora_keeps_everything_and_has_no_gates(tmp_path):
+    result = run(tmp_path / "r", "--method", "lora")
+    assert set(result["ranks"].values()) == {8} and result["kept_params"] == result["trainable_params"] and result["kept_density"] == 1
+    lines = log(tmp_path / "r")
+    assert {line["lambda"] for line in lines} == {0} and {line["density"] for line in lines} == {1}
+    assert all(line["loss"] == line["task_loss"] for line in lines) and (tmp_path / "r" / "adapter").is_dir()
+
+
+def test_full_fine_tuning_trains_every_weight(tmp_path):
+    result = run(tmp_path / "r", "--method", "ft")
+    model = load_encoder(HERE / "demo" / "model", 2)
+    assert result["trainable_params"] + result["head_params"] == sum(p.numel() for p in model.parameters())
+    assert result["ranks"] == {} and not (tmp_path / "r" / "adapter").exists() and result["density"] is None
+
+
+def test_paper_recipe_is_the_letter_and_flags_override_it(tmp_path):
+    names = ("orth_reduction", "selection", "fold_gates", "gate_lr")
+    paper = vars(train_glue.parse_args(["--recipe", "paper"]))
+    assert [paper[n] for n in names] == ["sum", "paper", True, 0.01]
+    mixed = vars(train_glue.parse_args(["--recipe", "paper", "--no-fold-gates", "--selection", "budget"]))
+    assert [mixed[n] for n in names] == ["sum", "budget", False, 0.01]
+    plain = vars(train_glue.parse_args([]))
+    assert [plain[n] for n in names] == ["mean", "budget", False, None]
+    assert vars(train_glue.parse_args(["--penalty", "0.1"]))["selection"] == "paper"  # no budget is steered to
+    result = run(tmp_path / "r", "--recipe", "paper")
+    assert result["settings"]["gate_lr"] == 0.01 and log(tmp_path / "r")[0]["loss"] > log(tmp_path / "r")[0]["task_loss"] + 0.1 * 8 * 24 * 0.9
+
+
+def test_gate_learning_rate_follows_the_length_of_the_window(tmp_path):
+    result = run(tmp_path / "r", "--window", "0", "1", "--epochs", "14.2")  # 100 steps
+    assert result["steps"] == 100 and result["settings"]["gate_lr"] == pytest.approx(0.16)
+
+
+def test_regression_task(tmp_path):
+    folder = tmp_path / "numbers"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, n in (("train.tsv", 64), ("dev.tsv", 20)):
+        rows = [f"Mary saw {'dogs ' * k}.\tJohn slept.\t{k}.5\n" for k in rng.integers(1, 6, n)]
+        (folder / name).write_text("sentence1\tsentence2\tscore\n" + "".join(rows))
+    result = run(tmp_path / "r", "--task", folder, "--model", HERE / "demo" / "model", "--epochs", "10", "--lr", "3e-3")
+    header, rows = predictions(tmp_path / "r")
+    assert header == ["index", "label", "prediction", "logit_0"] and all(r[2] == r[3] for r in rows)
+    assert result["metric"] == "pearson" and result["score"] > 0.5 and set(result["metrics"]) == {"pearson", "spearmanr"}
+
+
+def test_targets_and_rank_choose_what_is_adapted(tmp_path):
+    result = run(tmp_path / "r", "--targets", "v", "d", "--r", "3", "--budget", "1", "--max-steps", "5")
+    assert result["steps"] == 5 and len(result["ranks"]) == 8 and set(result["ranks"].values()) == {3}
+    assert all(path.endswith((".attention.self.value", ".output.dense")) for path in result["ranks"])
+
+
+def test_accumulated_small_batches_equal_one_large_batch(tmp_path, monkeypatch):
+    """4 x 8 rows are 1 x 32 rows, gates drawn once a step. Dropout off: its noise depends on the shapes."""
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, *_: x)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, mask, dropout_p: sdpa(q, k, v, mask))
+    run(tmp_path / "one", "--batch-size", "32")
+    run(tmp_path / "four", "--batch-size", "8", "--accumulate", "4")
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "four")):
+        for key in ("loss", "task_loss", "density", "lambda", "orth_b"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (a["step"], key)
+
+
+def test_checkpointed_activations_change_memory_and_not_numbers(tmp_path, short):
+    run(tmp_path / "r", "--checkpoint-activations", "--max-steps", "4")
+    for a, b in zip(log(tmp_path / "r")[:1], log(short[0])[:1]):
+        assert a["task_loss"] == pytest.approx(b["task_loss"], rel=1e-5)
+
+
+def test_bfloat16_base_leaves_adapter_and_gates_in_float32(tmp_path):
+    run(tmp_path / "r", "--dtype", "bfloat16")
+    state = load_file(tmp_path / "r" / "checkpoint" / "state.safetensors")
+    assert {t.dtype for name, t in state.items() if name.startswith("param.")} == {torch.float32}
+    assert log(tmp_path / "r")[0]["task_loss"] == pytest.approx(math.log(2), abs=0.1)
+
+
+# ---- seeds, repeating, resuming, overwriting
+
+
+def test_same_seed_same_bytes_other_seed_other_numbers(tmp_path, short):
+    run(tmp_path / "again")
+    run(tmp_path / "other", "--seed", "1")
+    for name in ("predictions.tsv", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (short[0] / name).read_bytes()
+    assert predictions(tmp_path / "other") != predictions(short[0])
+
+
+def test_seeds_have_a_folder_each_and_a_summary(tmp_path, short, capsys):
+    train_glue.main([*SHORT, "--out", str(tmp_path / "s"), "--seeds", "0", "3"])
+    summary = json.loads((tmp_path / "s" / "summary.json").read_text())
+    scores = [json.loads((tmp_path / "s" / f"seed{i}" / "result.json").read_text())["score"] for i in (0, 3)]
+    assert summary["scores"] == scores and scores[0] == short[1]["score"]
+    assert summary["mean"] == pytest.approx(np.mean(scores)) and summary["std"] == pytest.approx(np.std(scores, ddof=1))
+    assert "±" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["salora", "lora", "ft"])
+@pytest.mark.parametrize("stop", [1, 2])
+def test_resumed_run_ends_in_the_same_bytes(tmp_path, method, stop, monkeypatch):
+    """Stopped after epoch 1 of 3 (in the window) or 2 (after it)."""
+    flags = ["--epochs", "3", "--method", method]
+    run(tmp_path / "whole", *flags)
+    evaluate, calls = train_glue.evaluate, []
+
+    def die(*args):
+        calls.append(0)
+        if len(calls) > stop:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(train_glue, "evaluate", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", *flags)
+    monkeypatch.setattr(train_glue, "evaluate", evaluate)
+    assert not (tmp_path / "cut" / "result.json").exists()
+    result = run(tmp_path / "cut", *flags, "--resume")
+    names = ["predictions.tsv", "checkpoint/state.safetensors"] + ["adapter/adapter_model.safetensors"] * (method != "ft")
+    for name in names:
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    strip = [[{k: v for k, v in line.items() if k != "tokens_per_second"} for line in log(tmp_path / run)] for run in ("whole", "cut")]
+    assert strip[0] == strip[1] and len(result["history"]) == 3
+
+
+def test_resume_refuses_other_flags_and_knows_a_finished_run(tmp_path, short, capsys):
+    run(tmp_path / "r", "--max-steps", "3")
+    (tmp_path / "r" / "result.json").unlink()
+    with pytest.raises(InputError, match="--resume: --budget is 0.25, but .* was written with 0.5"):
+        run(tmp_path / "r", "--max-steps", "3", "--budget", "0.25", "--resume")
+    run(short[0], "--resume")
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_finished_run_is_not_overwritten_unasked(tmp_path, short):
+    before = (short[0] / "result.json").read_bytes()
+    with pytest.raises(InputError, match="holds a finished run: give another folder, or --overwrite"):
+        run(short[0], "--max-steps", "2")
+    assert (short[0] / "result.json").read_bytes() == before
+
+
+def test_default_folders_do_not_collide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        train_glue.main([*SHORT, "--max-steps", "4"])
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["demo-salora", "demo-salora-2"]
+
+
+# ---- bad input: one line, exit status 2, nothing written
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--task", "colla"], "--task is 'colla', expected one of cola, sst2"), (["--method", "loha"], "invalid choice: 'loha' (choose from"),
+    (["--targets", "q", "x"], "argument --targets: invalid choice: 'x'"), (["--budget", "0"], "--budget is 0.0, expected a share in (0, 1]"),
+    (["--budget", "1.5"], "--budget is 1.5"), (["--budget", "nan"], "--budget is nan"), (["--window", "0.5", "0.2"], "--window is 0.5 0.2"),
+    (["--window", "-1", "0.5"], "--window is -1.0 0.5"), (["--r", "0"], "--r is 0, expected at least 1"), (["--r", "129"], "--r 129: r is 129, but roberta.encoder"),
+    (["--lr", "-1"], "--lr is -1.0"), (["--epochs", "inf"], "--epochs is inf"), (["--batch-size", "0"], "--batch-size is 0"), (["--seeds", "1", "1"], "--seeds is [1, 1]"),
+    (["--device", "tpu"], "--device is 'tpu'"), (["--device", "cuda:99"], "--device is cuda:99"), (["--max-length", "999"], "--max-length is 999, but"),
+    (["--window", "0.5", "0.51", "--max-steps", "3"], "holds none of the 3 steps"), (["--resume"], "--resume is given without --out"),
+    (["--model", "./nowhere"], "--model ./nowhere: no such folder"), (["--task", "cola", "--data", "."], "CoLA/train.tsv: not found"),
+    (["--method", "ft", "--dtype", "bfloat16"], "--dtype is bfloat16"), (["--nonsense"], "unrecognized arguments: --nonsense")])
+def test_bad_flags_end_in_one_line_and_status_2(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        train_glue.command(flags)
+    captured = capsys.readouterr()
+    assert e.value.code == 2 and words in captured.err and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+    assert not list(tmp_path.rglob("*.json*"))
+
+
+def test_bad_input_from_the_shell_has_no_traceback(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train_glue.py", "--budget", "2", "--out", tmp_path / "r"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: --budget is 2.0, expected a share in (0, 1]\n" and not (tmp_path / "r").exists()
+
+
+def test_every_flag_has_a_help_sentence_and_the_names_of_the_design(capsys):
+    with pytest.raises(SystemExit):
+        train_glue.parse_args(["--help"])
+    text = capsys.readouterr().out
+    for flag in ("task model data method r alpha budget beta orth-reduction gate-lr window selection fold-gates recipe targets epochs max-steps batch-size "
+                 "accumulate lr warmup weight-decay max-length seed seeds device dtype threads compile checkpoint-activations out resume overwrite "
+                 "limit-train limit-dev").split():
+        assert f"--{flag}" in text
