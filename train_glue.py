@@ -239,6 +239,8 @@ def train(args, seed, out):
 
     torch.manual_seed(seed)
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     model = load_encoder(folder, task.num_labels, getattr(torch, args.dtype)).to(device)
     model.checkpoint_activations = args.checkpoint_activations
     salora = None
@@ -268,7 +270,7 @@ def train(args, seed, out):
     print("settings: " + " ".join(f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in settings.items()))
     print(f"{args.method} on {args.task}: {len(tokens)} training rows, {steps} steps; {trainable:,} parameters to train and {head_params:,} in the head")
 
-    # ---- go on where a run was stopped
+    # ---- the folder; go on where a run was stopped
     step, history, seconds, log_file = 0, [], 0.0, out / "log.jsonl"
     if args.resume and (out / "checkpoint").is_dir():
         progress = load_checkpoint(out / "checkpoint", optimizer, salora, device)
@@ -281,6 +283,9 @@ def train(args, seed, out):
         write_text(log_file, "".join(line for line in lines if json.loads(line)["step"] < step))
         print(f"resumed at step {step} of {steps}")
     else:
+        if args.resume or (out / "checkpoint").is_dir():
+            print(f"{out}: " + ("holds no checkpoint to resume from" if args.resume else "holds a run that did not finish (see --resume)") + ", starting at step 0")
+        clear_folder(out)
         log_file.write_text("")
 
     # ---- the loop
@@ -365,7 +370,7 @@ def train(args, seed, out):
     if salora:
         modules = ["classifier"] if config.model_type == "roberta" else ["classifier", "pooler"]
         sl.save(model, out / "adapter", modules, base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
-    memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     kept = salora.kept_params() if salora else trainable
     gated = args.method == "salora"
     result = dict(
@@ -392,6 +397,18 @@ def report(args, result, out):
     print(f"\n{out}/: result.json, log.jsonl (a line per {args.log_every} steps), predictions.tsv" + ", adapter/ (loads in PEFT)" * bool(result["ranks"]))
 
 
+def clear_folder(out):
+    """Makes the folder of a run, without the files of an earlier run."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("result.json", "log.jsonl", "predictions.tsv", "predictions_mismatched.tsv"):
+            (out / name).unlink(missing_ok=True)
+        for name in ("adapter", "checkpoint"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    except OSError as e:
+        raise InputError(f"--out {out}: cannot be written ({e.strerror})") from None
+
+
 def free_folder(stem):
     """stem, or stem-2, stem-3 .. if it is taken."""
     number = 1
@@ -416,11 +433,6 @@ def main(argv=None):
             continue
         if finished.exists() and not args.overwrite:
             raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise InputError(f"--out {out}: cannot be made ({e.strerror})") from None
-        finished.unlink(missing_ok=True)
         results.append(train(args, seed, out))
         report(args, results[-1], out)
     if args.seeds is not None:

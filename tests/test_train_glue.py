@@ -276,7 +276,7 @@ def test_bad_flags_end_in_one_line_and_status_2(flags, words, tmp_path, monkeypa
         train_glue.command(flags)
     captured = capsys.readouterr()
     assert e.value.code == 2 and words in captured.err and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
-    assert not list(tmp_path.rglob("*.json*"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_input_from_the_shell_has_no_traceback(tmp_path):
