@@ -101,9 +101,12 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, "paper" if name == "selection" and args.penalty is not None else value)
     demo = args.task == "demo"
-    args.model = args.model or (str(HERE / "demo" / "model") if demo else "roberta-base")
-    args.lr = args.lr or {(False, False): 3e-4, (False, True): 3e-5, (True, False): 3e-3, (True, True): 5e-4}[demo, args.method == "ft"]
-    args.alpha = args.alpha or float(args.r)
+    if args.model is None:
+        args.model = str(HERE / "demo" / "model") if demo else "roberta-base"
+    if args.lr is None:
+        args.lr = (5e-4 if demo else 3e-5) if args.method == "ft" else (3e-3 if demo else 3e-4)
+    if args.alpha is None:
+        args.alpha = float(args.r)
     check(args)
     return args
 
@@ -115,10 +118,11 @@ def check(args):
             raise InputError(f"{flag} is {found}, expected {expected}")
 
     need(args.task in TASKS or Path(args.task).is_dir(), "--task", repr(args.task), f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv")
+    need(args.task in TASKS or args.data is None, "--data", repr(args.data), "nothing when --task is itself the folder with the data")
     need(0 < args.budget <= 1, "--budget", args.budget, "a share in (0, 1]")
     start, end = args.window
     need(0 <= start < end <= 1, "--window", f"{start} {end}", "two fractions of the run, 0 <= START < END <= 1")
-    for name, least in dict(r=1, batch_size=1, accumulate=1, max_length=4, log_every=1, limit_train=1, limit_dev=1, max_steps=1, threads=1, seed=0).items():
+    for name, least in dict(r=1, batch_size=1, accumulate=1, max_length=8, log_every=1, limit_train=1, limit_dev=1, max_steps=1, threads=1, seed=0).items():
         value = getattr(args, name)
         need(value is None or value >= least, "--" + name.replace("_", "-"), value, f"at least {least}")
     for name in ("lr", "gate_lr", "alpha", "epochs"):
@@ -171,7 +175,7 @@ def evaluate(model, rows, pad_id, device, batch_size=128):
     return logits.numpy()
 
 
-def save_checkpoint(folder, optimizer, salora, progress):
+def save_checkpoint(folder, optimizer, salora, device, progress):
     """Everything a run needs to go on, as safetensors and JSON: nothing in it is code."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = {f"param.{i}": p.detach() for i, p in enumerate(trained)}
@@ -181,8 +185,8 @@ def save_checkpoint(folder, optimizer, salora, progress):
     if salora:
         tensors["gate_rng"] = salora.generator.get_state()
         progress |= dict(pruned=salora.pruned, final_density=salora.final_density)
-    if torch.cuda.is_available():
-        tensors["cuda_rng"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        tensors["cuda_rng"] = torch.cuda.get_rng_state(device)
     beside = folder.with_name("checkpoint.new")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
@@ -207,8 +211,8 @@ def load_checkpoint(folder, optimizer, salora, device):
     if salora:
         salora.generator.set_state(tensors["gate_rng"])
         salora.pruned, salora.final_density = progress["pruned"], progress["final_density"]
-    if "cuda_rng" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda_rng"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["cuda_rng"], device)
     return progress
 
 
@@ -357,7 +361,7 @@ def train(args, seed, out):
                 scores |= {f"{k}_mismatched": v for k, v in score(task, dev_sets[1].labels, logits[1]).items()}
             history.append(dict(step=step, epoch=round(step / epoch_steps, 4), **scores))
             print(f"{chr(13) * sys.stdout.isatty()}epoch {step / epoch_steps:.4g}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True)
-            save_checkpoint(out / "checkpoint", optimizer, salora, dict(step=step, history=history, seconds=seconds, settings=settings))
+            save_checkpoint(out / "checkpoint", optimizer, salora, device, dict(step=step, history=history, seconds=seconds, settings=settings))
             log_start = time.time()
 
     # ---- results; result.json comes last: with it the run counts as finished

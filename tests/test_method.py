@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -557,3 +558,8 @@ def test_works_on_an_encoder_end_to_end():
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5]), losses[::9]
     assert salora.kept_params() <= 0.5 * salora.initial_params and len(set(ranks(model).values())) > 1
     assert isinstance(model.roberta.encoder.layer[0].output.dense, SaLoRALinear)
+
+
+def test_readme_shows_the_same_usage_example():
+    readme = (Path(sl.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert readme.split("```python\n")[1].split("```")[0].strip() == textwrap.dedent(sl.__doc__.split("know of it:\n")[1]).strip()
