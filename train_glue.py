@@ -196,11 +196,15 @@ def save_checkpoint(folder, optimizer, salora, device, progress):
     os.replace(beside, folder)
 
 
-def load_checkpoint(folder, optimizer, salora, device):
+def load_checkpoint(folder, optimizer, salora, device, settings):
     """The inverse; returns the progress. Pruned tensors come in the shapes they were saved in."""
+    progress = json.loads((folder / "progress.json").read_text())
+    for name, value in settings.items():
+        found = progress["settings"].get(name)
+        if found != value and name not in ("log_every", "threads"):
+            raise InputError(f"--resume: --{name.replace('_', '-')} is {value}, but {folder} was written with {found}: give the run's own flags")
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = load_file(folder / "state.safetensors")
-    progress = json.loads((folder / "progress.json").read_text())
     for i, p in enumerate(trained):
         p.data = tensors[f"param.{i}"].to(device)
     for name, value in tensors.items():
@@ -217,42 +221,45 @@ def load_checkpoint(folder, optimizer, salora, device):
 
 
 def train(args, seed, out):
-    """One seed: trains, writes the files of DESIGN into `out`, returns what is in result.json."""
+    """One run: trains with one seed, writes its files into `out`, returns what is in result.json."""
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "overwrite", "seeds")} | dict(seed=seed)
 
-    # ---- data and model
+    # ---- data
     task, train_rows, dev_sets = load_task(args.task, args.data, args.limit_train, args.limit_dev)
     folder = model_folder(args.model)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
-    max_length = args.max_length or min(128, config.max_length)
+    max_length = min(128, config.max_length) if args.max_length is None else args.max_length
     if max_length > config.max_length:
         raise InputError(f"--max-length is {max_length}, but {args.model} has positions for {config.max_length} tokens")
     tokens = tokenize(tokenizer, train_rows.texts, max_length, config.vocab_size)
     dev_tokens = [tokenize(tokenizer, rows.texts, max_length, config.vocab_size) for rows in dev_sets]
     lengths, pad_id = [len(ids) for ids, _ in tokens], config.pad_token_id
 
+    # ---- how long it takes; the gates' learning rate, with which log theta can travel several units within the window
+    epochs = task.epochs if args.epochs is None else args.epochs
     rows_per_step = args.batch_size * args.accumulate
     epoch_steps = math.ceil(len(tokens) / rows_per_step)
-    steps = min(math.ceil((args.epochs or task.epochs) * epoch_steps), args.max_steps or math.inf)
+    steps = min(math.ceil(epochs * epoch_steps), args.max_steps or math.inf)
     window_steps = sum(args.window[0] <= step / steps < args.window[1] for step in range(steps))
     if args.method == "salora" and not window_steps:
         raise InputError(f"--window {args.window[0]} {args.window[1]} holds none of the {steps} steps: widen it or train longer")
-    # log theta has to travel several units inside the window, however short that is
-    gate_lr = args.gate_lr or min(max(0.01, 16 / max(window_steps, 1)), 0.2)
-    settings |= dict(epochs=args.epochs or task.epochs, gate_lr=gate_lr, max_length=max_length)
+    gate_lr = min(max(0.01, 16 / max(window_steps, 1)), 0.2) if args.gate_lr is None else args.gate_lr
+    settings |= dict(epochs=epochs, gate_lr=gate_lr, max_length=max_length)
 
+    # ---- model, method, optimiser
     torch.manual_seed(seed)
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model = load_encoder(folder, task.num_labels, getattr(torch, args.dtype)).to(device)
     model.checkpoint_activations = args.checkpoint_activations
-    salora = None
+    salora, gated = None, args.method == "salora"
     if args.method in ("salora", "lora"):
         try:
-            salora = sl.SaLoRA(model, model.target_paths(args.targets), args.r, args.alpha, args.budget,
-                               args.beta if args.method == "salora" else 0.0, args.window if args.method == "salora" else None,
-                               args.orth_reduction, args.selection, args.fold_gates, args.penalty, seed)
+            salora = sl.SaLoRA(
+                model, model.target_paths(args.targets), r=args.r, alpha=args.alpha, budget=args.budget,
+                beta=args.beta if gated else 0.0, window=args.window if gated else None,  # LoRA is SaLoRA without gates and R_orth
+                orth_reduction=args.orth_reduction, selection=args.selection, fold_gates=args.fold_gates, penalty=args.penalty, seed=seed)
         except ValueError as e:
             raise InputError(f"--r {args.r}: {e}") from None
     if args.method == "head":
@@ -261,8 +268,7 @@ def train(args, seed, out):
         for module in model.head:
             module.float().requires_grad_(True)
     head_params = sum(p.numel() for module in model.head for p in module.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) - head_params
-
+    trainable_params = sum(p.numel() for p in model.parameters() if p.requires_grad) - head_params
     if salora:
         groups = salora.param_groups(args.lr, gate_lr, args.weight_decay)
     else:
@@ -270,135 +276,154 @@ def train(args, seed, out):
     optimizer = torch.optim.AdamW(groups)
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
-
     print("settings: " + " ".join(f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in settings.items()))
-    print(f"{args.method} on {args.task}: {len(tokens)} training rows, {steps} steps; {trainable:,} parameters to train and {head_params:,} in the head")
+    print(f"{args.method} on {args.task}: {len(tokens)} training rows, {steps} steps; "
+          f"{trainable_params:,} parameters to train and {head_params:,} in the head")
 
-    # ---- the folder; go on where a run was stopped
+    # ---- the folder: go on where a run was stopped, or start anew
     step, history, seconds, log_file = 0, [], 0.0, out / "log.jsonl"
     if args.resume and (out / "checkpoint").is_dir():
-        progress = load_checkpoint(out / "checkpoint", optimizer, salora, device)
-        changed = [k for k, v in settings.items() if progress["settings"].get(k) != v and k not in ("log_every", "threads")]
-        if changed:
-            raise InputError(f"--resume: --{changed[0].replace('_', '-')} is {settings[changed[0]]}, but {out}/checkpoint was written with "
-                             f"{progress['settings'].get(changed[0])}: give the run's own flags")
+        progress = load_checkpoint(out / "checkpoint", optimizer, salora, device, settings)
         step, history, seconds = progress["step"], progress["history"], progress["seconds"]
         lines = log_file.read_text().splitlines(keepends=True)
         write_text(log_file, "".join(line for line in lines if json.loads(line)["step"] < step))
         print(f"resumed at step {step} of {steps}")
     else:
-        if args.resume or (out / "checkpoint").is_dir():
-            print(f"{out}: " + ("holds no checkpoint to resume from" if args.resume else "holds a run that did not finish (see --resume)") + ", starting at step 0")
+        if args.resume:
+            print(f"{out}: no checkpoint to resume from, starting at step 0")
+        elif (out / "checkpoint").is_dir():
+            print(f"{out}: holds a run that did not finish and is replaced (--resume would have gone on with it)")
         clear_folder(out)
         log_file.write_text("")
+
+    def evaluate_dev():
+        logits = [evaluate(model, rows, pad_id, device) for rows in dev_tokens]
+        scores = score(task, dev_sets[0].labels, logits[0])
+        if len(dev_sets) > 1:  # MNLI
+            scores |= {f"{k}_mismatched": v for k, v in score(task, dev_sets[1].labels, logits[1]).items()}
+        return logits, scores
 
     # ---- the loop
     forward = torch.compile(model, dynamic=True) if args.compile else model
     warmup = math.ceil(args.warmup * steps)
-    batches, log_loss, log_task, log_tokens, log_steps, log_start = [], 0.0, 0.0, 0, 0, time.time()
+    batches, logits, scores = None, None, None
+    sums, log_tokens, log_steps, log_start = torch.zeros(2, device=device), 0, 0, time.time()  # sums: loss, task loss since the last line
     model.train()
     while step < steps:
-        if not batches or step % epoch_steps == 0:  # the order of an epoch depends on the seed and its number alone
+        if batches is None or step % epoch_steps == 0:  # the order of an epoch depends on the seed and its number alone
             batches = batch_order(lengths, rows_per_step, np.random.default_rng([seed, step // epoch_steps]))
         batch = batches[step % epoch_steps]
         factor = min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1))
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
-        task_loss = 0.0
         for i in range(0, len(batch), args.batch_size):
             if salora:
                 salora.begin_step(step / steps, optimizer)  # draws the step's gates; at the end of the window it prunes
             part = batch[i:i + args.batch_size]
-            logits = forward(*collate([tokens[j] for j in part], pad_id, device))
-            label = torch.tensor([train_rows.labels[j] for j in part], device=device)
-            loss = F.cross_entropy(logits, label, reduction="sum") if task.labels else F.mse_loss(logits[:, 0], label, reduction="sum")
+            logit = forward(*collate([tokens[j] for j in part], pad_id, device))  # (b, num_labels)
+            label = torch.tensor([train_rows.labels[j] for j in part], device=device)  # (b,)
+            loss = F.cross_entropy(logit, label, reduction="sum") if task.labels else F.mse_loss(logit[:, 0], label, reduction="sum")
             loss = loss / len(batch)
             loss.backward()
-            task_loss += loss.detach()
-        penalty = salora.penalty() if salora else torch.zeros((), device=device)  # beta R_orth + lambda (C - b)^2
-        if penalty.requires_grad:
-            penalty.backward()
+            sums += loss.detach()
+        if gated:
+            penalty = salora.penalty()  # beta R_orth + lambda (C - b)^2
+            if penalty.requires_grad:
+                penalty.backward()
+            sums[0] += penalty.detach()
         optimizer.step()
-        if salora:
+        if gated:
             salora.project()  # lambda >= 0
         optimizer.zero_grad()
 
-        # ---- what the step left: a line in log.jsonl now and then, scores after each epoch, a checkpoint
-        log_loss, log_task, log_steps = log_loss + task_loss + penalty.detach(), log_task + task_loss, log_steps + 1
-        log_tokens += sum(lengths[j] for j in batch)
+        # ---- a line in log.jsonl now and then
+        log_steps, log_tokens = log_steps + 1, log_tokens + sum(lengths[j] for j in batch)
         epoch_end = (step + 1) % epoch_steps == 0 or step + 1 == steps
         if step % args.log_every == 0 or epoch_end:
-            entry = dict(step=step, epoch=round((step + 1) / epoch_steps, 4), loss=float(log_loss) / log_steps, task_loss=float(log_task) / log_steps,
-                         lr=optimizer.param_groups[0]["lr"], density=None, orth_a=None, orth_b=None)
-            entry["lambda"] = None
+            loss, task_loss = (sums / log_steps).tolist()
+            now = time.time()  # after the line above, which waits for the device
+            seconds, speed = seconds + now - log_start, log_tokens / (now - log_start)
+            entry = {"step": step, "epoch": round((step + 1) / epoch_steps, 4), "loss": loss, "task_loss": task_loss,
+                     "lr": optimizer.param_groups[0]["lr"], "density": None, "lambda": None, "orth_a": None, "orth_b": None,
+                     "tokens_per_second": round(speed, 1)}
             if salora:
                 with torch.no_grad():
                     orth_a, orth_b, count = salora.orthogonality()
-                    entry |= {"density": float(salora.density()), "lambda": salora.lam.item(), "orth_a": float(orth_a) / count, "orth_b": float(orth_b) / count}
-            now = time.time()  # after the numbers above: reading them waits for the device
-            seconds += now - log_start
-            entry["tokens_per_second"] = round(log_tokens / (now - log_start), 1)
+                    entry |= {"density": salora.density().item(), "lambda": salora.lam.item(),
+                              "orth_a": orth_a.item() / count, "orth_b": orth_b.item() / count}
             with log_file.open("a") as f:
                 f.write(json.dumps(entry) + "\n")
-            left = seconds / (step + 1) * (steps - step - 1)
-            line = f"step {step + 1}/{steps} loss {entry['task_loss']:.4f}"
-            if args.method == "salora":
-                line += f" density {entry['density']:.3f} lambda {entry['lambda']:.3f}"
-            line += f" {entry['tokens_per_second']:.0f} tokens/s, {int(left) // 60}:{int(left) % 60:02d} left"
+            gates = f" density {entry['density']:.3f} lambda {entry['lambda']:.3f}" if gated else ""
+            left = int(seconds / (step + 1) * (steps - step - 1))
+            line = f"step {step + 1}/{steps} loss {task_loss:.4f}{gates} {speed:.0f} tokens/s, {left // 60}:{left % 60:02d} left"
             if sys.stdout.isatty():
                 print(f"\r{line:<100}", end="", flush=True)
-            elif step * 20 // steps != (step - log_steps) * 20 // steps:
+            elif step * 20 // steps != (step - log_steps) * 20 // steps:  # a file gets 20 lines
                 print(line, flush=True)
-            log_loss, log_task, log_tokens, log_steps, log_start = 0.0, 0.0, 0, 0, time.time()
+            sums.zero_()
+            log_tokens, log_steps, log_start = 0, 0, time.time()
         step += 1
+
+        # ---- scores after each epoch, and a checkpoint
         if epoch_end:
-            if step == steps and salora:
+            if gated and step == steps:
                 salora.begin_step(1.0, optimizer)  # a window that lasts to the end closes here
-            logits = [evaluate(model, rows, pad_id, device) for rows in dev_tokens]
-            scores = score(task, dev_sets[0].labels, logits[0])
-            if len(dev_sets) > 1:  # MNLI
-                scores |= {f"{k}_mismatched": v for k, v in score(task, dev_sets[1].labels, logits[1]).items()}
+            logits, scores = evaluate_dev()
             history.append(dict(step=step, epoch=round(step / epoch_steps, 4), **scores))
-            print(f"{chr(13) * sys.stdout.isatty()}epoch {step / epoch_steps:.4g}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True)
-            save_checkpoint(out / "checkpoint", optimizer, salora, device, dict(step=step, history=history, seconds=seconds, settings=settings))
+            line = f"epoch {step / epoch_steps:.4g}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
+            print(f"\r{line:<100}" if sys.stdout.isatty() else line, flush=True)
+            save_checkpoint(out / "checkpoint", optimizer, salora, device,
+                            dict(step=step, history=history, seconds=seconds, settings=settings))
             log_start = time.time()
 
     # ---- results; result.json comes last: with it the run counts as finished
-    for name, labels, values in zip(("predictions.tsv", "predictions_mismatched.tsv"), [rows.labels for rows in dev_sets], logits):
+    if logits is None:  # stopped between the last step and here
+        logits, scores = evaluate_dev()
+    for name, rows, values in zip(("predictions.tsv", "predictions_mismatched.tsv"), dev_sets, logits):
         lines = ["\t".join(["index", "label", "prediction", *(f"logit_{i}" for i in range(values.shape[1]))])]
-        for i, (label, row) in enumerate(zip(labels, values)):
-            prediction = int(row.argmax()) if task.labels else float(row[0])
-            lines.append("\t".join(map(str, [i, label, prediction, *map(float, row)])))
+        for i, (label, row) in enumerate(zip(rows.labels, values)):
+            prediction = row.argmax() if task.labels else row[0]
+            lines.append("\t".join(map(str, [i, label, prediction, *row])))
         write_text(out / name, "\n".join(lines) + "\n")
     if salora:
-        modules = ["classifier"] if config.model_type == "roberta" else ["classifier", "pooler"]
-        sl.save(model, out / "adapter", modules, base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
-    memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    kept = salora.kept_params() if salora else trainable
-    gated = args.method == "salora"
+        head = ["classifier"] if config.model_type == "roberta" else ["classifier", "pooler"]
+        sl.save(model, out / "adapter", head, base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
+    kept_params = salora.kept_params() if salora else trainable_params
     result = dict(
         task=args.task, model=args.model, method=args.method, seed=seed, metric=task.metric, score=scores[task.metric], metrics=scores,
-        best_score=max(h[task.metric] for h in history), trainable_params=trainable, kept_params=kept, head_params=head_params,
-        budget=args.budget if gated else None, density=salora.final_density if gated else None, kept_density=kept / trainable if trainable else 1.0,
-        ranks=sl.ranks(model), steps=steps, seconds=round(seconds, 2), examples_per_second=round(len(tokens) * steps / epoch_steps / seconds, 1),
-        peak_memory_mb=round(memory, 1), labels=list(task.labels or []), dev_rows=[len(rows.labels) for rows in dev_sets], history=history, settings=settings)
+        best_score=max(h[task.metric] for h in history), trainable_params=trainable_params, kept_params=kept_params,
+        head_params=head_params, budget=args.budget if gated else None, density=salora.final_density if gated else None,
+        kept_density=kept_params / max(trainable_params, 1), ranks=sl.ranks(model), steps=steps, seconds=round(seconds, 2),
+        examples_per_second=round(len(tokens) * steps / epoch_steps / seconds, 1), peak_memory_mb=round(peak_memory_mb(device), 1),
+        labels=task.labels, dev_rows=[len(rows.labels) for rows in dev_sets], history=history, settings=settings)
     write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
+def peak_memory_mb(device):
+    """Of the GPU, or of the whole process, since the run began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def report(args, result, out):
     """The end of a run, for a person."""
-    print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} dev rows after {result['steps']} steps, {result['seconds']:.0f} s")
+    print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} dev rows "
+          f"after {result['steps']} steps, {result['seconds']:.0f} s")
     if args.method == "salora":
         goal = f"budget {args.budget:.4g}" if args.penalty is None else f"penalty {args.penalty:.4g}"
         print(f"{goal}: the gates came to a density of {result['density']:.3f}; kept {result['kept_params']:,} of {result['trainable_params']:,} "
               f"adapter parameters ({100 * result['kept_density']:.2f} %)")
     if result["ranks"]:
-        short = {path: next(k for k, name in LINEARS.items() if path.split(".", 4)[4] == name) for path in result["ranks"]}
-        print(f"\nrank of each matrix, from {args.r} at the start: layers left to right\n")
-        print(sl.rank_map({f"{path.split('.')[3]}.W^{short[path].upper()}": rank for path, rank in result["ranks"].items()}, args.r))
-    print(f"\n{out}/: result.json, log.jsonl (a line per {args.log_every} steps), predictions.tsv" + ", adapter/ (loads in PEFT)" * bool(result["ranks"]))
+        letters = {name: letter for letter, name in LINEARS.items()}
+        table = {}
+        for path, rank in result["ranks"].items():  # roberta.encoder.layer.0.attention.self.query
+            layer, name = path.split(".", 4)[3:]
+            table[f"{layer}.W^{letters[name].upper()}"] = rank
+        print(f"\nrank of each matrix, from {args.r} at the start: layers left to right\n\n{sl.rank_map(table, args.r)}")
+    print(f"\n{out}/: result.json, log.jsonl, predictions.tsv" + ", adapter/ (loads in PEFT)" * bool(result["ranks"]))
 
 
 def clear_folder(out):
