@@ -9,9 +9,11 @@ triplet (row of A, gate, column of B), has a random gate g in [0, 1] that can be
     g = min(1, max(0, s)),  s = sigmoid((log u - log(1-u) + log theta) / tau) (zeta - gamma) + gamma,  u ~ U(0,1)    (7)
     P(g > 0) = sigmoid(log theta - tau log(-gamma / zeta))                                                           (8)
     R_orth = |B'B - I|^2 + |AA' - I|^2, so that the triplets of a matrix learn different things                      (9)
-    loss + lambda sum_i E|G_i|_0 + beta R_orth: the penalty form, lambda a constant                                 (10)
+    loss + lambda sum_i E|G_i|_0 + beta R_orth: lambda is a constant, the price of an open gate                     (10)
     C = sum_i E|G_i|_0 (d_i + k_i) / sum_i (#A_i + #B_i): share of adapter parameters expected to stay              (11)
-    max_lambda min_(A,B,theta) loss + beta R_orth + lambda (C - b)^2: the default, it steers C to the budget b      (12)
+    max_lambda min_(A,B,theta) loss + beta R_orth + lambda (C - b)^2: lambda steers C to the budget b               (12)
+
+(12) is the default, (10) the alternative. The paper sums R_orth over all A and B; the default here is its mean.
 
 In a window of the run the gates are drawn and learned; at its end the triplets that lost are cut out of the tensors.
 Before and after it the layer is plain LoRA. Five lines of a training loop know of it:
@@ -23,7 +25,7 @@ Before and after it the layer is plain LoRA. Five lines of a training loop know 
         loss = F.cross_entropy(model(x), y) + salora.penalty()
         loss.backward()
         optimizer.step()
-        salora.project()
+        salora.end_step()
         optimizer.zero_grad()
     save(model, "adapter")
 """
@@ -31,7 +33,6 @@ Before and after it the layer is plain LoRA. Five lines of a training loop know 
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -65,18 +66,18 @@ def deterministic_gates(log_theta):
 
 
 class SaLoRALinear(nn.Module):
-    """h = W x + (alpha/r) B diag(g) A x around an nn.Linear, which is frozen. A is Gaussian and B zero, so the first step sees the
-    pretrained model. A and B are float32 whatever W is. While a window is open, SaLoRA.begin_step sets `gate`; like dropout, it is
-    random in train() and deterministic in eval()."""
+    """h = W x + (alpha/r) B diag(g) A x around an nn.Linear. A is Gaussian and B zero, so the first step sees the pretrained model.
+    A and B are float32 whatever W is. Inside the window g is a step's draw in train() and, as with dropout, deterministic in eval()."""
 
     def __init__(self, base, r, scale):
         super().__init__()
         d, k, device = base.out_features, base.in_features, base.weight.device
-        self.base = base.requires_grad_(False)
+        self.base = base
         self.lora_A = nn.Parameter(torch.randn(r, k, device=device) / math.sqrt(k))  # (r, k), rows of about unit norm
         self.lora_B = nn.Parameter(torch.zeros(d, r, device=device))  # (d, r)
         self.scale = scale  # alpha / r with the first r: it stays when the rank falls
-        self.gate = self.log_theta = None  # (r,) each inside the window, None outside: all gates are 1
+        self.row = None  # inside the window (SaLoRA.log_theta, this layer's row of it); outside there are no gates: all are 1
+        self.draw = None  # (r,) the gates of the step under way
 
     @property
     def rank(self):
@@ -87,21 +88,25 @@ class SaLoRALinear(nn.Module):
         if self.rank == 0:
             return h
         z = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (.., r)
-        if self.gate is not None:
-            z = z * (self.gate if self.training else deterministic_gates(self.log_theta))
+        if self.row is not None:
+            z = z * (self.draw if self.training and self.draw is not None else self.deterministic())
         return h + (F.linear(z, self.lora_B) * self.scale).to(h.dtype)  # eq. 3, 5
+
+    def deterministic(self):
+        log_theta, i = self.row
+        return deterministic_gates(log_theta[i])  # (r,)
 
     @torch.no_grad()
     def folded(self):
         """A (r, k) and (alpha/r) B diag(g) (d, r): the update as two plain matrices, without noise."""
-        g = 1.0 if self.gate is None else deterministic_gates(self.log_theta)
+        g = 1.0 if self.row is None else self.deterministic()
         return self.lora_A.detach(), self.lora_B * (self.scale * g)
 
     @torch.no_grad()
     def prune(self, keep, fold=None, optimizer=None):
         """Cuts A and B down to the triplets that `keep` (r,) names; fold (r,) multiplies B's columns first. New, smaller Parameters take
         the places of the old ones, in `optimizer` too, where the moments of the kept triplets are preserved."""
-        self.gate = self.log_theta = None
+        self.row = self.draw = None
         if fold is not None:
             self.lora_B.mul_(fold)
         kept = keep.nonzero().squeeze(1)
@@ -113,13 +118,15 @@ class SaLoRALinear(nn.Module):
                 for group in optimizer.param_groups:
                     group["params"] = [new if p is old else p for p in group["params"]]
                 state = optimizer.state.pop(old, {})
+                if any(torch.is_tensor(v) and v.dim() and v.shape != old.shape for v in state.values()):
+                    raise ValueError(f"{type(optimizer).__name__} keeps state in another shape than the weights, which cannot be pruned: use AdamW or SGD")
                 cut = {key: v.index_select(dim, kept) if torch.is_tensor(v) and v.shape == old.shape else v for key, v in state.items()}
                 if cut:
                     optimizer.state[new] = cut
 
 
 def find_linears(model, targets):
-    """{module path: nn.Linear} for the paths that equal one of `targets` or end in "." + it."""
+    """{module path: nn.Linear} for the paths that equal one of `targets` or end in "." + it; ValueError for one that matches nothing."""
     linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     found = {}
     for target in targets:
@@ -147,7 +154,7 @@ def adapters(model):
 
 class SaLoRA:
     """Puts a SaLoRALinear around every target in `model` (in place, everything else is frozen) and steers their gates.
-    Move the model to its device first; unfreeze what else should learn, such as a new head, afterwards.
+    Bring the model to its device and dtype first; unfreeze what else should learn, such as a new head, afterwards.
 
         targets         names of nn.Linear modules: full paths, or their last parts ("query", "attention.output.dense")
         r, alpha        the rank at the start; the update is scaled by alpha/r (alpha = r unless given)
@@ -155,23 +162,30 @@ class SaLoRA:
         beta            weight of R_orth: of its mean over the 2K matrices A and B, or of its sum (orth_reduction="sum", the letter
                         of eq. 9, which makes B orthonormal within a few hundred steps whatever the task says)
         window          the part of the run, as fractions, in which gates are learned; None: never, which is plain LoRA
-        selection       at the end of the window keep "budget": the triplets of largest log theta that fit into b, never more;
-                        "paper": those with a deterministic gate above 0, however many they are
+        price           a constant lambda: eq. 10 instead of eq. 12, no budget is steered to
+        selection       what stays at the end of the window. "budget": the triplets of largest log theta that fit into b, never more;
+                        "paper": those with a deterministic gate above 0, however many. Default: budget, with a price paper
         fold_gates      multiply a kept gate's value into B; the default sets it to 1
-        penalty         a constant lambda: eq. 10 instead of eq. 12, no budget is steered to
         seed            of the gates' own random generator: equal seeds draw equal gates whatever else is random
 
-    ValueError: a target that matches nothing, or a setting out of its range."""
+    ValueError: a target that matches nothing, a setting out of its range, a model that has adapters already, several processes."""
 
     def __init__(self, model, targets, r=8, alpha=None, budget=0.5, beta=0.1, window=(0.2, 0.5), orth_reduction="mean",
-                 selection="budget", fold_gates=False, penalty=None, seed=0):
+                 price=None, selection=None, fold_gates=False, seed=0):
+        selection = selection or ("budget" if price is None else "paper")
         if not 0 < budget <= 1:
             raise ValueError(f"budget is {budget}, expected a share in (0, 1]")
         if window is not None and not 0 <= window[0] < window[1] <= 1:
             raise ValueError(f"window is {window}, expected two fractions of the run, 0 <= start < end <= 1")
         if orth_reduction not in ("mean", "sum") or selection not in ("budget", "paper"):
             raise ValueError(f"orth_reduction {orth_reduction!r} is mean or sum, selection {selection!r} is budget or paper")
-        linears = find_linears(model, targets)
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError("several processes are not supported: each would learn gates of its own")
+        if adapters(model):
+            raise ValueError("the model has adapters already: merge them first")
+        linears = find_linears(model, [targets] if isinstance(targets, str) else targets)
+        if not linears:
+            raise ValueError("targets is empty")
         for path, m in linears.items():
             if not 1 <= r <= min(m.in_features, m.out_features):
                 raise ValueError(f"r is {r}, but {path} is {m.out_features} x {m.in_features}: expected 1 to {min(m.in_features, m.out_features)}")
@@ -180,7 +194,7 @@ class SaLoRA:
             replace(model, path, SaLoRALinear(m, r, (r if alpha is None else alpha) / r))
         self.model, self.layers = model, list(adapters(model).values())
         self.budget, self.beta, self.window, self.orth_reduction = budget, beta, window, orth_reduction
-        self.selection, self.fold_gates, self.price = selection, fold_gates, penalty
+        self.price, self.selection, self.fold_gates = price, selection, fold_gates
         self.open = self.pruned = False  # is the window open; has it closed
         self.progress = self.noise = None  # the last draw and when it was made
         self.final_density = None  # C at the end of the window
@@ -203,8 +217,9 @@ class SaLoRA:
 
     def begin_step(self, progress, optimizer):
         """First line of a step; progress = step / steps. Inside the window it draws the step's gates, one draw for the whole batch;
-        at its end it prunes, also in `optimizer`. Where a step has several backward passes (gradient accumulation), call it before
-        each: the same progress means the same draw. A window that ends at 1 needs a last call with progress 1 after the loop."""
+        at its end it prunes, also in `optimizer`, which must hold the groups. A window that ends at 1 needs a last call with progress
+        1 after the loop. With gradient accumulation call it before each forward pass, the same progress means the same draw, and add
+        penalty() to one of the losses only."""
         if self.window is None or self.pruned:
             return
         start, end = self.window
@@ -215,26 +230,29 @@ class SaLoRA:
             if progress != self.progress:
                 self.progress = progress
                 self.noise = torch.rand(self.log_theta.shape, generator=self.generator, device=self.log_theta.device)
-            gates = sample_gates(self.log_theta, self.noise)  # (K, r)
-            for layer, gate, log_theta in zip(self.layers, gates.unbind(), self.log_theta.unbind()):
-                layer.gate, layer.log_theta = gate, log_theta
+            draw = sample_gates(self.log_theta, self.noise)  # (K, r)
+            for i, (layer, gates) in enumerate(zip(self.layers, draw.unbind())):
+                layer.row, layer.draw = (self.log_theta, i), gates
 
     def penalty(self):
         """What is added to the task's loss: the regulariser, and inside the window the price of the gates."""
         total = self.lam.new_zeros(())
         if self.beta:
-            orth_a, orth_b, count = self.orthogonality()
-            total = total + self.beta * (orth_a + orth_b) / (2 * count if self.orth_reduction == "mean" else 1)
+            orth_a, orth_b = self.orthogonality()
+            matrices = 2 if self.orth_reduction == "mean" else 1 / sum(m.rank > 0 for m in self.layers)
+            total = total + self.beta * (orth_a + orth_b) / matrices
         if self.open and self.price is not None:
             total = total + self.price * open_probability(self.log_theta).sum()  # eq. 10
         elif self.open:
             total = total + self.lam * (self.density() - self.budget) ** 2  # eq. 12
         return total
 
-    def project(self):
-        """Last line of a step: lambda >= 0."""
-        with torch.no_grad():
-            self.lam.clamp_(min=0)
+    @torch.no_grad()
+    def end_step(self):
+        """Last line of a step, after the optimiser's: projects lambda to >= 0 and forgets the draw."""
+        self.lam.clamp_(min=0)
+        for layer in self.layers:
+            layer.draw = None
 
     def density(self):
         """C, the share of adapter parameters expected to stay: a differentiable scalar. Without gates, the share that is there."""
@@ -243,10 +261,9 @@ class SaLoRA:
         return (open_probability(self.log_theta).sum(1) * self.size).sum() / self.initial_params  # eq. 11
 
     def orthogonality(self):
-        """Sum of |AA' - I|^2 and of |B'B - I|^2 over the matrices that have a rank left (two scalars), and how many those are."""
+        """|AA' - I|^2 and |B'B - I|^2 (two scalars), each the mean over the matrices that have a rank left."""
         live = [m for m in self.layers if m.rank]
-        orth_a, orth_b = (squared_gram_error(group, self.lam.device) for group in ([m.lora_A for m in live], [m.lora_B.mT for m in live]))
-        return orth_a, orth_b, max(len(live), 1)
+        return gram_error([m.lora_A for m in live], self.lam), gram_error([m.lora_B.mT for m in live], self.lam)  # eq. 9
 
     def kept_params(self):
         """Number of adapter parameters now in the model."""
@@ -268,7 +285,9 @@ class SaLoRA:
 
     @torch.no_grad()
     def prune(self, optimizer=None):
-        """Ends the window: selects, and cuts the other triplets out of A, B and the optimiser's state."""
+        """Ends the window: selects, and cuts the other triplets out of A, B and the optimiser's state. ValueError if no gate has learned."""
+        if not self.log_theta.any():
+            raise ValueError(f"window {self.window} held no step, so no gate has learned which triplets to keep: widen it or train longer")
         self.final_density = self.density().item()  # C as the gates left it, before the selection
         fold = deterministic_gates(self.log_theta) if self.fold_gates else [None] * len(self.layers)
         for layer, keep, g in zip(self.layers, self.select(), fold):
@@ -280,16 +299,16 @@ class SaLoRA:
         self.open, self.pruned = False, True
 
 
-def squared_gram_error(matrices, device):
-    """Sum of |MM' - I|^2 over a list of M (r_i, n_i), a scalar: one batched product for each shape."""
+def gram_error(matrices, like):
+    """Mean of |MM' - I|^2 over a list of M (r_i, n_i), a scalar on the device of `like`: one batched product for each shape."""
     shapes = {}
     for m in matrices:
         shapes.setdefault(m.shape, []).append(m)
-    total = torch.zeros((), device=device)
+    total = like.new_zeros(())
     for group in shapes.values():
         m = torch.stack(group)  # (count, r, n)
-        total = total + (m @ m.mT - torch.eye(m.shape[1], device=device)).square().sum()  # eq. 9
-    return total
+        total = total + (m @ m.mT - torch.eye(m.shape[1], device=m.device)).square().sum()
+    return total / max(len(matrices), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,32 +347,38 @@ def merge(model):
     return model
 
 
+def within(name, modules):
+    """Is a parameter of that name inside one of the modules?"""
+    return any(f".{m}." in f".{name}" for m in modules or ())
+
+
 def save(model, folder, modules_to_save=(), **config):
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads: gate and scale are folded into B; modules of rank 0,
     which PEFT does not know, are left out. modules_to_save: attributes whose parameters go along whole (a head: "classifier").
-    config: further entries, such as base_model_name_or_path or task_type. The folder appears complete or not at all."""
+    config: further entries, such as base_model_name_or_path or task_type. ValueError: a module to save that is not there."""
     from safetensors.torch import save_file
     live = {path: m for path, m in adapters(model).items() if m.rank}
-    r = max((m.rank for m in live.values()), default=1)
     tensors = {}
     for path, layer in live.items():
-        a, b = layer.folded()
-        tensors[f"base_model.model.{path}.lora_A.weight"] = a.float().cpu().contiguous()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = b.float().cpu().contiguous()
-    for name, param in model.named_parameters():
-        if any(name.startswith(m + ".") or f".{m}." in name for m in modules_to_save):
-            tensors[f"base_model.model.{name}"] = param.detach().float().cpu().contiguous()
-    uneven = {path: m.rank for path, m in live.items() if m.rank != r}
-    settings = dict(peft_type="LORA", r=r, lora_alpha=r, rank_pattern=uneven, alpha_pattern=uneven, target_modules=list(live), bias="none",
+        tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = layer.folded()
+    for m in modules_to_save:
+        inside = {name: p for name, p in model.named_parameters() if within(name, [m])}
+        if not inside:
+            raise ValueError(f"modules_to_save names {m!r}, and the model has no parameters in a module of that name")
+        tensors |= inside
+    tensors = {f"base_model.model.{name}": t.detach().float().cpu().contiguous() for name, t in tensors.items()}
+    table = {path: live[path].rank for path in sorted(live, key=len, reverse=True)}  # PEFT takes the first pattern that fits the end of a path
+    r = max(table.values(), default=1)
+    pattern = table if set(table.values()) != {r} else {}
+    settings = dict(peft_type="LORA", r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=pattern, target_modules=list(live), bias="none",
                     lora_dropout=0.0, fan_in_fan_out=False, modules_to_save=list(modules_to_save) or None, inference_mode=True, **config)
     folder = Path(folder)
-    beside = folder.with_name(folder.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    (beside / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, text = folder / "adapter_model.safetensors.new", folder / "adapter_config.json.new"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    text.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    for file in (weights, text):  # written beside, then renamed: never half a file
+        os.replace(file, file.with_suffix(""))
 
 
 def load(model, folder):
@@ -363,13 +388,15 @@ def load(model, folder):
     folder = Path(folder)
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "adapter_model.safetensors")
-    plain = dict(peft_type="LORA", bias="none", fan_in_fan_out=False, use_dora=False, use_rslora=False)
-    for key, only in plain.items():
-        if settings.get(key, only) != only:
-            raise ValueError(f"{folder}/adapter_config.json: {key} is {settings[key]!r}, only {only!r} is implemented")
+    plain = dict(peft_type=["LORA"], bias=["none"], fan_in_fan_out=[False], use_dora=[False], use_rslora=[False],
+                 init_lora_weights=[True, False, "gaussian"])  # the other ways to start change the base weights
+    for key, known in plain.items():
+        if settings.get(key, known[0]) not in known:
+            raise ValueError(f"{folder}/adapter_config.json: {key} is {settings[key]!r}, only {known[0]!r} is implemented")
 
     def pattern(name, path):  # as PEFT writes it: the end of a module path -> value
-        return next((v for end, v in (settings.get(name) or {}).items() if path == end or path.endswith("." + end)), None)
+        table = settings.get(name) or {}
+        return table.get(path) or next((v for end, v in table.items() if path.endswith("." + end)), None)
 
     targets = settings.get("target_modules")
     if not isinstance(targets, list):
@@ -385,13 +412,13 @@ def load(model, folder):
         r = pattern("rank_pattern", path) or settings["r"]
         wanted[f"{path}.lora_A.weight"], wanted[f"{path}.lora_B.weight"] = (r, m.in_features), (m.out_features, r)
     for name, param in params.items():
-        if any(name.startswith(m + ".") or f".{m}." in name for m in settings.get("modules_to_save") or ()):
+        if within(name, settings.get("modules_to_save")):
             wanted[name] = tuple(param.shape)
     found = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
     for key in wanted | found:
         if key not in found or key not in wanted or tuple(found[key].shape) != wanted[key]:
-            shapes = [list(s) if s is not None else "nothing" for s in (wanted.get(key), found[key].shape if key in found else None)]
-            raise ValueError(f"{folder}/adapter_model.safetensors: {key}: expected {shapes[0]}, found {shapes[1]}")
+            expected, got = wanted.get(key, "nothing"), list(found[key].shape) if key in found else "nothing"
+            raise ValueError(f"{folder}/adapter_model.safetensors: {key}: expected {expected}, found {got}")
     model.requires_grad_(False)
     with torch.no_grad():
         for path, m in linears.items():

@@ -34,7 +34,7 @@ from model import LINEARS, load_encoder, read_config
 
 METHODS = ("salora", "lora", "ft", "head")
 RECIPES = {  # what the two recipes set, unless a flag says otherwise
-    "default": dict(orth_reduction="mean", selection="budget", fold_gates=False, gate_lr=None),
+    "default": dict(orth_reduction="mean", selection=None, fold_gates=False, gate_lr=None),
     "paper": dict(orth_reduction="sum", selection="paper", fold_gates=True, gate_lr=0.01),
 }
 
@@ -67,10 +67,10 @@ def parse_args(argv=None):
         "--orth-reduction sum --selection paper --fold-gates --gate-lr 0.01")
     arg("--orth-reduction", choices=["mean", "sum"], help="of the regulariser over the matrices (default: mean)")
     arg("--selection", choices=["budget", "paper"], help="keep what fits the budget, or what has a gate above 0 "
-        "(default: budget; with --penalty: paper)")
+        "(default: budget; with --price: paper)")
     arg("--fold-gates", action=argparse.BooleanOptionalAction, help="multiply kept gates into B instead of setting them to 1 (default: no)")
     arg("--gate-lr", type=float, help="learning rate of log theta and lambda (default: 16 / steps in the window, but 0.01 to 0.2)")
-    arg("--penalty", type=float, metavar="LAMBDA", help="eq. 10: a constant price per open gate instead of a budget (default: off)")
+    arg("--price", type=float, metavar="LAMBDA", help="eq. 10: a constant price of an open gate instead of a budget (default: off)")
 
     arg = group("optimisation")
     arg("--epochs", type=float, help="passes over the training rows (default: by task, 3 to 20)")
@@ -99,7 +99,7 @@ def parse_args(argv=None):
 
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
-            setattr(args, name, "paper" if name == "selection" and args.penalty is not None else value)
+            setattr(args, name, value)
     demo = args.task == "demo"
     if args.model is None:
         args.model = str(HERE / "demo" / "model") if demo else "roberta-base"
@@ -128,7 +128,7 @@ def check(args):
     for name in ("lr", "gate_lr", "alpha", "epochs"):
         value = getattr(args, name)
         need(value is None or 0 < value < math.inf, "--" + name.replace("_", "-"), value, "a positive number")
-    for name in ("beta", "weight_decay", "penalty"):
+    for name in ("beta", "weight_decay", "price"):
         value = getattr(args, name)
         need(value is None or 0 <= value < math.inf, "--" + name.replace("_", "-"), value, "a number of at least 0")
     need(0 <= args.warmup < 1, "--warmup", args.warmup, "a share in [0, 1)")
@@ -259,9 +259,10 @@ def train(args, seed, out):
             salora = sl.SaLoRA(
                 model, model.target_paths(args.targets), r=args.r, alpha=args.alpha, budget=args.budget,
                 beta=args.beta if gated else 0.0, window=args.window if gated else None,  # LoRA is SaLoRA without gates and R_orth
-                orth_reduction=args.orth_reduction, selection=args.selection, fold_gates=args.fold_gates, penalty=args.penalty, seed=seed)
+                orth_reduction=args.orth_reduction, price=args.price, selection=args.selection, fold_gates=args.fold_gates, seed=seed)
         except ValueError as e:
             raise InputError(f"--r {args.r}: {e}") from None
+        settings["selection"] = salora.selection
     if args.method == "head":
         model.requires_grad_(False)
     if args.method != "ft":
@@ -334,7 +335,7 @@ def train(args, seed, out):
             sums[0] += penalty.detach()
         optimizer.step()
         if gated:
-            salora.project()  # lambda >= 0
+            salora.end_step()  # lambda >= 0
         optimizer.zero_grad()
 
         # ---- a line in log.jsonl now and then
@@ -349,9 +350,8 @@ def train(args, seed, out):
                      "tokens_per_second": round(speed, 1)}
             if salora:
                 with torch.no_grad():
-                    orth_a, orth_b, count = salora.orthogonality()
-                    entry |= {"density": salora.density().item(), "lambda": salora.lam.item(),
-                              "orth_a": orth_a.item() / count, "orth_b": orth_b.item() / count}
+                    orth_a, orth_b = salora.orthogonality()
+                    entry |= {"density": salora.density().item(), "lambda": salora.lam.item(), "orth_a": orth_a.item(), "orth_b": orth_b.item()}
             with log_file.open("a") as f:
                 f.write(json.dumps(entry) + "\n")
             gates = f" density {entry['density']:.3f} lambda {entry['lambda']:.3f}" if gated else ""
@@ -413,7 +413,7 @@ def report(args, result, out):
     print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} dev rows "
           f"after {result['steps']} steps, {result['seconds']:.0f} s")
     if args.method == "salora":
-        goal = f"budget {args.budget:.4g}" if args.penalty is None else f"penalty {args.penalty:.4g}"
+        goal = f"budget {args.budget:.4g}" if args.price is None else f"price {args.price:.4g}"
         print(f"{goal}: the gates came to a density of {result['density']:.3f}; kept {result['kept_params']:,} of {result['trainable_params']:,} "
               f"adapter parameters ({100 * result['kept_density']:.2f} %)")
     if result["ranks"]:

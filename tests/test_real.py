@@ -47,7 +47,7 @@ def test_budget_density_lambda_and_orthogonality(run):
     if result["method"] == "lora":
         assert result["kept_params"] == 331_776 and {line["lambda"] for line in lines} == {0}
         return
-    assert result["kept_params"] == 331_776 // 2  # the budget, exactly
+    assert 0 <= 331_776 // 2 - result["kept_params"] < 2 * 384  # the budget: no other triplet would fit, and never above
     assert lines[0]["density"] == pytest.approx(11 / 12, abs=1e-6) and result["density"] < 0.6
     lams = [line["lambda"] for line in lines]
     assert lams == sorted(lams) and lams[0] == 0 and lams[-1] > 0

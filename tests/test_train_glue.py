@@ -132,10 +132,15 @@ def test_paper_recipe_is_the_letter_and_flags_override_it(tmp_path):
     mixed = vars(train_glue.parse_args(["--recipe", "paper", "--no-fold-gates", "--selection", "budget"]))
     assert [mixed[n] for n in names] == ["sum", "budget", False, 0.01]
     plain = vars(train_glue.parse_args([]))
-    assert [plain[n] for n in names] == ["mean", "budget", False, None]
-    assert vars(train_glue.parse_args(["--penalty", "0.1"]))["selection"] == "paper"  # no budget is steered to
+    assert [plain[n] for n in names] == ["mean", None, False, None]
     result = run(tmp_path / "r", "--recipe", "paper")
     assert result["settings"]["gate_lr"] == 0.01 and log(tmp_path / "r")[0]["loss"] > log(tmp_path / "r")[0]["task_loss"] + 0.1 * 8 * 24 * 0.9
+
+
+def test_a_constant_price_selects_by_the_gates_and_steers_to_no_budget(tmp_path):
+    result = run(tmp_path / "r", "--price", "0.001")
+    assert result["settings"]["selection"] == "paper" and {line["lambda"] for line in log(tmp_path / "r")} == {0}
+    assert run(tmp_path / "d", "--max-steps", "5")["settings"]["selection"] == "budget"
 
 
 def test_gate_learning_rate_follows_the_length_of_the_window(tmp_path):
