@@ -329,8 +329,6 @@ def test_evaluation_in_the_window_uses_the_current_deterministic_gates():
 
 
 def test_between_two_steps_of_the_window_a_model_can_be_copied():
-    model, salora = wrapped()
-    train(model, salora, 3)  # ends at progress 0.67
     model, salora = wrapped(window=(0, 1))
     train(model, salora, 3)
     x = torch.randn(4, 10)
