@@ -66,8 +66,10 @@ def deterministic_gates(log_theta):
 
 
 class SaLoRALinear(nn.Module):
-    """h = W x + (alpha/r) B diag(g) A x around an nn.Linear. A is Gaussian and B zero, so the first step sees the pretrained model.
-    A and B are float32 whatever W is. Inside the window g is a step's draw in train() and, as with dropout, deterministic in eval()."""
+    """h = W x + (alpha/r) B diag(g) A x around an nn.Linear.
+
+    A is Gaussian and B zero, so the first step sees the pretrained model. A and B are float32 whatever W is. Inside the
+    window g is the step's draw in train() and, as with dropout, deterministic in eval(); outside, all gates are 1."""
 
     def __init__(self, base, r, scale):
         super().__init__()
@@ -76,7 +78,7 @@ class SaLoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.randn(r, k, device=device) / math.sqrt(k))  # (r, k), rows of about unit norm
         self.lora_B = nn.Parameter(torch.zeros(d, r, device=device))  # (d, r)
         self.scale = scale  # alpha / r with the first r: it stays when the rank falls
-        self.row = None  # inside the window (SaLoRA.log_theta, this layer's row of it); outside there are no gates: all are 1
+        self.row = None  # inside the window: SaLoRA.log_theta and the number of this layer's row in it
         self.draw = None  # (r,) the gates of the step under way
 
     @property
@@ -104,8 +106,8 @@ class SaLoRALinear(nn.Module):
 
     @torch.no_grad()
     def prune(self, keep, fold=None, optimizer=None):
-        """Cuts A and B down to the triplets that `keep` (r,) names; fold (r,) multiplies B's columns first. New, smaller Parameters take
-        the places of the old ones, in `optimizer` too, where the moments of the kept triplets are preserved."""
+        """Cuts A and B down to the triplets that `keep` (r,) names; fold (r,) multiplies B's columns first. New, smaller
+        Parameters take the places of the old ones, in `optimizer` too, where the moments of the kept triplets stay."""
         self.row = self.draw = None
         if fold is not None:
             self.lora_B.mul_(fold)
@@ -118,22 +120,25 @@ class SaLoRALinear(nn.Module):
                 for group in optimizer.param_groups:
                     group["params"] = [new if p is old else p for p in group["params"]]
                 state = optimizer.state.pop(old, {})
-                if any(torch.is_tensor(v) and v.dim() and v.shape != old.shape for v in state.values()):
-                    raise ValueError(f"{type(optimizer).__name__} keeps state in another shape than the weights, which cannot be pruned: use AdamW or SGD")
-                cut = {key: v.index_select(dim, kept) if torch.is_tensor(v) and v.shape == old.shape else v for key, v in state.items()}
-                if cut:
-                    optimizer.state[new] = cut
+                for key, value in state.items():
+                    if torch.is_tensor(value) and value.dim():  # a moment; the rest are numbers, such as AdamW's step
+                        if value.shape != old.shape:
+                            raise ValueError(f"{type(optimizer).__name__} keeps state in another shape than the weights, "
+                                             "which cannot be pruned: use AdamW or SGD")
+                        state[key] = value.index_select(dim, kept)
+                if state:
+                    optimizer.state[new] = state
 
 
 def find_linears(model, targets):
-    """{module path: nn.Linear} for the paths that equal one of `targets` or end in "." + it; ValueError for one that matches nothing."""
+    """{module path: nn.Linear} for the paths that equal a target or end in "." + it. ValueError: one matches nothing."""
     linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     found = {}
     for target in targets:
         hits = [path for path in linears if path == target or path.endswith("." + target)]
         if not hits:
-            names = sorted({path.split(".")[-1] for path in linears})
-            raise ValueError(f"target {target!r} matches no nn.Linear of the model; their names end in: {', '.join(names) or '(there are none)'}")
+            names = ", ".join(sorted({path.split(".")[-1] for path in linears})) or "(there are none)"
+            raise ValueError(f"target {target!r} matches no nn.Linear of the model; their names end in: {names}")
         found.update((path, linears[path]) for path in hits)
     return {path: m for path, m in linears.items() if path in found}  # in the model's order
 
@@ -159,16 +164,18 @@ class SaLoRA:
         targets         names of nn.Linear modules: full paths, or their last parts ("query", "attention.output.dense")
         r, alpha        the rank at the start; the update is scaled by alpha/r (alpha = r unless given)
         budget          b, the share of adapter parameters to keep, in (0, 1]
-        beta            weight of R_orth: of its mean over the 2K matrices A and B, or of its sum (orth_reduction="sum", the letter
-                        of eq. 9, which makes B orthonormal within a few hundred steps whatever the task says)
+        beta            weight of R_orth: of its mean over the 2K matrices A and B, or of its sum (orth_reduction="sum",
+                        the letter of eq. 9, which makes B orthonormal in a few hundred steps whatever the task says)
         window          the part of the run, as fractions, in which gates are learned; None: never, which is plain LoRA
         price           a constant lambda: eq. 10 instead of eq. 12, no budget is steered to
-        selection       what stays at the end of the window. "budget": the triplets of largest log theta that fit into b, never more;
-                        "paper": those with a deterministic gate above 0, however many. Default: budget, with a price paper
+        selection       what stays at the end of the window. "budget": the triplets of largest log theta that fit into b,
+                        never more; "paper": those with a deterministic gate above 0, however many. Default: "budget",
+                        with a price "paper"
         fold_gates      multiply a kept gate's value into B; the default sets it to 1
         seed            of the gates' own random generator: equal seeds draw equal gates whatever else is random
 
-    ValueError: a target that matches nothing, a setting out of its range, a model that has adapters already, several processes."""
+    ValueError: a target that matches nothing, a setting out of its range, a model that has adapters already, several
+    processes."""
 
     def __init__(self, model, targets, r=8, alpha=None, budget=0.5, beta=0.1, window=(0.2, 0.5), orth_reduction="mean",
                  price=None, selection=None, fold_gates=False, seed=0):
@@ -187,8 +194,9 @@ class SaLoRA:
         if not linears:
             raise ValueError("targets is empty")
         for path, m in linears.items():
-            if not 1 <= r <= min(m.in_features, m.out_features):
-                raise ValueError(f"r is {r}, but {path} is {m.out_features} x {m.in_features}: expected 1 to {min(m.in_features, m.out_features)}")
+            most = min(m.in_features, m.out_features)
+            if not 1 <= r <= most:
+                raise ValueError(f"r is {r}, but {path} is {m.out_features} x {m.in_features}: expected 1 to {most}")
         model.requires_grad_(False)
         for path, m in linears.items():
             replace(model, path, SaLoRALinear(m, r, (r if alpha is None else alpha) / r))
@@ -216,10 +224,10 @@ class SaLoRA:
                 dict(params=[self.lam], lr=gate_lr, weight_decay=0.0, maximize=True)]
 
     def begin_step(self, progress, optimizer):
-        """First line of a step; progress = step / steps. Inside the window it draws the step's gates, one draw for the whole batch;
-        at its end it prunes, also in `optimizer`, which must hold the groups. A window that ends at 1 needs a last call with progress
-        1 after the loop. With gradient accumulation call it before each forward pass, the same progress means the same draw, and add
-        penalty() to one of the losses only."""
+        """First line of a step; progress = step / steps. Inside the window it draws the step's gates, one draw for the whole
+        batch; at its end it prunes, also in `optimizer`, which must hold the groups. A window that ends at 1 needs a last
+        call with progress 1 after the loop. With gradient accumulation call it before each forward pass (the same progress
+        means the same draw), and add penalty() to one of the losses only."""
         if self.window is None or self.pruned:
             return
         start, end = self.window
@@ -285,9 +293,10 @@ class SaLoRA:
 
     @torch.no_grad()
     def prune(self, optimizer=None):
-        """Ends the window: selects, and cuts the other triplets out of A, B and the optimiser's state. ValueError if no gate has learned."""
+        """Ends the window: selects, and cuts the other triplets out of A, B and the optimiser's state. ValueError if there was
+        no step in it, so that all gates are still equal."""
         if not self.log_theta.any():
-            raise ValueError(f"window {self.window} held no step, so no gate has learned which triplets to keep: widen it or train longer")
+            raise ValueError(f"window {self.window} held no step, so no gate has been learned: widen it or train longer")
         self.final_density = self.density().item()  # C as the gates left it, before the selection
         fold = deterministic_gates(self.log_theta) if self.fold_gates else [None] * len(self.layers)
         for layer, keep, g in zip(self.layers, self.select(), fold):
@@ -321,7 +330,8 @@ def ranks(model):
 
 
 def rank_map(table, r):
-    """The ranks {module path: rank} out of r as text: a row for each kind of module, a column for each layer (the first number in a path)."""
+    """The ranks {module path: rank} out of r as text: a row for each kind of module, a column for each layer (the first
+    number in a path)."""
     rows, columns = {}, []
     for path, rank in table.items():
         parts = path.split(".")
@@ -332,7 +342,8 @@ def rank_map(table, r):
     width = max(map(len, rows), default=0)
     lines = [" " * width + "".join(f"{c:>4}" for c in columns)]
     for row, cells in rows.items():
-        text = "".join(f"{cells[c]:>3}" + " ▁▂▃▄▅▆▇█"[math.ceil(8 * min(cells[c] / r, 1))] if c in cells else "    " for c in columns)
+        bars = {c: " ▁▂▃▄▅▆▇█"[math.ceil(8 * min(rank / r, 1))] for c, rank in cells.items()}
+        text = "".join(f"{cells[c]:>3}{bars[c]}" if c in cells else "    " for c in columns)
         lines.append(f"{row:<{width}}{text}")
     return "\n".join(line.rstrip() for line in lines)
 
@@ -353,9 +364,10 @@ def within(name, modules):
 
 
 def save(model, folder, modules_to_save=(), **config):
-    """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads: gate and scale are folded into B; modules of rank 0,
-    which PEFT does not know, are left out. modules_to_save: attributes whose parameters go along whole (a head: "classifier").
-    config: further entries, such as base_model_name_or_path or task_type. ValueError: a module to save that is not there."""
+    """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads: gate and scale are folded into B; modules of
+    rank 0, which PEFT does not know, are left out. modules_to_save: attributes whose parameters go along whole (a head:
+    "classifier"). config: further entries, such as base_model_name_or_path or task_type. ValueError: a module to save that
+    is not there."""
     from safetensors.torch import save_file
     live = {path: m for path, m in adapters(model).items() if m.rank}
     tensors = {}
@@ -367,11 +379,14 @@ def save(model, folder, modules_to_save=(), **config):
             raise ValueError(f"modules_to_save names {m!r}, and the model has no parameters in a module of that name")
         tensors |= inside
     tensors = {f"base_model.model.{name}": t.detach().float().cpu().contiguous() for name, t in tensors.items()}
-    table = {path: live[path].rank for path in sorted(live, key=len, reverse=True)}  # PEFT takes the first pattern that fits the end of a path
+    # PEFT takes the first pattern that fits the end of a path, so longer paths come first
+    table = {path: live[path].rank for path in sorted(live, key=len, reverse=True)}
     r = max(table.values(), default=1)
     pattern = table if set(table.values()) != {r} else {}
-    settings = dict(peft_type="LORA", r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=pattern, target_modules=list(live), bias="none",
-                    lora_dropout=0.0, fan_in_fan_out=False, modules_to_save=list(modules_to_save) or None, inference_mode=True, **config)
+    settings = dict(
+        peft_type="LORA", r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=pattern, target_modules=list(live),
+        modules_to_save=list(modules_to_save) or None, bias="none", lora_dropout=0.0, fan_in_fan_out=False, inference_mode=True,
+        **config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights, text = folder / "adapter_model.safetensors.new", folder / "adapter_config.json.new"
@@ -382,8 +397,9 @@ def save(model, folder, modules_to_save=(), **config):
 
 
 def load(model, folder):
-    """Puts the adapter of a folder into `model` (in place; A, B and the saved modules are trainable, the rest is frozen) and returns the
-    model. Strict: ValueError names a key that is missing, unexpected or misshapen, and a setting that is not implemented."""
+    """Puts the adapter of a folder into `model` (in place; A, B and the saved modules are trainable, the rest is frozen) and
+    returns the model. Strict: ValueError names a key that is missing, unexpected or misshapen, or a setting that is not
+    implemented."""
     from safetensors.torch import load_file
     folder = Path(folder)
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))

@@ -4,9 +4,9 @@ Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA (or LoRA, or all weights).
     python train_glue.py                         # offline demo, about a minute on two CPU cores
     python train_glue.py --task cola             # roberta-base and CoLA, downloaded once
     python train_glue.py --task cola --model DIR --data DIR --seeds 0 1 2
-    python train_glue.py --task my_folder        # train.tsv and dev.tsv with columns sentence (or sentence1, sentence2) and label (or score)
+    python train_glue.py --task my_folder        # train.tsv, dev.tsv: sentence (or sentence1, sentence2), label (or score)
 
-A run leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in Hugging Face PEFT) and checkpoint/ (for --resume).
+A run leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/ (for --resume).
 """
 
 import argparse
@@ -45,7 +45,7 @@ def parse_args(argv=None):
 
     def group(title):
         add = parser.add_argument_group(title).add_argument
-        return lambda *names, help, **kw: add(*names, **kw, help=help if "default" not in kw or kw["default"] is None else f"{help} (default: %(default)s)")
+        return lambda *names, help, **kw: add(*names, **kw, help=f"{help} (default: %(default)s)" if "default" in kw else help)
 
     arg = group("what to train, on what")
     arg("--task", default="demo", help=f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv")
@@ -117,12 +117,14 @@ def check(args):
         if not ok:
             raise InputError(f"{flag} is {found}, expected {expected}")
 
-    need(args.task in TASKS or Path(args.task).is_dir(), "--task", repr(args.task), f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv")
+    need(args.task in TASKS or Path(args.task).is_dir(), "--task", repr(args.task),
+         f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv")
     need(args.task in TASKS or args.data is None, "--data", repr(args.data), "nothing when --task is itself the folder with the data")
     need(0 < args.budget <= 1, "--budget", args.budget, "a share in (0, 1]")
     start, end = args.window
     need(0 <= start < end <= 1, "--window", f"{start} {end}", "two fractions of the run, 0 <= START < END <= 1")
-    for name, least in dict(r=1, batch_size=1, accumulate=1, max_length=8, log_every=1, limit_train=1, limit_dev=1, max_steps=1, threads=1, seed=0).items():
+    for name, least in dict(r=1, batch_size=1, accumulate=1, max_length=8, log_every=1, limit_train=1, limit_dev=1, max_steps=1,
+                            threads=1, seed=0).items():
         value = getattr(args, name)
         need(value is None or value >= least, "--" + name.replace("_", "-"), value, f"at least {least}")
     for name in ("lr", "gate_lr", "alpha", "epochs"):
@@ -202,7 +204,8 @@ def load_checkpoint(folder, optimizer, salora, device, settings):
     for name, value in settings.items():
         found = progress["settings"].get(name)
         if found != value and name not in ("log_every", "threads"):
-            raise InputError(f"--resume: --{name.replace('_', '-')} is {value}, but {folder} was written with {found}: give the run's own flags")
+            raise InputError(f"--resume: --{name.replace('_', '-')} is {value}, but {folder} was written with {found}: "
+                             "give the run's own flags")
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = load_file(folder / "state.safetensors")
     for i, p in enumerate(trained):
