@@ -86,7 +86,7 @@ def parse_args(argv=None):
     arg = group("machine")
     arg("--device", default="auto", help="auto, cpu, cuda or cuda:i")
     arg("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen weights; what is trained is float32")
-    arg("--threads", type=int, help="CPU threads (default: torch's choice)")
+    arg("--threads", type=int, help="CPU threads (default: torch's choice; for demo 1, its tensors are too small to share)")
     arg("--compile", action="store_true", default=False, help="compile the model with torch.compile")
     arg("--checkpoint-activations", action="store_true", default=False, help="recompute activations in the backward pass: less memory, more time")
 
@@ -107,6 +107,8 @@ def parse_args(argv=None):
         args.lr = (5e-4 if demo else 3e-5) if args.method == "ft" else (3e-3 if demo else 3e-4)
     if args.alpha is None:
         args.alpha = float(args.r)
+    if args.threads is None and demo:
+        args.threads = 1
     check(args)
     return args
 
