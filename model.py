@@ -58,6 +58,17 @@ class EncoderConfig:
         return self.max_position_embeddings - (self.pad_token_id + 1 if self.model_type == "roberta" else 0)
 
 
+def dropout(x, p, training):
+    """F.dropout. On a CPU that spends more time on its random numbers than a matrix product of the size takes; there x is kept
+    or not by 16 random bits an element, so that p is exact to 1/65536."""
+    if not training or p == 0:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()].view(x.shape)
+    return x * ((bits >= round(p * 2**16) - 2**15) / (1 - p)).to(x.dtype)
+
+
 class EncoderLayer(nn.Module):
     """One post-norm transformer layer: x (b, t, d) -> (b, t, d)."""
 
@@ -83,9 +94,9 @@ class EncoderLayer(nn.Module):
         q, k, v = split(attn.self.query(rows)), split(attn.self.key(x)), split(attn.self.value(x))
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.p_attention if self.training else 0.0)
         y = attn.output.dense(y.transpose(1, 2).flatten(2))
-        x = attn.output.LayerNorm(rows + F.dropout(y, self.p_hidden, self.training))
+        x = attn.output.LayerNorm(rows + dropout(y, self.p_hidden, self.training))
         y = self.output.dense(F.gelu(self.intermediate.dense(x)))
-        return self.output.LayerNorm(x + F.dropout(y, self.p_hidden, self.training))
+        return self.output.LayerNorm(x + dropout(y, self.p_hidden, self.training))
 
 
 class Encoder(nn.Module):
@@ -94,7 +105,7 @@ class Encoder(nn.Module):
     def __init__(self, config, num_labels):
         super().__init__()
         c, d = config, config.hidden_size
-        self.config, self.checkpoint_activations = config, False
+        self.config, self.num_labels, self.checkpoint_activations = config, num_labels, False
         body = nn.ModuleDict(dict(
             embeddings=nn.ModuleDict(dict(
                 word_embeddings=nn.Embedding(c.vocab_size, d),
@@ -145,7 +156,7 @@ class Encoder(nn.Module):
         if token_type_ids is None or c.type_vocab_size == 1:
             token_type_ids = torch.zeros_like(input_ids)
         x = e.word_embeddings(input_ids) + e.token_type_embeddings(token_type_ids) + e.position_embeddings(positions)
-        x = F.dropout(e.LayerNorm(x), c.hidden_dropout_prob, self.training)
+        x = dropout(e.LayerNorm(x), c.hidden_dropout_prob, self.training)
         mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()  # (b, 1, 1, t)
         layers = self.body.encoder.layer
         for i, layer in enumerate(layers):
@@ -159,7 +170,7 @@ class Encoder(nn.Module):
         x = x.to(next(self.head[0].parameters()).dtype)  # a float32 head may sit on a bfloat16 body
 
         def drop(y):
-            return F.dropout(y, self.config.classifier_dropout, self.training)
+            return dropout(y, self.config.classifier_dropout, self.training)
 
         if self.config.model_type == "roberta":
             return self.classifier.out_proj(drop(torch.tanh(self.classifier.dense(drop(x)))))

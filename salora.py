@@ -68,18 +68,19 @@ def deterministic_gates(log_theta):
 class SaLoRALinear(nn.Module):
     """h = W x + (alpha/r) B diag(g) A x around an nn.Linear.
 
-    A is Gaussian and B zero, so the first step sees the pretrained model. A and B are float32 whatever W is. Inside the
-    window g is the step's draw in train() and, as with dropout, deterministic in eval(); outside, all gates are 1."""
+    A is Gaussian and B zero, so the first step sees the pretrained model. A and B are float32 whatever W is; the product is
+    computed in W's dtype. Inside the window g is the step's draw in train() and, as with dropout, deterministic in eval();
+    outside, all gates are 1."""
 
     def __init__(self, base, r, scale):
         super().__init__()
         d, k, device = base.out_features, base.in_features, base.weight.device
         self.base = base
         self.lora_A = nn.Parameter(torch.randn(r, k, device=device) / math.sqrt(k))  # (r, k), rows of about unit norm
-        self.lora_B = nn.Parameter(torch.zeros(d, r, device=device))  # (d, r)
+        self.lora_B = nn.Parameter(torch.zeros(r, d, device=device).mT)  # (d, r), column by column in memory: a faster backward
         self.scale = scale  # alpha / r with the first r: it stays when the rank falls
         self.row = None  # inside the window: SaLoRA.log_theta and the number of this layer's row in it
-        self.draw = None  # (r,) the gates of the step under way
+        self.drawn = None  # inside a step of it: A and B diag(g), slices of what SaLoRA.draw computed for many layers at once
 
     @property
     def rank(self):
@@ -89,32 +90,28 @@ class SaLoRALinear(nn.Module):
         h = self.base(x)  # (.., d)
         if self.rank == 0:
             return h
-        z = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (.., r)
-        if self.row is not None:
-            z = z * (self.draw if self.training and self.draw is not None else self.deterministic())
-        return h + (F.linear(z, self.lora_B) * self.scale).to(h.dtype)  # eq. 3, 5
+        a, b = self.drawn if self.training and self.drawn else self.matrices()
+        z = F.linear(x, a.to(x.dtype))  # (.., r)
+        return torch.add(h, F.linear(z, b.to(z.dtype)), alpha=self.scale)  # eq. 3, 5
 
-    def deterministic(self):
+    def matrices(self):
+        """A (r, k) and B diag(g) (d, r), without noise."""
+        if self.row is None:
+            return self.lora_A, self.lora_B
         log_theta, i = self.row
-        return deterministic_gates(log_theta[i])  # (r,)
-
-    @torch.no_grad()
-    def folded(self):
-        """A (r, k) and (alpha/r) B diag(g) (d, r): the update as two plain matrices, without noise."""
-        g = 1.0 if self.row is None else self.deterministic()
-        return self.lora_A.detach(), self.lora_B * (self.scale * g)
+        return self.lora_A, self.lora_B * deterministic_gates(log_theta[i])
 
     @torch.no_grad()
     def prune(self, keep, fold=None, optimizer=None):
         """Cuts A and B down to the triplets that `keep` (r,) names; fold (r,) multiplies B's columns first. New, smaller
         Parameters take the places of the old ones, in `optimizer` too, where the moments of the kept triplets stay."""
-        self.row = self.draw = None
+        self.row = self.drawn = None
         if fold is not None:
             self.lora_B.mul_(fold)
-        kept = keep.nonzero().squeeze(1)
-        for name, dim in (("lora_A", 0), ("lora_B", 1)):
+        cuts = dict(lora_A=lambda t: t[keep], lora_B=lambda t: t.mT[keep].mT)  # B stays column by column in memory
+        for name, cut in cuts.items():
             old = getattr(self, name)
-            new = nn.Parameter(old.index_select(dim, kept))
+            new = nn.Parameter(cut(old))
             setattr(self, name, new)
             if optimizer is not None:
                 for group in optimizer.param_groups:
@@ -125,7 +122,7 @@ class SaLoRALinear(nn.Module):
                         if value.shape != old.shape:
                             raise ValueError(f"{type(optimizer).__name__} keeps state in another shape than the weights, "
                                              "which cannot be pruned: use AdamW or SGD")
-                        state[key] = value.index_select(dim, kept)
+                        state[key] = cut(value)
                 if state:
                     optimizer.state[new] = state
 
@@ -174,8 +171,7 @@ class SaLoRA:
         fold_gates      multiply a kept gate's value into B; the default sets it to 1
         seed            of the gates' own random generator: equal seeds draw equal gates whatever else is random
 
-    ValueError: a target that matches nothing, a setting out of its range, a model that has adapters already, several
-    processes."""
+    ValueError: a target that matches nothing, a setting out of its range, a model that has adapters already."""
 
     def __init__(self, model, targets, r=8, alpha=None, budget=0.5, beta=0.1, window=(0.2, 0.5), orth_reduction="mean",
                  price=None, selection=None, fold_gates=False, seed=0):
@@ -186,8 +182,6 @@ class SaLoRA:
             raise ValueError(f"window is {window}, expected two fractions of the run, 0 <= start < end <= 1")
         if orth_reduction not in ("mean", "sum") or selection not in ("budget", "paper"):
             raise ValueError(f"orth_reduction {orth_reduction!r} is mean or sum, selection {selection!r} is budget or paper")
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ValueError("several processes are not supported: each would learn gates of its own")
         if adapters(model):
             raise ValueError("the model has adapters already: merge them first")
         linears = find_linears(model, [targets] if isinstance(targets, str) else targets)
@@ -200,16 +194,21 @@ class SaLoRA:
         model.requires_grad_(False)
         for path, m in linears.items():
             replace(model, path, SaLoRALinear(m, r, (r if alpha is None else alpha) / r))
-        self.model, self.layers = model, list(adapters(model).values())
+        self.widths = {}  # width n: the layers with k = n, whose A has it, and those with d = n, whose B' has it
+        for m in adapters(model).values():
+            self.widths.setdefault(m.lora_B.shape[0], ([], []))[1].append(m)
+            self.widths.setdefault(m.lora_A.shape[1], ([], []))[0].append(m)
+        self.model, self.layers = model, [m for _, of_b in self.widths.values() for m in of_b]
         self.budget, self.beta, self.window, self.orth_reduction = budget, beta, window, orth_reduction
         self.price, self.selection, self.fold_gates = price, selection, fold_gates
         self.open = self.pruned = False  # is the window open; has it closed
         self.progress = self.noise = None  # the last draw and when it was made
+        self.stacks = []  # inside a step of the window: all A and B' in a few tensors (count, r, n)
         self.final_density = None  # C at the end of the window
 
         # All gates in one tensor: one draw and one update for the whole model, however many layers it has.
         device = self.layers[0].lora_A.device
-        self.log_theta = nn.Parameter(torch.zeros(len(self.layers), r, device=device))  # (K, r)
+        self.log_theta = nn.Parameter(torch.zeros(len(self.layers), r, device=device))  # (K, r), a row for each of self.layers
         self.lam = nn.Parameter(torch.zeros((), device=device))  # lambda, the Lagrange multiplier
         self.size = torch.tensor([m.lora_A.shape[1] + m.lora_B.shape[0] for m in self.layers], device=device)  # (K,) d + k
         self.initial_params = r * int(self.size.sum())
@@ -238,17 +237,28 @@ class SaLoRA:
             if progress != self.progress:
                 self.progress = progress
                 self.noise = torch.rand(self.log_theta.shape, generator=self.generator, device=self.log_theta.device)
-            draw = sample_gates(self.log_theta, self.noise)  # (K, r)
-            for i, (layer, gates) in enumerate(zip(self.layers, draw.unbind())):
-                layer.row, layer.draw = (self.log_theta, i), gates
+            self.draw()
+
+    def draw(self):
+        """The step's gates, and with them A and B diag(g) of every layer. All A and B' of one width are stacked: gates and
+        regulariser then cost a fixed number of operators, however many layers there are."""
+        gates = sample_gates(self.log_theta, self.noise).split([len(of_b) for _, of_b in self.widths.values()])  # (count, r) each
+        self.stacks, drawn_a, drawn_b = [], {}, {}
+        for (of_a, of_b), g in zip(self.widths.values(), gates):
+            stack = torch.stack([m.lora_A for m in of_a] + [m.lora_B.mT for m in of_b])  # (count, r, n)
+            a, b = stack.split([len(of_a), len(of_b)])
+            drawn_a |= zip(of_a, a)
+            drawn_b |= zip(of_b, (b * g.unsqueeze(2)).mT)
+            self.stacks.append(stack)
+        for i, layer in enumerate(self.layers):
+            layer.row, layer.drawn = (self.log_theta, i), (drawn_a[layer], drawn_b[layer])
 
     def penalty(self):
         """What is added to the task's loss: the regulariser, and inside the window the price of the gates."""
-        total = self.lam.new_zeros(())
-        if self.beta:
-            orth_a, orth_b = self.orthogonality()
-            matrices = 2 if self.orth_reduction == "mean" else 1 / sum(m.rank > 0 for m in self.layers)
-            total = total + self.beta * (orth_a + orth_b) / matrices
+        total, live = self.lam.new_zeros(()), [m for m in self.layers if m.rank]
+        if self.beta and live:
+            orth = gram_error(self.stacks or stack_by_shape([m.lora_A for m in live] + [m.lora_B.mT for m in live]))
+            total = total + self.beta * orth / (2 * len(live) if self.orth_reduction == "mean" else 1)
         if self.open and self.price is not None:
             total = total + self.price * open_probability(self.log_theta).sum()  # eq. 10
         elif self.open:
@@ -259,8 +269,9 @@ class SaLoRA:
     def end_step(self):
         """Last line of a step, after the optimiser's: projects lambda to >= 0 and forgets the draw."""
         self.lam.clamp_(min=0)
+        self.stacks = []
         for layer in self.layers:
-            layer.draw = None
+            layer.drawn = None
 
     def density(self):
         """C, the share of adapter parameters expected to stay: a differentiable scalar. Without gates, the share that is there."""
@@ -271,7 +282,9 @@ class SaLoRA:
     def orthogonality(self):
         """|AA' - I|^2 and |B'B - I|^2 (two scalars), each the mean over the matrices that have a rank left."""
         live = [m for m in self.layers if m.rank]
-        return gram_error([m.lora_A for m in live], self.lam), gram_error([m.lora_B.mT for m in live], self.lam)  # eq. 9
+        if not live:
+            return self.lam.new_zeros(()), self.lam.new_zeros(())
+        return tuple(gram_error(stack_by_shape(m)) / len(live) for m in ([m.lora_A for m in live], [m.lora_B.mT for m in live]))
 
     def kept_params(self):
         """Number of adapter parameters now in the model."""
@@ -308,16 +321,45 @@ class SaLoRA:
         self.open, self.pruned = False, True
 
 
-def gram_error(matrices, like):
-    """Mean of |MM' - I|^2 over a list of M (r_i, n_i), a scalar on the device of `like`: one batched product for each shape."""
+def stack_by_shape(matrices):
+    """[(count, r, n) ..]: the matrices (r_i, n_i) in one tensor for each shape."""
     shapes = {}
     for m in matrices:
         shapes.setdefault(m.shape, []).append(m)
-    total = like.new_zeros(())
-    for group in shapes.values():
-        m = torch.stack(group)  # (count, r, n)
-        total = total + (m @ m.mT - torch.eye(m.shape[1], device=m.device)).square().sum()
-    return total / max(len(matrices), 1)
+    return [torch.stack(group) for group in shapes.values()]
+
+
+def gram_error(stacks):
+    """The sum of |MM' - I|^2 over all M (r, n) in a list of stacked ones (count, r, n): a scalar, one batched product a stack."""
+    return sum(GramError.apply(m) for m in stacks)
+
+
+class GramError(torch.autograd.Function):
+    """The sum of |MM' - I|^2 over M (count, r, n). Written out, its gradient is one product; autograd would take two."""
+
+    @staticmethod
+    def forward(ctx, m):
+        error = m @ m.mT - torch.eye(m.shape[1], device=m.device)  # (count, r, r)
+        ctx.save_for_backward(error, m)
+        return error.square().sum()  # eq. 9
+
+    @staticmethod
+    def backward(ctx, grad):
+        error, m = ctx.saved_tensors
+        return (4 * grad * error) @ m  # (count, r, n)
+
+
+def average_gradients(optimizer):
+    """With several processes on one batch, between backward() and the optimiser's step: every gradient becomes its mean over
+    the processes, in one message. Also under DistributedDataParallel, which does not know log theta. Build SaLoRA with one seed
+    everywhere, and all processes draw and keep the same gates. Does nothing in a single process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads]) / torch.distributed.get_world_size()
+    torch.distributed.all_reduce(flat)
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
+        grad.copy_(mean.view_as(grad))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,8 +394,8 @@ def rank_map(table, r):
 def merge(model):
     """Adds every update to its weight, in float32, and puts the plain nn.Linear back in place. Returns the model."""
     for path, layer in adapters(model).items():
-        a, b = layer.folded()
-        layer.base.weight.copy_(layer.base.weight.float() + b @ a)
+        a, b = layer.matrices()
+        layer.base.weight.copy_(layer.base.weight.float() + layer.scale * b @ a)
         replace(model, path, layer.base)
     return model
 
@@ -372,7 +414,8 @@ def save(model, folder, modules_to_save=(), **config):
     live = {path: m for path, m in adapters(model).items() if m.rank}
     tensors = {}
     for path, layer in live.items():
-        tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = layer.folded()
+        a, b = layer.matrices()
+        tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = a, layer.scale * b
     for m in modules_to_save:
         inside = {name: p for name, p in model.named_parameters() if within(name, [m])}
         if not inside:

@@ -5,6 +5,7 @@ Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA (or LoRA, or all weights).
     python train_glue.py --task cola             # roberta-base and CoLA, downloaded once
     python train_glue.py --task cola --model DIR --data DIR --seeds 0 1 2
     python train_glue.py --task my_folder        # train.tsv, dev.tsv: sentence (or sentence1, sentence2), label (or score)
+    torchrun --nproc-per-node 2 train_glue.py .. # every step's rows shared out among processes, one GPU each
 
 A run leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/ (for --resume).
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
@@ -32,6 +34,7 @@ from data.download import model_folder
 from data.glue import HERE, TASKS, load_task, score
 from model import LINEARS, load_encoder, read_config
 
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 METHODS = ("salora", "lora", "ft", "head")
 RECIPES = {  # what the two recipes set, unless a flag says otherwise
     "default": dict(orth_reduction="mean", selection=None, fold_gates=False, gate_lr=None),
@@ -75,7 +78,7 @@ def parse_args(argv=None):
     arg = group("optimisation")
     arg("--epochs", type=float, help="passes over the training rows (default: by task, 3 to 20)")
     arg("--max-steps", type=int, help="end after this many steps whatever --epochs says (default: no limit)")
-    arg("--batch-size", type=int, default=32, help="rows of a forward pass")
+    arg("--batch-size", type=int, default=32, help="rows of a forward pass, in each process")
     arg("--accumulate", type=int, default=1, help="forward passes a step")
     arg("--lr", type=float, help="of the weights (default: 3e-4; ft 3e-5; for demo 3e-3, ft 5e-4)")
     arg("--warmup", type=float, default=0.06, help="share of the steps in which the learning rates rise, before they fall linearly to 0")
@@ -148,10 +151,12 @@ def check(args):
     need(device is not None and device.type in ("cpu", "cuda"), "--device", repr(args.device), "auto, cpu, cuda or cuda:i")
     need(device.type == "cpu" or (device.index or 0) < torch.cuda.device_count(), "--device", args.device,
          f"a GPU that is there ({torch.cuda.device_count()} found); use --device cpu")
+    need(PROCESSES == 1 or args.device in ("cpu", "cuda"), "--device", args.device, "cpu or cuda under torchrun: each process takes a GPU of its own")
 
 
 def fail(message):
-    print(f"error: {message}", file=sys.stderr)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a machine, not once a process
+        print(f"error: {message}", file=sys.stderr)
     return 2
 
 
@@ -167,30 +172,28 @@ def write_text(file, text):
 
 
 def evaluate(model, rows, pad_id, device, batch_size=128):
-    """Logits (n, num_labels) in the order of `rows`, float32 numpy."""
-    training, logits = model.training, None
+    """Logits (n, num_labels) in the order of `rows`, float32 numpy; each process computes its share of the batches."""
+    training = model.training
+    logits = torch.zeros(len(rows), model.num_labels, device=device)
     model.eval()
     with torch.inference_mode():
-        for batch in batch_order([len(ids) for ids, _ in rows], batch_size):
-            out = model(*collate([rows[i] for i in batch], pad_id, device)).float().cpu()
-            logits = torch.zeros(len(rows), out.shape[1]) if logits is None else logits
-            logits[batch] = out
+        for batch in batch_order([len(ids) for ids, _ in rows], batch_size)[RANK::PROCESSES]:
+            logits[batch] = model(*collate([rows[i] for i in batch], pad_id, device)).float()
+    if PROCESSES > 1:
+        dist.all_reduce(logits)
     model.train(training)
-    return logits.numpy()
+    return logits.cpu().numpy()
 
 
-def save_checkpoint(folder, optimizer, salora, device, progress):
+def save_checkpoint(folder, optimizer, salora, progress):
     """Everything a run needs to go on, as safetensors and JSON: nothing in it is code."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = {f"param.{i}": p.detach() for i, p in enumerate(trained)}
     for i, p in enumerate(trained):
         tensors |= {f"state.{i}.{name}": value for name, value in optimizer.state.get(p, {}).items()}
-    tensors["rng"] = torch.get_rng_state()
     if salora:
         tensors["gate_rng"] = salora.generator.get_state()
         progress |= dict(pruned=salora.pruned, final_density=salora.final_density)
-    if device.type == "cuda":
-        tensors["cuda_rng"] = torch.cuda.get_rng_state(device)
     beside = folder.with_name("checkpoint.new")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
@@ -210,23 +213,24 @@ def load_checkpoint(folder, optimizer, salora, device, settings):
                              "give the run's own flags")
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = load_file(folder / "state.safetensors")
-    for i, p in enumerate(trained):
-        p.data = tensors[f"param.{i}"].to(device)
     for name, value in tensors.items():
         kind, *rest = name.split(".")
-        if kind == "state":
-            optimizer.state[trained[int(rest[0])]][rest[1]] = value if rest[1] == "step" else value.to(device)
-    torch.set_rng_state(tensors["rng"])
+        if kind in ("param", "state"):
+            p, value = trained[int(rest[0])], value.to(device)
+            if value.dim() == 2 and p.stride(0) == 1:  # lora_B and its moments lie column by column
+                value = value.mT.contiguous().mT
+            if kind == "param":
+                p.data = value
+            else:
+                optimizer.state[p][rest[1]] = value
     if salora:
         salora.generator.set_state(tensors["gate_rng"])
         salora.pruned, salora.final_density = progress["pruned"], progress["final_density"]
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["cuda_rng"], device)
     return progress
 
 
 def train(args, seed, out):
-    """One run: trains with one seed, writes its files into `out`, returns what is in result.json."""
+    """One run: trains with one seed, writes its files into `out`, returns what is in result.json (in the first process)."""
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "overwrite", "seeds")} | dict(seed=seed)
 
     # ---- data
@@ -242,19 +246,20 @@ def train(args, seed, out):
 
     # ---- how long it takes; the gates' learning rate, with which log theta can travel several units within the window
     epochs = task.epochs if args.epochs is None else args.epochs
-    rows_per_step = args.batch_size * args.accumulate
+    rows_per_step = args.batch_size * args.accumulate * PROCESSES
     epoch_steps = math.ceil(len(tokens) / rows_per_step)
     steps = min(math.ceil(epochs * epoch_steps), args.max_steps or math.inf)
     window_steps = sum(args.window[0] <= step / steps < args.window[1] for step in range(steps))
     if args.method == "salora" and not window_steps:
         raise InputError(f"--window {args.window[0]} {args.window[1]} holds none of the {steps} steps: widen it or train longer")
     gate_lr = min(max(0.01, 16 / max(window_steps, 1)), 0.2) if args.gate_lr is None else args.gate_lr
-    settings |= dict(epochs=epochs, gate_lr=gate_lr, max_length=max_length)
+    settings |= dict(epochs=epochs, gate_lr=gate_lr, max_length=max_length, processes=PROCESSES)
 
     # ---- model, method, optimiser
     torch.manual_seed(seed)
-    device = torch.device(args.device)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if PROCESSES > 1 and args.device == "cuda" else torch.device(args.device)
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)
     model = load_encoder(folder, task.num_labels, getattr(torch, args.dtype)).to(device)
     model.checkpoint_activations = args.checkpoint_activations
@@ -279,11 +284,11 @@ def train(args, seed, out):
         groups = salora.param_groups(args.lr, gate_lr, args.weight_decay)
     else:
         groups = [dict(params=[p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=args.weight_decay)]
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(groups, fused=True)  # one call for all parameters
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     print("settings: " + " ".join(f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in settings.items()))
-    print(f"{args.method} on {args.task}: {len(tokens)} training rows, {steps} steps; "
+    print(f"{args.method} on {args.task}: {len(tokens)} training rows, {steps} steps of {rows_per_step}; "
           f"{trainable_params:,} parameters to train and {head_params:,} in the head")
 
     # ---- the folder: go on where a run was stopped, or start anew
@@ -291,16 +296,18 @@ def train(args, seed, out):
     if args.resume and (out / "checkpoint").is_dir():
         progress = load_checkpoint(out / "checkpoint", optimizer, salora, device, settings)
         step, history, seconds = progress["step"], progress["history"], progress["seconds"]
-        lines = log_file.read_text().splitlines(keepends=True)
-        write_text(log_file, "".join(line for line in lines if json.loads(line)["step"] < step))
+        if RANK == 0:
+            lines = log_file.read_text().splitlines(keepends=True)
+            write_text(log_file, "".join(line for line in lines if json.loads(line)["step"] < step))
         print(f"resumed at step {step} of {steps}")
     else:
         if args.resume:
             print(f"{out}: no checkpoint to resume from, starting at step 0")
         elif (out / "checkpoint").is_dir():
             print(f"{out}: holds a run that did not finish and is replaced (--resume would have gone on with it)")
-        clear_folder(out)
-        log_file.write_text("")
+        if RANK == 0:
+            clear_folder(out)
+            log_file.write_text("")
 
     def evaluate_dev():
         logits = [evaluate(model, rows, pad_id, device) for rows in dev_tokens]
@@ -312,6 +319,7 @@ def train(args, seed, out):
     # ---- the loop
     forward = torch.compile(model, dynamic=True) if args.compile else model
     warmup = math.ceil(args.warmup * steps)
+    labels = torch.tensor(train_rows.labels)
     batches, logits, scores = None, None, None
     sums, log_tokens, log_steps, log_start = torch.zeros(2, device=device), 0, 0, time.time()  # sums: loss, task loss since the last line
     model.train()
@@ -323,21 +331,25 @@ def train(args, seed, out):
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
-        for i in range(0, len(batch), args.batch_size):
+        torch.manual_seed((seed * steps + step) * PROCESSES + RANK)  # of dropout: a resumed run needs no generator's state
+        share = batch[RANK::PROCESSES] or batch[:1]  # a last batch may be too small for all: one row then, which does not count
+        for i in range(0, len(share), args.batch_size):
             if salora:
                 salora.begin_step(step / steps, optimizer)  # draws the step's gates; at the end of the window it prunes
-            part = batch[i:i + args.batch_size]
-            logit = forward(*collate([tokens[j] for j in part], pad_id, device))  # (b, num_labels)
-            label = torch.tensor([train_rows.labels[j] for j in part], device=device)  # (b,)
+            part = share[i:i + args.batch_size]
+            inputs = collate([tokens[j] for j in part], pad_id, device, always_mask=args.compile)  # one graph instead of two
+            logit = forward(*inputs)  # (b, num_labels)
+            label = labels[part].to(device, non_blocking=True)  # (b,)
             loss = F.cross_entropy(logit, label, reduction="sum") if task.labels else F.mse_loss(logit[:, 0], label, reduction="sum")
-            loss = loss / len(batch)
-            loss.backward()
+            loss = loss * ((RANK < len(batch)) / len(batch))
             sums += loss.detach()
-        if gated:
-            penalty = salora.penalty()  # beta R_orth + lambda (C - b)^2
-            if penalty.requires_grad:
-                penalty.backward()
-            sums[0] += penalty.detach()
+            loss = loss * PROCESSES  # average_gradients takes a mean over the processes
+            if gated and i + args.batch_size >= len(share):
+                penalty = salora.penalty()  # beta R_orth + lambda (C - b)^2, once a step
+                sums[0] += penalty.detach() / PROCESSES
+                loss = loss + penalty
+            loss.backward()
+        sl.average_gradients(optimizer)
         optimizer.step()
         if gated:
             salora.end_step()  # lambda >= 0
@@ -347,6 +359,8 @@ def train(args, seed, out):
         log_steps, log_tokens = log_steps + 1, log_tokens + sum(lengths[j] for j in batch)
         epoch_end = (step + 1) % epoch_steps == 0 or step + 1 == steps
         if step % args.log_every == 0 or epoch_end:
+            if PROCESSES > 1:
+                dist.all_reduce(sums)
             loss, task_loss = (sums / log_steps).tolist()
             now = time.time()  # after the line above, which waits for the device
             seconds, speed = seconds + now - log_start, log_tokens / (now - log_start)
@@ -357,8 +371,9 @@ def train(args, seed, out):
                 with torch.no_grad():
                     orth_a, orth_b = salora.orthogonality()
                     entry |= {"density": salora.density().item(), "lambda": salora.lam.item(), "orth_a": orth_a.item(), "orth_b": orth_b.item()}
-            with log_file.open("a") as f:
-                f.write(json.dumps(entry) + "\n")
+            if RANK == 0:
+                with log_file.open("a") as f:
+                    f.write(json.dumps(entry) + "\n")
             gates = f" density {entry['density']:.3f} lambda {entry['lambda']:.3f}" if gated else ""
             left = int(seconds / (step + 1) * (steps - step - 1))
             line = f"step {step + 1}/{steps} loss {task_loss:.4f}{gates} {speed:.0f} tokens/s, {left // 60}:{left % 60:02d} left"
@@ -378,13 +393,16 @@ def train(args, seed, out):
             history.append(dict(step=step, epoch=round(step / epoch_steps, 4), **scores))
             line = f"epoch {step / epoch_steps:.4g}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
             print(f"\r{line:<100}" if sys.stdout.isatty() else line, flush=True)
-            save_checkpoint(out / "checkpoint", optimizer, salora, device,
-                            dict(step=step, history=history, seconds=seconds, settings=settings))
+            if RANK == 0:
+                save_checkpoint(out / "checkpoint", optimizer, salora,
+                                dict(step=step, history=history, seconds=seconds, settings=settings))
             log_start = time.time()
 
     # ---- results; result.json comes last: with it the run counts as finished
     if logits is None:  # stopped between the last step and here
         logits, scores = evaluate_dev()
+    if RANK:
+        return None
     for name, rows, values in zip(("predictions.tsv", "predictions_mismatched.tsv"), dev_sets, logits):
         lines = ["\t".join(["index", "label", "prediction", *(f"logit_{i}" for i in range(values.shape[1]))])]
         for i, (label, row) in enumerate(zip(rows.labels, values)):
@@ -455,6 +473,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if PROCESSES > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     name = args.task if args.task in TASKS else Path(args.task).resolve().name
     root = Path(args.out) if args.out else free_folder(f"runs/{name}-{args.method}")
     runs = [(args.seed, root)] if args.seeds is None else [(seed, root / f"seed{seed}") for seed in args.seeds]
@@ -468,7 +488,10 @@ def main(argv=None):
         if finished.exists() and not args.overwrite:
             raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
         results.append(train(args, seed, out))
-        report(args, results[-1], out)
+        if RANK == 0:
+            report(args, results[-1], out)
+    if RANK:
+        return
     if args.seeds is not None:
         scores = [r["score"] for r in results]
         summary = dict(metric=results[0]["metric"], seeds=args.seeds, scores=scores, mean=statistics.mean(scores),
@@ -481,10 +504,15 @@ def main(argv=None):
 
 
 def command(argv=None):
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
         main(argv)
     except InputError as e:
         sys.exit(fail(e))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -33,23 +33,27 @@ def tokenize(tokenizer, texts, max_length, vocab_size):
 
 
 def batch_order(lengths, batch_size, rng=None):
-    """Lists of row numbers, rows of like length together. With rng (a numpy Generator), in a new random order: lengths are jittered by
-    up to 10 % before sorting, so that batches mix, and then the batches are shuffled. Without, in order of length."""
-    lengths = np.asarray(lengths, dtype=np.float64)
+    """Lists of row numbers, rows of like length together. With rng (a numpy Generator), in a new random order: rows of one length
+    are shuffled, every row moves by up to two batches in the order of length, so that batches mix, and then the batches are
+    shuffled; 1 to 3 % of a GLUE task's tokens are padding then, 50 to 200 % in batches of random rows. The longest batch comes
+    first: memory that suffices for the first step suffices for all. Without rng, in order of length."""
+    order = np.argsort(lengths, kind="stable")
     if rng is not None:
-        lengths = lengths * rng.uniform(0.9, 1.1, len(lengths))
-    order = lengths.argsort(kind="stable")
+        order = np.lexsort((rng.random(len(lengths)), lengths))
+        order = order[np.argsort(np.arange(len(order)) + rng.uniform(0, 2 * batch_size, len(order)))]
     batches = [order[i:i + batch_size].tolist() for i in range(0, len(order), batch_size)]
     if rng is not None:
         rng.shuffle(batches)
+        longest = max(range(len(batches)), key=lambda i: max(lengths[j] for j in batches[i]))
+        batches.insert(0, batches.pop(longest))
     return batches
 
 
-def collate(rows, pad_id, device):
-    """input_ids, attention_mask (None if nothing is padded), token_type_ids: (b, t) each."""
+def collate(rows, pad_id, device, always_mask=False):
+    """input_ids, attention_mask (None if nothing is padded, unless always_mask), token_type_ids: (b, t) each."""
     t = max(len(ids) for ids, _ in rows)
     input_ids = torch.tensor([ids + [pad_id] * (t - len(ids)) for ids, _ in rows])
     token_type_ids = torch.tensor([types + [0] * (t - len(types)) for _, types in rows])
-    padded = any(len(ids) < t for ids, _ in rows)
+    padded = always_mask or any(len(ids) < t for ids, _ in rows)
     attention_mask = torch.tensor([[1] * len(ids) + [0] * (t - len(ids)) for ids, _ in rows]) if padded else None
     return [x if x is None else x.to(device, non_blocking=True) for x in (input_ids, attention_mask, token_type_ids)]

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import salora as sl
 from model import Encoder, EncoderConfig
@@ -88,7 +89,8 @@ def test_layer_computes_equation_5(alpha, scale):
     scatter(salora)
     salora.begin_step(0.3, None)
     layer, x = salora.layers[0], torch.randn(7, 10)
-    expected = x @ layer.base.weight.T + layer.base.bias + scale * x @ layer.lora_A.T @ torch.diag(layer.draw) @ layer.lora_B.T
+    gates = sl.sample_gates(salora.log_theta, salora.noise)[0]
+    expected = x @ layer.base.weight.T + layer.base.bias + scale * x @ layer.lora_A.T @ torch.diag(gates) @ layer.lora_B.T
     assert torch.allclose(layer(x), expected, atol=1e-5)
 
 
@@ -299,11 +301,11 @@ def test_without_a_window_it_is_lora_for_good():
 def test_a_step_has_one_draw_and_the_next_step_another():
     model, salora = wrapped()
     salora.begin_step(0.3, None)
-    first = torch.stack([layer.draw for layer in salora.layers])
+    first = salora.noise
     salora.begin_step(0.3, None)  # a second backward pass of the same step
-    again = torch.stack([layer.draw for layer in salora.layers])
+    again = salora.noise
     salora.begin_step(0.31, None)
-    other = torch.stack([layer.draw for layer in salora.layers])
+    other = salora.noise
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -313,7 +315,7 @@ def test_gates_depend_on_their_own_seed_alone():
         salora = SaLoRA(mlp(), ["0", "2"], r=4, seed=seed)
         torch.manual_seed(global_seed)
         salora.begin_step(0.3, None)
-        draws.append(salora.layers[0].draw.detach())
+        draws.append(salora.noise)
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
@@ -642,6 +644,29 @@ def test_an_optimiser_with_moments_of_another_shape_is_refused():
 # ---- on a transformer
 
 
+def test_average_gradients_does_nothing_in_a_single_process():
+    model, salora = wrapped()
+    optimizer = torch.optim.AdamW(salora.param_groups(1e-3))
+    model(torch.ones(2, 10)).sum().backward()
+    grad = salora.layers[0].lora_B.grad.clone()
+    sl.average_gradients(optimizer)
+    assert torch.equal(salora.layers[0].lora_B.grad, grad) and salora.log_theta.grad is None
+
+
+def test_gradient_of_the_gram_error_is_that_of_its_formula():
+    m = torch.randn(3, 4, 10, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(sl.GramError.apply, m)
+
+
+def test_b_and_its_moments_stay_column_by_column_in_memory():
+    model, salora = wrapped(window=(0, 0.5))
+    optimizer = train(model, salora, 12, gate_lr=0.3)
+    assert salora.pruned and any(m.rank > 1 for m in salora.layers)
+    for m in salora.layers:
+        for t in (m.lora_B, *(v for v in optimizer.state[m.lora_B].values() if v.dim())):
+            assert t.mT.is_contiguous()
+
+
 def test_works_on_an_encoder_end_to_end():
     model = encoder()
     plain = copy.deepcopy(model).eval()
@@ -667,3 +692,44 @@ def test_works_on_an_encoder_end_to_end():
 def test_readme_shows_the_same_usage_example():
     readme = (Path(sl.__file__).parent / "README.md").read_text(encoding="utf-8")
     assert readme.split("```python\n")[1].split("```")[0].strip() == textwrap.dedent(sl.__doc__.split("know of it:\n")[1]).strip()
+
+
+# ---- what a step costs, in operators: on a GPU each is a kernel to launch
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is computed, views left out, and keeps the names of what would make a host wait for its GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.waits = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
+            self.waits.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def operators(layers, **kw):
+    model = Encoder(EncoderConfig("roberta", vocab_size=40, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64,
+                                  max_position_embeddings=20, type_vocab_size=1), num_labels=2)
+    salora = SaLoRA(model, model.target_paths("qkvoud"), r=4, **kw)
+    optimizer = torch.optim.AdamW(salora.param_groups(1e-3), fused=True)
+    ids, y = torch.randint(2, 40, (4, 9)), torch.tensor([0, 1, 1, 0])
+    for step in range(3):  # the last one is counted: the optimiser's state is there
+        with Operators() as seen:
+            salora.begin_step(0.3 + 0.01 * step, optimizer)
+            (F.cross_entropy(model(ids), y) + salora.penalty()).backward()
+            optimizer.step()
+            salora.end_step()
+            optimizer.zero_grad()
+    return seen
+
+
+def test_gates_and_regulariser_cost_a_fixed_number_of_operators_and_no_wait():
+    lora = [operators(layers, window=None, beta=0.0) for layers in (2, 4)]
+    salora = [operators(layers) for layers in (2, 4)]
+    assert not lora[1].waits and not salora[1].waits
+    extra = [b.count - a.count for a, b in zip(lora, salora)]
+    assert extra[0] == extra[1] <= 90  # whatever the size of the model: the draw, the density, one Gram product a width

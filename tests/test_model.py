@@ -1,6 +1,7 @@
 """model.py gives transformers' numbers, reads the folders people have, and names what is wrong with the others."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from data import InputError
-from model import LINEARS, Encoder, load_encoder, read_config
+from model import LINEARS, Encoder, dropout, load_encoder, read_config
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -93,6 +94,23 @@ def test_dropout_is_as_configured(folder):
     edit_config(folder, classifier_dropout=None, attention_probs_dropout_prob=0.5)
     model = load_encoder(folder, 3).train()
     assert not torch.allclose(model.hidden(*inputs), model.hidden(*inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.37, 0.9])
+def test_dropout_zeroes_a_share_p_scales_the_rest_and_passes_the_same_gradient(p, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(301, 997, dtype=dtype, requires_grad=True)  # not a multiple of the four elements of a random word
+    y = dropout(x, p, training=True)
+    kept = y != 0
+    n = x.numel()
+    assert y.dtype == dtype and abs(kept.double().mean() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n)
+    assert torch.equal(y[kept], torch.full_like(y[kept], 1 / (1 - p)))
+    a, b = kept.flatten()[:-1].double() - (1 - p), kept.flatten()[1:].double() - (1 - p)
+    assert abs((a * b).mean()) < 5 * p * (1 - p) / math.sqrt(n)  # neighbours are independent
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    assert dropout(x, p, training=False) is x and dropout(x, 0.0, training=True) is x
 
 
 def test_checkpointed_activations_give_the_same_gradients(folder):

@@ -1,7 +1,8 @@
 """The command line, from flags to files. Most runs here are a few steps of the demo; one is the demo as a user sees it."""
 
 import json
-import math
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_glue
 from data import InputError, metrics
@@ -167,29 +168,88 @@ def test_targets_and_rank_choose_what_is_adapted(tmp_path):
     assert all(path.endswith((".attention.self.value", ".output.dense")) for path in result["ranks"])
 
 
-def test_accumulated_small_batches_equal_one_large_batch(tmp_path, monkeypatch):
-    """4 x 8 rows are 1 x 32 rows, gates drawn once a step. Dropout off: its noise depends on the shapes."""
-    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, *_: x)
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, mask, dropout_p: sdpa(q, k, v, mask))
-    run(tmp_path / "one", "--batch-size", "32")
-    run(tmp_path / "four", "--batch-size", "8", "--accumulate", "4")
-    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "four")):
-        for key in ("loss", "task_loss", "density", "lambda", "orth_b"):
-            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (a["step"], key)
+# ---- faster, smaller, on several processes: the same numbers
 
 
-def test_checkpointed_activations_change_memory_and_not_numbers(tmp_path, short):
-    run(tmp_path / "r", "--checkpoint-activations", "--max-steps", "4")
-    for a, b in zip(log(tmp_path / "r")[:1], log(short[0])[:1]):
-        assert a["task_loss"] == pytest.approx(b["task_loss"], rel=1e-5)
+@pytest.fixture(scope="module")
+def still(tmp_path_factory):
+    """The demo's model without dropout, whose noise depends on the shapes and on the process."""
+    folder = tmp_path_factory.mktemp("still") / "model"
+    shutil.copytree(HERE / "demo" / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: 0.0 if "dropout" in k else v for k, v in config.items()}))
+    return folder
 
 
-def test_bfloat16_base_leaves_adapter_and_gates_in_float32(tmp_path):
-    run(tmp_path / "r", "--dtype", "bfloat16")
+@pytest.fixture(scope="module")
+def one(still, tmp_path_factory):
+    """193 rows: six steps of 32 and one of 1, twice; before, in and after the window."""
+    out = tmp_path_factory.mktemp("one") / "run"
+    run(out, "--model", still, "--limit-train", "193")
+    return out
+
+
+def same_run(a, b, rel, abs):
+    """Logs, predictions and adapters of two runs agree."""
+    assert len(log(a)) == len(log(b))
+    for x, y in zip(log(a), log(b)):
+        for key in ("loss", "task_loss", "density", "lambda", "orth_a", "orth_b"):
+            assert x[key] == pytest.approx(y[key], rel=rel, abs=abs), (x["step"], key)
+    logits = [np.array([[float(x) for x in row[3:]] for row in predictions(out)[1]]) for out in (a, b)]
+    assert np.abs(logits[0] - logits[1]).max() < 10 * abs
+    adapter = [load_file(out / "adapter" / "adapter_model.safetensors") for out in (a, b)]
+    assert adapter[0].keys() == adapter[1].keys()
+    for key, value in adapter[0].items():
+        assert value.shape == adapter[1][key].shape and torch.allclose(value, adapter[1][key], rtol=0, atol=10 * abs), key
+
+
+def test_accumulated_small_batches_equal_one_large_batch(tmp_path, still, one):
+    """4 x 8 rows are 1 x 32 rows: the gates are drawn once a step."""
+    run(tmp_path / "four", "--model", still, "--limit-train", "193", "--batch-size", "8", "--accumulate", "4")
+    same_run(one, tmp_path / "four", rel=1e-5, abs=1e-5)
+
+
+def test_two_processes_equal_one_on_the_same_global_batch(tmp_path, still, one):
+    """2 x 16 rows are 1 x 32 rows, also where the last step has a row for one process only."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "train_glue.py", *SHORT, "--model", still,
+         "--limit-train", "193", "--batch-size", "16", "--out", tmp_path / "two"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("settings: ") == 1 and "processes=2" in done.stdout  # one process speaks
+    same_run(one, tmp_path / "two", rel=1e-5, abs=1e-5)
+
+
+def test_several_processes_report_an_error_once(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "train_glue.py",
+                           "--device", "cuda:1" if torch.cuda.device_count() > 1 else "tpu", "--out", tmp_path / "r"], capture_output=True, text=True)
+    assert done.returncode and done.stderr.count("error: --device is") == 1 and not (tmp_path / "r").exists()
+
+
+def test_recomputed_activations_change_memory_and_not_numbers(tmp_path, short):
+    """Dropout and gates are drawn once, though the layers are computed twice."""
+    run(tmp_path / "r", "--checkpoint-activations")
+    same_run(tmp_path / "r", short[0], rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler, g++ is not there")
+def test_compiled_model_has_the_same_numbers_and_keys(tmp_path, still):
+    config = json.loads((still / "config.json").read_text())
+    state = {k: v for k, v in load_file(still / "model.safetensors").items() if not re.search(r"layer\.[1-9]", k)}  # compile one layer, not four
+    shutil.copytree(still, tmp_path / "model")
+    save_file(state, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | dict(num_hidden_layers=1)))
+    flags = ["--model", tmp_path / "model", "--max-steps", "9"]
+    run(tmp_path / "eager", *flags)
+    run(tmp_path / "compiled", *flags, "--compile")
+    same_run(tmp_path / "eager", tmp_path / "compiled", rel=1e-4, abs=1e-4)
+
+
+def test_bfloat16_base_leaves_adapter_and_gates_in_float32(tmp_path, still, one):
+    run(tmp_path / "r", "--dtype", "bfloat16", "--model", still, "--limit-train", "193")
     state = load_file(tmp_path / "r" / "checkpoint" / "state.safetensors")
     assert {t.dtype for name, t in state.items() if name.startswith("param.")} == {torch.float32}
-    assert log(tmp_path / "r")[0]["task_loss"] == pytest.approx(math.log(2), abs=0.1)
+    for a, b in zip(log(one)[:4], log(tmp_path / "r")):  # later steps drift apart: bfloat16 has three digits
+        assert a["task_loss"] == pytest.approx(b["task_loss"], abs=0.02) and a["density"] == pytest.approx(b["density"], abs=0.01)
 
 
 # ---- seeds, repeating, resuming, overwriting
