@@ -1,0 +1,288 @@
+"""
+Measures what SaLoRA costs. Compare rows of one table only: they were measured in turns, on one machine, in one go.
+
+    python bench.py                                           # step, on the demo: half a minute
+    python bench.py step loop --task cola --model DIR --data DIR --json > speed.json
+
+step       milliseconds of a training step on the same batches: LoRA, SaLoRA in its window, SaLoRA after pruning
+loop       examples per second of train_glue.py over an epoch, and peak memory; with --peers, the python of another environment,
+           also other people's code (bench_peers.py) on CoLA
+start      seconds from the command to the end of the second step of train_glue.py
+options    train_glue.py with --compile, --dtype bfloat16, --checkpoint-activations, --accumulate
+processes  train_glue.py in one process, and in two under torchrun, on the same global batch
+size       milliseconds of a step on random models by rank, targets, length and width
+memory     a paper estimate for RoBERTa-large and LLaMA-7B; nothing is run
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data.batching import batch_order, collate, load_tokenizer, tokenize
+from data.glue import HERE, load_task
+from model import Encoder, EncoderConfig, load_encoder, read_config
+from salora import SaLoRA
+
+ROOT = Path(__file__).parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# step and size: in this process
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute something: on a GPU about as many kernels are launched."""
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **kwargs or {})
+
+
+def make_step(model, kind, r=8, targets="qkvoud"):
+    """step(batch, labels), one training step of LoRA, of SaLoRA in its window, or of SaLoRA pruned to b = 0.5."""
+    torch.manual_seed(0)
+    device = next(model.parameters()).device
+    gates = dict(window=None, beta=0.0) if kind == "lora" else dict(window=(0, 0.5))
+    salora = SaLoRA(model, model.target_paths(targets), r=r, **gates)
+    for module in model.head:
+        module.requires_grad_(True)
+    optimizer = torch.optim.AdamW(salora.param_groups(1e-3), fused=True)
+    count = 0
+
+    def step(batch, labels):
+        nonlocal count
+        count += 1
+        salora.begin_step(1.0 if kind == "pruned" else count * 1e-7, optimizer)
+        loss = F.cross_entropy(model(*batch), labels)
+        if kind != "lora":
+            loss = loss + salora.penalty()
+        loss.backward()
+        optimizer.step()
+        salora.end_step()
+        optimizer.zero_grad()
+
+    if kind == "pruned":
+        with torch.no_grad():  # uneven ranks, as learned gates leave them
+            salora.log_theta.normal_(generator=torch.Generator(device).manual_seed(0))
+    model.train()
+    return step
+
+
+def time_steps(steps, batches, repeats, block):
+    """[median milliseconds, median of the ratios to the first system, its standard error] for each of `steps`: the systems take
+    turns, `block` steps each, and a ratio is that of two neighbouring turns."""
+    wait = torch.cuda.synchronize if batches[0][1].is_cuda else lambda: None
+    seconds = np.zeros((repeats, len(steps)))
+    for i in range(-1, repeats):  # round -1 warms up
+        for j, step in enumerate(steps):
+            wait()
+            start = time.perf_counter()
+            for k in range(block):
+                step(*batches[(i * block + k) % len(batches)])
+            wait()
+            seconds[i, j] = time.perf_counter() - start
+    ratios = seconds / seconds[:, :1]
+    error = 1.25 * ratios.std(0) / repeats ** 0.5  # of a median
+    return zip(1000 / block * np.median(seconds, 0), np.median(ratios, 0), error)
+
+
+KINDS = {"lora": "LoRA", "salora": "SaLoRA, in the window", "pruned": "SaLoRA, pruned to b = 0.5"}
+
+
+def bench_step(args):
+    task, rows, _ = load_task(args.task, args.data)
+    tokens = tokenize(load_tokenizer(args.model), rows.texts, 128, read_config(args.model).vocab_size)
+    order = batch_order([len(ids) for ids, _ in tokens], 32, np.random.default_rng(0))[1:101]  # without the longest
+    labels = torch.tensor(rows.labels)
+    batches = [(collate([tokens[i] for i in b], read_config(args.model).pad_token_id, args.device), labels[b].to(args.device)) for b in order]
+    steps = [make_step(load_encoder(args.model, task.num_labels).to(args.device), kind) for kind in KINDS]
+    table = []
+    for kind, step, (ms, ratio, error) in zip(KINDS, steps, time_steps(steps, batches, args.repeats * 10, 5)):
+        with Operators() as seen:
+            step(*batches[0])
+        table.append({"step": KINDS[kind], "ms": round(ms, 2), "ratio": round(ratio, 3), "± standard error": round(error, 3),
+                      "operators": seen.count})
+    return table
+
+
+def bench_size(args):
+    base = dict(r=8, targets="qkvoud", length=16, width=384)
+    changes = [{}, dict(r=2), dict(r=32), dict(targets="qv"), dict(targets="qkvo"), dict(length=64), dict(length=128), dict(width=192),
+               dict(width=768)]
+    table = []
+    for change in changes:
+        r, targets, length, width = (base | change).values()
+        config = EncoderConfig("roberta", vocab_size=1000, hidden_size=width, num_hidden_layers=6, num_attention_heads=width // 32,
+                               intermediate_size=4 * width, max_position_embeddings=length + 2, type_vocab_size=1)
+        ids = torch.randint(2, 1000, (32, length), device=args.device)
+        batches = [((ids, None, None), torch.zeros(32, dtype=torch.long, device=args.device))]
+        steps = [make_step(Encoder(config, 2).to(args.device), kind, r, targets) for kind in KINDS]
+        times = list(time_steps(steps, batches, args.repeats * 3, 3))
+        table.append(base | change | {f"{kind} {what}": round(float(value), 3 if what == "ratio" else 1)
+                                      for kind, row in zip(KINDS, times) for what, value in zip(("ms", "ratio"), row)
+                                      if (kind, what) != ("lora", "ratio")})
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loop, options and processes: train_glue.py, as a user runs it
+
+
+def run_script(args, *flags, processes=1, threads=None):
+    """{examples per second, tokens per second, peak MB, start} of train_glue.py. Tokens per second are the median over the log lines,
+    which leaves out compiling; start is the time from the command to the last log line."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    data = ["--data", args.data] if args.data else []
+    with tempfile.TemporaryDirectory() as folder:
+        out, start = Path(folder) / "run", time.time()
+        subprocess.run(list(map(str, [*launch, ROOT / "train_glue.py", "--task", args.task, "--model", args.model, *data, "--epochs", 1, "--lr", 1e-3,
+                                      "--limit-dev", 32, "--threads", threads or args.threads, "--out", out, *flags])),
+                       check=True, stdout=subprocess.DEVNULL)
+        result = json.loads((out / "result.json").read_text())
+        speeds = [json.loads(line)["tokens_per_second"] for line in (out / "log.jsonl").read_text().splitlines()]
+        logged = (out / "log.jsonl").stat().st_mtime
+    return dict(examples=result["examples_per_second"], tokens=median(speeds), mb=result["peak_memory_mb"], start=logged - start)
+
+
+def take_turns(systems, repeats):
+    """{name: {column: median}} of functions that return {column: number}, called in turns."""
+    found = {name: [] for name in systems}
+    for _ in range(repeats):
+        for name, system in systems.items():
+            found[name].append(system())
+    return {name: {key: median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()}
+
+
+def bench_loop(args):
+    def peer(system):
+        out = subprocess.run([args.peers, ROOT / "bench_peers.py", system, "--model", args.model, "--data", args.data, "--threads",
+                              str(args.threads)], check=True, capture_output=True, text=True).stdout
+        return json.loads(out.splitlines()[-1])
+
+    peers = {"floor": "forward and input gradient alone", "trainer": "Trainer + PEFT LoRA", "grouped": "the same, grouped by length",
+             "adalora": "Trainer + PEFT AdaLoRA"} if args.peers else {}
+    systems = {peers[name]: lambda name=name: peer(name) for name in peers}
+    systems |= {f"train_glue.py --method {m}": lambda m=m: run_script(args, "--method", m) for m in ("lora", "salora")}
+    return [{"system": name, "examples/s": round(row["examples"], 1), "peak MB": round(row["mb"])}
+            for name, row in take_turns(systems, args.repeats).items()]
+
+
+def bench_start(args):
+    systems = {m: lambda m=m: run_script(args, "--method", m, "--max-steps", 2, "--window", 0, 1) for m in ("lora", "salora")}
+    return [{"method": name, "seconds to the second step": round(row["start"], 2)} for name, row in take_turns(systems, args.repeats).items()]
+
+
+def bench_options(args):
+    flags = ["", "--compile", "--dtype bfloat16", "--checkpoint-activations", "--batch-size 8 --accumulate 4"]
+    systems = {flag or "(none)": lambda flag=flag: run_script(args, "--max-steps", 120, *flag.split()) for flag in flags}
+    return [{"option": name, "tokens/s": round(row["tokens"]), "peak MB": round(row["mb"]), "whole run s": round(row["start"])}
+            for name, row in take_turns(systems, args.repeats).items()]
+
+
+def bench_processes(args):
+    systems = {}
+    for processes, threads, batch in ((1, 1, 32), (2, 1, 16), (1, 2, 32)):
+        systems[processes, threads, batch] = lambda p=processes, t=threads, b=batch: run_script(
+            args, "--batch-size", b, processes=p, threads=t)
+    found = take_turns(systems, args.repeats)
+    return [{"processes": p, "threads each": t, "rows each": b, "examples/s": round(row["examples"], 1),
+             "speed-up": round(row["examples"] / found[1, 1, 32]["examples"], 2)} for (p, t, b), row in found.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# memory: on paper
+
+
+def kept_by_encoder_layer(d, i, size, mask=1):
+    """Bytes a token that a layer keeps for its backward pass, numbers of `size` bytes and dropout masks of `mask`: x, q, k, v,
+    attention, both norms' inputs, the first one's output; GELU's input and output."""
+    return (8 * d + 2 * i) * size + 2 * d * mask
+
+
+def kept_by_llama_layer(d, kv, i, size):
+    """Both norms' inputs and outputs, q, attention; k, v; gate, SiLU, up and their product."""
+    return (6 * d + 2 * kv + 4 * i) * size
+
+
+def bench_memory(args):
+    """Bytes of a step with LoRA or SaLoRA, r = 8 on the six matrices, with attention that does not store length x length:
+        frozen       weights x size of the dtype
+        adapter      16 for each parameter: float32 weight, gradient and two moments of AdamW; SaLoRA's stacks in the window: 12 more
+        activations  tokens x layers x what a layer keeps; recomputed (--checkpoint-activations): x of each layer, and all of one
+        logits       LLaMA only: tokens x vocabulary x (dtype + float32), unless computed in chunks"""
+    gb = 2**30
+    models = {"RoBERTa-large": dict(weights=355e6, d=1024, kv=1024, i=4096, layers=24, vocab=0, batch=32, length=128),
+              "LLaMA-7B": dict(weights=6.74e9, d=4096, kv=4096, i=11008, layers=32, vocab=32000, batch=4, length=512)}
+    table = []
+    for name, m in models.items():
+        for dtype, size in (("float32", 4), ("bfloat16", 2)):
+            for recompute in (False, True):
+                d, tokens = m["d"], m["batch"] * m["length"]
+                adapter = 8 * m["layers"] * (2 * (d + d) + 2 * (d + m["kv"]) + 2 * (d + m["i"]))
+                kept = kept_by_llama_layer(d, m["kv"], m["i"], size) if m["vocab"] else kept_by_encoder_layer(d, m["i"], size)
+                activations = tokens * (m["layers"] * d * size + kept if recompute else m["layers"] * kept)
+                parts = dict(frozen=m["weights"] * size, adapter=28 * adapter, activations=activations, logits=tokens * m["vocab"] * (size + 4))
+                total = sum(parts.values()) / gb
+                table.append({"model": name, "batch": f"{m['batch']} x {m['length']}", "dtype": dtype, "recompute": "yes" if recompute else "no",
+                              **{f"{key} GB": round(value / gb, 2) for key, value in parts.items()}, "total GB": round(total, 1),
+                              **{f"{card} GB card": "fits" if total < 0.9 * card else "no" for card in (24, 80)}})
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+BENCHES = dict(step=bench_step, loop=bench_loop, start=bench_start, options=bench_options, processes=bench_processes, size=bench_size, memory=bench_memory)
+
+
+def print_table(name, table):
+    columns = list(table[0])
+    print(f"\n{name}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in table:
+        print(f"| {' | '.join(str(row[c]) for c in columns)} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=[*BENCHES, []], help="tables to make (default: step)")
+    parser.add_argument("--task", default="demo", help="as in train_glue.py (default: demo)")
+    parser.add_argument("--model", default=str(HERE / "demo" / "model"), help="folder in Hugging Face layout (default: the demo's)")
+    parser.add_argument("--data", help="folder in GLUE's layout")
+    parser.add_argument("--peers", metavar="PYTHON", help="python that has transformers and peft (loop; needs --task cola)")
+    parser.add_argument("--device", default="cpu", help="for step and size: cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count()), help="CPU threads (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="times each system has its turn; step takes ten times as many (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    args = parser.parse_args()
+    if args.peers and args.task != "cola":
+        parser.error(f"--peers: the peers run cola, --task is {args.task}")
+    torch.set_num_threads(args.threads)
+    machine = dict(torch=torch.__version__, cpu=platform.processor() or platform.machine(), threads=args.threads,
+                   device=torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu")
+    tables = {}
+    for name in args.what or ["step"]:
+        with redirect_stdout(sys.stderr):  # what is said while loading is no part of a table
+            tables[name] = BENCHES[name](args)
+        if not args.json:
+            print_table(name, tables[name])
+    if args.json:
+        print(json.dumps(dict(machine=machine, command=sys.argv[1:], **tables), indent=1))
+
+
+if __name__ == "__main__":
+    main()
