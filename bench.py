@@ -259,7 +259,7 @@ def print_table(name, table):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=[*BENCHES, []], help="tables to make (default: step)")
+    parser.add_argument("what", nargs="*", metavar="TABLE", help=f"any of {', '.join(BENCHES)} (default: step)")
     parser.add_argument("--task", default="demo", help="as in train_glue.py (default: demo)")
     parser.add_argument("--model", default=str(HERE / "demo" / "model"), help="folder in Hugging Face layout (default: the demo's)")
     parser.add_argument("--data", help="folder in GLUE's layout")
@@ -269,6 +269,8 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="times each system has its turn; step takes ten times as many (default: 3)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args()
+    if unknown := set(args.what) - set(BENCHES):
+        parser.error(f"{', '.join(unknown)}: no such table, expected any of {', '.join(BENCHES)}")
     if args.peers and args.task != "cola":
         parser.error(f"--peers: the peers run cola, --task is {args.task}")
     torch.set_num_threads(args.threads)

@@ -92,7 +92,8 @@ class SaLoRALinear(nn.Module):
             return h
         a, b = self.drawn if self.training and self.drawn else self.matrices()
         z = F.linear(x, a.to(x.dtype))  # (.., r)
-        return torch.add(h, F.linear(z, b.to(z.dtype)), alpha=self.scale)  # eq. 3, 5
+        h2, z2 = h.reshape(-1, h.shape[-1]), z.reshape(-1, z.shape[-1])  # (n, d), (n, r): addmm multiplies, scales and adds in one go
+        return torch.addmm(h2, z2, b.mT.to(z.dtype), alpha=self.scale).view_as(h)  # eq. 3, 5
 
     def matrices(self):
         """A (r, k) and B diag(g) (d, r), without noise."""
