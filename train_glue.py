@@ -249,11 +249,11 @@ def train(args, seed, out):
     rows_per_step = args.batch_size * args.accumulate * PROCESSES
     epoch_steps = math.ceil(len(tokens) / rows_per_step)
     steps = min(math.ceil(epochs * epoch_steps), args.max_steps or math.inf)
-    window_steps = sum(args.window[0] <= step / steps < args.window[1] for step in range(steps))
-    if args.method == "salora" and window_steps < 2:  # in a first step B is 0, and no gate has a gradient
-        raise InputError(f"--window {args.window[0]} {args.window[1]} holds {window_steps or 'none'} of the {steps} steps, gates need at least 2: "
-                         "widen it or train longer")
-    gate_lr = min(max(0.01, 16 / max(window_steps, 1)), 0.2) if args.gate_lr is None else args.gate_lr
+    window_steps = [step for step in range(steps) if args.window[0] <= step / steps < args.window[1]]
+    if args.method == "salora" and not any(window_steps):
+        raise InputError(f"--window {args.window[0]} {args.window[1]} holds none of the {steps} steps after the first, in which B is 0 and no gate "
+                         "has a gradient: widen it or train longer")
+    gate_lr = min(max(0.01, 16 / max(len(window_steps), 1)), 0.2) if args.gate_lr is None else args.gate_lr
     settings |= dict(epochs=epochs, gate_lr=gate_lr, max_length=max_length, processes=PROCESSES)
 
     # ---- model, method, optimiser

@@ -333,7 +333,7 @@ def test_default_folders_do_not_collide(tmp_path, monkeypatch):
     (["--lr", "-1"], "--lr is -1.0"), (["--lr", "0"], "--lr is 0.0"), (["--alpha", "0"], "--alpha is 0.0"),
     (["--task", ".", "--data", "."], "--data is '.', expected nothing"), (["--epochs", "inf"], "--epochs is inf"), (["--batch-size", "0"], "--batch-size is 0"), (["--seeds", "1", "1"], "--seeds is [1, 1]"),
     (["--device", "tpu"], "--device is 'tpu'"), (["--device", "cuda:99"], "--device is cuda:99"), (["--max-length", "999"], "--max-length is 999, but"),
-    (["--window", "0.5", "0.51", "--max-steps", "3"], "holds none of the 3 steps"), (["--window", "0", "1", "--max-steps", "1"], "holds 1 of the 1 steps, gates need at least 2"), (["--resume"], "--resume is given without --out"),
+    (["--window", "0.5", "0.51", "--max-steps", "3"], "holds none of the 3 steps"), (["--window", "0", "1", "--max-steps", "1"], "holds none of the 1 steps after the first"), (["--resume"], "--resume is given without --out"),
     (["--model", "./nowhere"], "--model ./nowhere: no such folder"), (["--task", "cola", "--data", "."], "CoLA/train.tsv: not found"),
     (["--method", "ft", "--dtype", "bfloat16"], "--dtype is bfloat16"), (["--nonsense"], "unrecognized arguments: --nonsense")])
 def test_bad_flags_end_in_one_line_and_status_2(flags, words, tmp_path, monkeypatch, capsys):
