@@ -11,8 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench
 import salora as sl
 from model import Encoder, EncoderConfig
 from salora import SaLoRA, SaLoRALinear, adapters, load, merge, rank_map, ranks, save
@@ -697,18 +697,17 @@ def test_readme_shows_the_same_usage_example():
 # ---- what a step costs, in operators: on a GPU each is a kernel to launch
 
 
-class Operators(TorchDispatchMode):
-    """Counts what is computed, views left out, and keeps the names of what would make a host wait for its GPU."""
+class Operators(bench.Operators):
+    """Keeps, beside the count, the names of what would make a host wait for its GPU."""
 
     def __init__(self):
         super().__init__()
-        self.count, self.waits = 0, []
+        self.waits = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
         if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
             self.waits.append(str(func))
-        return func(*args, **kwargs or {})
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def operators(layers, **kw):
