@@ -69,8 +69,8 @@ class SaLoRALinear(nn.Module):
     """h = W x + (alpha/r) B diag(g) A x around an nn.Linear.
 
     A is Gaussian and B zero, so the first step sees the pretrained model. A and B are float32 whatever W is; the product is
-    computed in W's dtype. Inside the window g is the step's draw in train() and, as with dropout, deterministic in eval();
-    outside, all gates are 1."""
+    computed in W's dtype. Outside the window all gates are 1. Inside it they have the value 1 and the gradient of the step's
+    draw; or, without SaLoRA's straight_through, they are the draw in train() and, as with dropout, deterministic in eval()."""
 
     def __init__(self, base, r, scale):
         super().__init__()
@@ -79,7 +79,7 @@ class SaLoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.randn(r, k, device=device) / math.sqrt(k))  # (r, k), rows of about unit norm
         self.lora_B = nn.Parameter(torch.zeros(r, d, device=device).mT)  # (d, r), column by column in memory: a faster backward
         self.scale = scale  # alpha / r with the first r: it stays when the rank falls
-        self.row = None  # inside the window: SaLoRA.log_theta and the number of this layer's row in it
+        self.row = None  # inside the window, without straight_through: SaLoRA.log_theta and the number of this layer's row in it
         self.drawn = None  # inside a step of it: A and B diag(g), slices of what SaLoRA.draw computed for many layers at once
 
     @property
@@ -169,13 +169,15 @@ class SaLoRA:
         selection       what stays at the end of the window. "budget": the triplets of largest log theta that fit into b,
                         never more; "paper": those with a deterministic gate above 0, however many. Default: "budget",
                         with a price "paper"
+        straight_through  in the window, weights see gates of 1 and log theta gets the gradient of the drawn ones; False: weights
+                        see the drawn gates, as printed
         fold_gates      multiply a kept gate's value into B; the default sets it to 1
         seed            of the gates' own random generator: equal seeds draw equal gates whatever else is random
 
     ValueError: a target that matches nothing, a setting out of its range, a model that has adapters already."""
 
     def __init__(self, model, targets, r=8, alpha=None, budget=0.5, beta=0.1, window=(0.2, 0.5), orth_reduction="mean",
-                 price=None, selection=None, fold_gates=False, seed=0):
+                 price=None, selection=None, straight_through=True, fold_gates=False, seed=0):
         selection = selection or ("budget" if price is None else "paper")
         if not 0 < budget <= 1:
             raise ValueError(f"budget is {budget}, expected a share in (0, 1]")
@@ -201,7 +203,7 @@ class SaLoRA:
             self.widths.setdefault(m.lora_A.shape[1], ([], []))[0].append(m)
         self.model, self.layers = model, [m for _, of_b in self.widths.values() for m in of_b]
         self.budget, self.beta, self.window, self.orth_reduction = budget, beta, window, orth_reduction
-        self.price, self.selection, self.fold_gates = price, selection, fold_gates
+        self.price, self.selection, self.straight_through, self.fold_gates = price, selection, straight_through, fold_gates
         self.open = self.pruned = False  # is the window open; has it closed
         self.progress = self.noise = None  # the last draw and when it was made
         self.stacks = []  # inside a step of the window: all A and B' in a few tensors (count, r, n)
@@ -243,16 +245,19 @@ class SaLoRA:
     def draw(self):
         """The step's gates, and with them A and B diag(g) of every layer. All A and B' of one width are stacked: gates and
         regulariser then cost a fixed number of operators, however many layers there are."""
-        gates = sample_gates(self.log_theta, self.noise).split([len(of_b) for _, of_b in self.widths.values()])  # (count, r) each
+        gates = sample_gates(self.log_theta, self.noise)  # (K, r)
+        if self.straight_through:
+            gates = 1 + gates - gates.detach()  # the weights learn undisturbed, the gates from what their draw would have changed
         self.stacks, drawn_a, drawn_b = [], {}, {}
-        for (of_a, of_b), g in zip(self.widths.values(), gates):
+        for (of_a, of_b), g in zip(self.widths.values(), gates.split([len(of_b) for _, of_b in self.widths.values()])):  # g (count, r)
             stack = torch.stack([m.lora_A for m in of_a] + [m.lora_B.mT for m in of_b])  # (count, r, n)
             a, b = stack.split([len(of_a), len(of_b)])
             drawn_a |= zip(of_a, a)
             drawn_b |= zip(of_b, (b * g.unsqueeze(2)).mT)
             self.stacks.append(stack)
         for i, layer in enumerate(self.layers):
-            layer.row, layer.drawn = (self.log_theta, i), (drawn_a[layer], drawn_b[layer])
+            layer.drawn = drawn_a[layer], drawn_b[layer]
+            layer.row = None if self.straight_through else (self.log_theta, i)
 
     def penalty(self):
         """What is added to the task's loss: the regulariser, and inside the window the price of the gates."""

@@ -37,8 +37,8 @@ from model import LINEARS, load_encoder, read_config
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 METHODS = ("salora", "lora", "ft", "head")
 RECIPES = {  # what the two recipes set, unless a flag says otherwise
-    "default": dict(orth_reduction="mean", selection=None, fold_gates=False, gate_lr=None),
-    "paper": dict(orth_reduction="sum", selection="paper", fold_gates=True, gate_lr=0.01),
+    "default": dict(orth_reduction="mean", selection=None, straight_through=True, fold_gates=False, gate_lr=None),
+    "paper": dict(orth_reduction="sum", selection="paper", straight_through=False, fold_gates=True, gate_lr=0.01),
 }
 
 
@@ -56,6 +56,8 @@ def parse_args(argv=None):
     arg("--data", help="folder in GLUE's layout, DIR/CoLA/train.tsv .. (default: data/, where a missing task is downloaded)")
     arg("--limit-train", type=int, metavar="N", help="use only the first N training rows (default: all)")
     arg("--limit-dev", type=int, metavar="N", help="use only the first N dev rows (default: all)")
+    arg("--hold-out", type=int, metavar="N", help="score on N random training rows, always the same, that are taken out of training, "
+        "instead of the dev set: to choose settings by (default: off)")
     arg("--max-length", type=int, help="longer inputs are cut to this many tokens (default: 128, or what the model has positions for)")
 
     arg = group("method")
@@ -67,10 +69,12 @@ def parse_args(argv=None):
     arg("--beta", type=float, default=0.1, help="weight of the orthogonal regulariser")
     arg("--window", type=float, nargs=2, default=[0.2, 0.5], metavar=("START", "END"), help="fractions of the run between which gates are learned")
     arg("--recipe", choices=list(RECIPES), default="default", help="paper: the letter of the paper, "
-        "--orth-reduction sum --selection paper --fold-gates --gate-lr 0.01")
+        "--orth-reduction sum --selection paper --no-straight-through --fold-gates --gate-lr 0.01")
     arg("--orth-reduction", choices=["mean", "sum"], help="of the regulariser over the matrices (default: mean)")
     arg("--selection", choices=["budget", "paper"], help="keep what fits the budget, or what has a gate above 0 "
         "(default: budget; with --price: paper)")
+    arg("--straight-through", action=argparse.BooleanOptionalAction, help="in the window, train the weights with gates of 1 and log theta with "
+        "the gradient of the drawn gates; no: train the weights with the drawn gates (default: yes)")
     arg("--fold-gates", action=argparse.BooleanOptionalAction, help="multiply kept gates into B instead of setting them to 1 (default: no)")
     arg("--gate-lr", type=float, help="learning rate of log theta and lambda (default: 16 / steps in the window, but 0.01 to 0.2)")
     arg("--price", type=float, metavar="LAMBDA", help="eq. 10: a constant price of an open gate instead of a budget (default: off)")
@@ -128,8 +132,8 @@ def check(args):
     need(0 < args.budget <= 1, "--budget", args.budget, "a share in (0, 1]")
     start, end = args.window
     need(0 <= start < end <= 1, "--window", f"{start} {end}", "two fractions of the run, 0 <= START < END <= 1")
-    for name, least in dict(r=1, batch_size=1, accumulate=1, max_length=8, log_every=1, limit_train=1, limit_dev=1, max_steps=1,
-                            threads=1, seed=0).items():
+    for name, least in dict(r=1, batch_size=1, accumulate=1, max_length=8, log_every=1, limit_train=1, limit_dev=1, hold_out=1,
+                            max_steps=1, threads=1, seed=0).items():
         value = getattr(args, name)
         need(value is None or value >= least, "--" + name.replace("_", "-"), value, f"at least {least}")
     for name in ("lr", "gate_lr", "alpha", "epochs"):
@@ -234,7 +238,7 @@ def train(args, seed, out):
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "overwrite", "seeds")} | dict(seed=seed)
 
     # ---- data
-    task, train_rows, dev_sets = load_task(args.task, args.data, args.limit_train, args.limit_dev)
+    task, train_rows, dev_sets = load_task(args.task, args.data, args.limit_train, args.limit_dev, args.hold_out)
     folder = model_folder(args.model)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
     max_length = min(128, config.max_length) if args.max_length is None else args.max_length
@@ -270,7 +274,8 @@ def train(args, seed, out):
             salora = sl.SaLoRA(
                 model, model.target_paths(args.targets), r=args.r, alpha=args.alpha, budget=args.budget,
                 beta=args.beta if gated else 0.0, window=args.window if gated else None,  # LoRA is SaLoRA without gates and R_orth
-                orth_reduction=args.orth_reduction, price=args.price, selection=args.selection, fold_gates=args.fold_gates, seed=seed)
+                orth_reduction=args.orth_reduction, price=args.price, selection=args.selection,
+                straight_through=args.straight_through, fold_gates=args.fold_gates, seed=seed)
         except ValueError as e:
             raise InputError(f"--r {args.r}: {e}") from None
         settings["selection"] = salora.selection

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from data import InputError, metrics
 from data.download import download_task
 
@@ -126,9 +128,10 @@ def own_task(folder):
     return replace(task, labels=tuple(sorted(labels, key=lambda x: (len(x), x) if x.isdigit() else (1 << 30, x))), metric="accuracy")
 
 
-def load_task(name, data=None, limit_train=None, limit_dev=None):
+def load_task(name, data=None, limit_train=None, limit_dev=None, hold_out=None):
     """Task, train Rows and a list of dev Rows. `name`: one of TASKS, or a user's folder; `data`: a folder in GLUE's layout, by
-    default this one, into which a missing GLUE task is downloaded."""
+    default this one, into which a missing GLUE task is downloaded; `hold_out`: so many random rows of the training file, always
+    the same ones, take the place of the dev rows, so that settings can be chosen without a look at those."""
     if name in TASKS:
         task = TASKS[name]
         folder = Path(data or HERE) / task.folder
@@ -136,7 +139,15 @@ def load_task(name, data=None, limit_train=None, limit_dev=None):
             download_task(task.folder, HERE)
     else:
         folder, task = Path(name), own_task(name)
-    return task, read_rows(folder / "train.tsv", task, limit_train), [read_rows(folder / file, task, limit_dev) for file in task.dev]
+    if not hold_out:
+        return task, read_rows(folder / "train.tsv", task, limit_train), [read_rows(folder / file, task, limit_dev) for file in task.dev]
+    rows = read_rows(folder / "train.tsv", task)
+    if hold_out >= len(rows.labels):
+        raise InputError(f"--hold-out is {hold_out}, but {folder / 'train.tsv'} has {len(rows.labels)} rows: hold out fewer")
+    order = np.random.default_rng(0).permutation(len(rows.labels))
+    held, rest = sorted(order[:hold_out])[:limit_dev], sorted(order[hold_out:])[:limit_train]
+    train, dev = (Rows([rows.texts[i] for i in part], [rows.labels[i] for i in part]) for part in (rest, held))
+    return task, train, [dev]
 
 
 def score(task, labels, logits):

@@ -73,6 +73,17 @@ def test_limits_take_the_first_rows():
     assert train.texts == load_task("demo")[1].texts[:5]
 
 
+def test_held_out_rows_take_the_place_of_dev_and_are_out_of_train():
+    _, everything, _ = load_task("demo")
+    _, train, (held,) = load_task("demo", hold_out=100)
+    assert len(held.labels) == 100 and sorted(train.texts + held.texts) == sorted(everything.texts) != train.texts + held.texts
+    assert 30 < sum(held.labels) < 70  # not the first or last rows of a file that may be sorted
+    _, fewer, (again,) = load_task("demo", hold_out=100, limit_train=50, limit_dev=20)
+    assert fewer.texts == train.texts[:50] and again.texts == held.texts[:20]  # always the same
+    with pytest.raises(InputError, match="hold out fewer"):
+        load_task("demo", hold_out=len(everything.labels))
+
+
 @pytest.mark.parametrize("header,rows,labels,values,metric", [
     ("sentence\tlabel", ["a\tpos", "b\tneg"], ("neg", "pos"), [1, 0], "accuracy"),
     ("label\tid\tsentence", ["10\tx\ta", "2\tx\tb", "1\tx\tc"], ("1", "2", "10"), [2, 1, 0], "accuracy"),

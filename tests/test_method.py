@@ -85,13 +85,31 @@ def test_a_starts_gaussian_with_rows_of_unit_norm_and_b_at_zero():
 
 @pytest.mark.parametrize("alpha,scale", [(None, 1.0), (16, 4.0)])
 def test_layer_computes_equation_5(alpha, scale):
-    model, salora = wrapped(alpha=alpha)
+    model, salora = wrapped(alpha=alpha, straight_through=False)
     scatter(salora)
     salora.begin_step(0.3, None)
     layer, x = salora.layers[0], torch.randn(7, 10)
     gates = sl.sample_gates(salora.log_theta, salora.noise)[0]
     expected = x @ layer.base.weight.T + layer.base.bias + scale * x @ layer.lora_A.T @ torch.diag(gates) @ layer.lora_B.T
     assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
+def test_straight_through_gates_are_one_with_the_gradient_of_the_draw():
+    """Against the layer written out with a vector m for its gates: the value at m = 1, and for log theta dL/dm dg/dlog theta."""
+    model, salora = wrapped(alpha=16)
+    scatter(salora)
+    salora.begin_step(0.3, None)
+    layer, x, y = salora.layers[0], torch.randn(7, 10), torch.randn(7, 24)
+    m = torch.ones(4, requires_grad=True)
+    a, b = (t.detach().requires_grad_() for t in (layer.lora_A, layer.lora_B))
+    h = layer.base(x) + 4 * x @ a.T @ torch.diag(m) @ b.T
+    assert torch.allclose(layer(x), h, atol=1e-5) and torch.equal(layer.eval()(x), layer(x))
+    ((layer.train()(x) - y) ** 2).sum().backward()
+    ((h - y) ** 2).sum().backward()
+    log_theta = salora.log_theta.detach()[0].requires_grad_()
+    sl.sample_gates(log_theta, salora.noise[0]).backward(m.grad)
+    for found, expected in ((salora.log_theta.grad[0], log_theta.grad), (layer.lora_A.grad, a.grad), (layer.lora_B.grad, b.grad)):
+        assert expected.abs().max() > 0.01 and torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_scale_stays_when_the_rank_falls():
@@ -320,7 +338,7 @@ def test_gates_depend_on_their_own_seed_alone():
 
 
 def test_evaluation_in_the_window_uses_the_current_deterministic_gates():
-    model, salora = wrapped()
+    model, salora = wrapped(straight_through=False)
     scatter(salora)
     salora.begin_step(0.3, None)
     with torch.no_grad():
@@ -433,7 +451,7 @@ def test_kept_gates_are_set_to_one_or_folded_in():
 
 
 def test_folding_in_with_the_papers_selection_leaves_the_evaluated_model_as_it_was():
-    model, salora = wrapped(fold_gates=True, selection="paper")
+    model, salora = wrapped(fold_gates=True, selection="paper", straight_through=False)
     scatter(salora)
     salora.begin_step(0.3, None)
     x = torch.randn(6, 10)
@@ -506,8 +524,9 @@ def test_merged_model_is_plain_and_computes_the_same(dtype, tolerance):
     assert torch.allclose(model(x), before, rtol=tolerance, atol=tolerance)
 
 
-def test_merging_inside_the_window_uses_the_deterministic_gates():
-    model, salora = wrapped()
+@pytest.mark.parametrize("straight_through", [True, False])
+def test_merging_inside_the_window_gives_the_evaluated_model(straight_through):
+    model, salora = wrapped(straight_through=straight_through)
     scatter(salora)
     salora.begin_step(0.3, None)
     x = torch.randn(6, 10)
