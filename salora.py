@@ -19,7 +19,7 @@ In a window of the run the gates are drawn and learned; at its end the triplets 
 Before and after it the layer is plain LoRA. Five lines of a training loop know of it:
 
     salora = SaLoRA(model, targets=["up", "down"], r=8, budget=0.5)
-    optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-3, gate_lr=0.05))
+    optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-3, gate_lr=0.2))
     for step in range(steps):
         salora.begin_step(step / steps, optimizer)
         loss = F.cross_entropy(model(x), y) + salora.penalty()
@@ -176,7 +176,7 @@ class SaLoRA:
 
     ValueError: a target that matches nothing, a setting out of its range, a model that has adapters already."""
 
-    def __init__(self, model, targets, r=8, alpha=None, budget=0.5, beta=0.1, window=(0.2, 0.5), orth_reduction="mean",
+    def __init__(self, model, targets, r=8, alpha=None, budget=0.5, beta=0.01, window=(0.2, 0.5), orth_reduction="mean",
                  price=None, selection=None, straight_through=True, fold_gates=False, seed=0):
         selection = selection or ("budget" if price is None else "paper")
         if not 0 < budget <= 1:
@@ -217,7 +217,7 @@ class SaLoRA:
         self.initial_params = r * int(self.size.sum())
         self.generator = torch.Generator(device).manual_seed(seed)
 
-    def param_groups(self, lr, gate_lr=0.01, weight_decay=0.01):
+    def param_groups(self, lr, gate_lr=0.2, weight_decay=0.01):
         """Three groups for any torch optimiser that knows `maximize`: all that is trainable in the model; log theta; lambda, which
         climbs where the others descend."""
         weights = [p for p in self.model.parameters() if p.requires_grad]

@@ -37,8 +37,8 @@ from model import LINEARS, load_encoder, read_config
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 METHODS = ("salora", "lora", "ft", "head")
 RECIPES = {  # what the two recipes set, unless a flag says otherwise
-    "default": dict(orth_reduction="mean", selection=None, straight_through=True, fold_gates=False, gate_lr=None),
-    "paper": dict(orth_reduction="sum", selection="paper", straight_through=False, fold_gates=True, gate_lr=0.01),
+    "default": dict(beta=0.01, orth_reduction="mean", selection=None, straight_through=True, fold_gates=False, gate_lr=None, rewarm=True),
+    "paper": dict(beta=0.1, orth_reduction="sum", selection="paper", straight_through=False, fold_gates=True, gate_lr=0.01, rewarm=False),
 }
 
 
@@ -66,17 +66,17 @@ def parse_args(argv=None):
     arg("--alpha", type=float, help="the update is scaled by alpha/r (default: r, a scale of 1)")
     arg("--targets", nargs="+", default=list("qkvoud"), choices=list(LINEARS), help="adapted matrices of each layer: W^Q W^K W^V W^O W^U W^D")
     arg("--budget", type=float, default=0.5, help="share b of the adapter parameters to keep")
-    arg("--beta", type=float, default=0.1, help="weight of the orthogonal regulariser")
+    arg("--beta", type=float, help="weight of the orthogonal regulariser (default: 0.01)")
     arg("--window", type=float, nargs=2, default=[0.2, 0.5], metavar=("START", "END"), help="fractions of the run between which gates are learned")
     arg("--recipe", choices=list(RECIPES), default="default", help="paper: the letter of the paper, "
-        "--orth-reduction sum --selection paper --no-straight-through --fold-gates --gate-lr 0.01")
+        "--beta 0.1 --orth-reduction sum --selection paper --no-straight-through --fold-gates --gate-lr 0.01 --no-rewarm")
     arg("--orth-reduction", choices=["mean", "sum"], help="of the regulariser over the matrices (default: mean)")
     arg("--selection", choices=["budget", "paper"], help="keep what fits the budget, or what has a gate above 0 "
         "(default: budget; with --price: paper)")
     arg("--straight-through", action=argparse.BooleanOptionalAction, help="in the window, train the weights with gates of 1 and log theta with "
         "the gradient of the drawn gates; no: train the weights with the drawn gates (default: yes)")
     arg("--fold-gates", action=argparse.BooleanOptionalAction, help="multiply kept gates into B instead of setting them to 1 (default: no)")
-    arg("--gate-lr", type=float, help="learning rate of log theta and lambda (default: 16 / steps in the window, but 0.01 to 0.2)")
+    arg("--gate-lr", type=float, help="learning rate of log theta and lambda (default: 0.2; in a window of less than 160 steps more, 32 / steps, up to 1)")
     arg("--price", type=float, metavar="LAMBDA", help="eq. 10: a constant price of an open gate instead of a budget (default: off)")
 
     arg = group("optimisation")
@@ -86,6 +86,8 @@ def parse_args(argv=None):
     arg("--accumulate", type=int, default=1, help="forward passes a step")
     arg("--lr", type=float, help="of the weights (default: 3e-4; ft 3e-5; for demo 3e-3, ft 5e-4)")
     arg("--warmup", type=float, default=0.06, help="share of the steps in which the learning rates rise, before they fall linearly to 0")
+    arg("--rewarm", action=argparse.BooleanOptionalAction, help="salora: after the window, when the adapter has been cut down, the learning rate "
+        "starts at --lr again (default: yes)")
     arg("--weight-decay", type=float, default=0.01, help="of the weights; gates and lambda have none")
     arg("--seed", type=int, default=0, help="of head and adapter weights, order of rows, dropout and gates")
     arg("--seeds", type=int, nargs="+", help="several runs, --out/seed0 .., and their mean and standard deviation")
@@ -248,7 +250,7 @@ def train(args, seed, out):
     dev_tokens = [tokenize(tokenizer, rows.texts, max_length, config.vocab_size) for rows in dev_sets]
     lengths, pad_id = [len(ids) for ids, _ in tokens], config.pad_token_id
 
-    # ---- how long it takes; the gates' learning rate, with which log theta can travel several units within the window
+    # ---- how long it takes; the gates' learning rate, with which log theta can travel several units within a short window
     epochs = task.epochs if args.epochs is None else args.epochs
     rows_per_step = args.batch_size * args.accumulate * PROCESSES
     epoch_steps = math.ceil(len(tokens) / rows_per_step)
@@ -257,7 +259,7 @@ def train(args, seed, out):
     if args.method == "salora" and not any(window_steps):
         raise InputError(f"--window {args.window[0]} {args.window[1]} holds none of the {steps} steps after the first, in which B is 0 and no gate "
                          "has a gradient: widen it or train longer")
-    gate_lr = min(max(0.01, 16 / max(len(window_steps), 1)), 0.2) if args.gate_lr is None else args.gate_lr
+    gate_lr = min(max(0.2, 32 / max(len(window_steps), 1)), 1.0) if args.gate_lr is None else args.gate_lr
     settings |= dict(epochs=epochs, gate_lr=gate_lr, max_length=max_length, processes=PROCESSES)
 
     # ---- model, method, optimiser
@@ -325,6 +327,7 @@ def train(args, seed, out):
     # ---- the loop
     forward = torch.compile(model, dynamic=True) if args.compile else model
     warmup = math.ceil(args.warmup * steps)
+    restart = window_steps[-1] + 1 if gated and args.rewarm else steps
     labels = torch.tensor(train_rows.labels)
     batches, logits, scores = None, None, None
     sums, log_tokens, log_steps, log_start = torch.zeros(2, device=device), 0, 0, time.time()  # sums: loss, task loss since the last line
@@ -334,6 +337,8 @@ def train(args, seed, out):
             batches = batch_order(lengths, rows_per_step, np.random.default_rng([seed, step // epoch_steps]))
         batch = batches[step % epoch_steps]
         factor = min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1))
+        if step >= restart:
+            factor = (steps - step) / (steps - restart)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 

@@ -84,8 +84,17 @@ def test_log_has_every_field_and_the_method_shows_in_it(short):
     assert lams[0] == 0 and lams[-1] > 0 and lams == sorted(lams)
     assert lines[0]["orth_b"] == pytest.approx(8, abs=0.1)  # B starts at zero: |0 - I|^2 = r
     assert all(line["loss"] > line["task_loss"] for line in lines)
-    peak = max(line["lr"] for line in lines)
-    assert peak == 3e-3 and lines[-1]["lr"] == pytest.approx(3e-3 / 13) and lines[-1]["epoch"] == 2
+    assert lines[-1]["epoch"] == 2
+
+
+def test_learning_rate_falls_linearly_and_starts_again_after_the_window(tmp_path, short):
+    fall = [3e-3 * (14 - step) / 13 for step in range(14)]  # after one step of warm-up
+    fall[0] = 3e-3
+    again = [3e-3 * (14 - step) / 7 for step in range(7, 14)]  # the window is steps 3 to 6
+    assert [line["lr"] for line in log(short[0])] == pytest.approx(fall[:7] + again)
+    for name, flags in dict(lora=["--method", "lora"], once=["--no-rewarm"]).items():
+        run(tmp_path / name, *flags)
+        assert [line["lr"] for line in log(tmp_path / name)] == pytest.approx(fall)
 
 
 def test_predictions_are_the_dev_rows_in_file_order_and_give_the_score(short):
@@ -127,13 +136,13 @@ def test_full_fine_tuning_trains_every_weight(tmp_path):
 
 
 def test_paper_recipe_is_the_letter_and_flags_override_it(tmp_path):
-    names = ("orth_reduction", "selection", "straight_through", "fold_gates", "gate_lr")
+    names = ("beta", "orth_reduction", "selection", "straight_through", "fold_gates", "gate_lr", "rewarm")
     paper = vars(train_glue.parse_args(["--recipe", "paper"]))
-    assert [paper[n] for n in names] == ["sum", "paper", False, True, 0.01]
+    assert [paper[n] for n in names] == [0.1, "sum", "paper", False, True, 0.01, False]
     mixed = vars(train_glue.parse_args(["--recipe", "paper", "--no-fold-gates", "--selection", "budget"]))
-    assert [mixed[n] for n in names] == ["sum", "budget", False, False, 0.01]
+    assert [mixed[n] for n in names] == [0.1, "sum", "budget", False, False, 0.01, False]
     plain = vars(train_glue.parse_args([]))
-    assert [plain[n] for n in names] == ["mean", None, True, False, None]
+    assert [plain[n] for n in names] == [0.01, "mean", None, True, False, None, True]
     result = run(tmp_path / "r", "--recipe", "paper")
     assert result["settings"]["gate_lr"] == 0.01 and log(tmp_path / "r")[0]["loss"] > log(tmp_path / "r")[0]["task_loss"] + 0.1 * 8 * 24 * 0.9
 
@@ -145,8 +154,9 @@ def test_a_constant_price_selects_by_the_gates_and_steers_to_no_budget(tmp_path)
 
 
 def test_gate_learning_rate_follows_the_length_of_the_window(tmp_path):
-    result = run(tmp_path / "r", "--window", "0", "1", "--epochs", "14.2")  # 100 steps
-    assert result["steps"] == 100 and result["settings"]["gate_lr"] == pytest.approx(0.16)
+    short, long = run(tmp_path / "s", "--window", "0", "1", "--epochs", "14.2"), run(tmp_path / "l", "--window", "0", "1", "--epochs", "28.5")
+    assert (short["steps"], long["steps"]) == (100, 200)
+    assert short["settings"]["gate_lr"] == pytest.approx(0.32) and long["settings"]["gate_lr"] == pytest.approx(0.2)
 
 
 def test_regression_task(tmp_path):
