@@ -28,12 +28,12 @@ TASKS = {  # what is trained on; how many rows of it are held out when a learnin
 }
 SYSTEMS = {  # flags; the learning rates to choose from, or the system whose choice is taken over
     "FT": ("--method ft", ["5e-5", "1e-4", "2e-4"]),
-    "LoRA r = 8": ("--method lora --dtype bfloat16", ["5e-4", "1e-3", "2e-3"]),
+    "LoRA r = 8": ("--method lora --dtype bfloat16", ["1e-3", "2e-3", "4e-3"]),
     "LoRA r = 4": ("--method lora --r 4 --dtype bfloat16", "LoRA r = 8"),
-    "SaLoRA b = 0.5": ("--method salora --dtype bfloat16", ["5e-4", "1e-3", "2e-3"]),
+    "SaLoRA b = 0.5": ("--method salora --dtype bfloat16", ["1e-3", "2e-3", "4e-3"]),
     "SaLoRA b = 0.25": ("--method salora --budget 0.25 --dtype bfloat16", "SaLoRA b = 0.5"),
     "SaLoRA b = 0.125": ("--method salora --budget 0.125 --dtype bfloat16", "SaLoRA b = 0.5"),
-    "SaLoRA as printed": ("--method salora --recipe paper --dtype bfloat16", ["5e-4", "1e-3", "2e-3"]),
+    "SaLoRA as printed": ("--method salora --recipe paper --dtype bfloat16", ["1e-3", "2e-3", "4e-3"]),
 }
 TUNING_SEED, SEEDS = 100, range(5)
 
@@ -113,7 +113,7 @@ def table(done):
     return "\n".join(text) + "\n"
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["tune", "report", "table"])
     parser.add_argument("--model", help="folder of all-MiniLM-L6-v2, or another encoder")
@@ -121,10 +121,12 @@ def main():
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="NAME", help=f"some of: {'; '.join(SYSTEMS)}")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default: 1)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.stage != "table" and not (args.model and args.data):
+        parser.error(f"{args.stage} needs --model and --data")
     done = read_lines()
     if args.stage == "tune":
-        commands = [c for s in args.systems if not isinstance(SYSTEMS[s][1], str) for rates in tuning(s).values() for c in rates.values()]
+        commands = [c for t in TASKS for s in args.systems if not isinstance(SYSTEMS[s][1], str) for c in tuning(s)[t].values()]
     elif args.stage == "report":
         commands = [c for group in zip(*(report(s, t, done) for t in TASKS for s in args.systems if report(s, t, done))) for c in group]  # seed by seed
     else:
@@ -134,7 +136,8 @@ def main():
     print(f"{len(todo)} of {len(commands)} runs to do", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         ok = list(pool.map(lambda c: run(c, args), todo))
-    sys.exit(0 if all(ok) else 1)
+    if not all(ok):
+        sys.exit(f"{ok.count(False)} runs failed; the others are in {LINES}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ triplet (row of A, gate, column of B), has a random gate g in [0, 1] that can be
 (12) is the default, (10) the alternative. The paper sums R_orth over all A and B; the default here is its mean.
 
 In a window of the run the gates are drawn and learned; at its end the triplets that lost are cut out of the tensors.
-Before and after it the layer is plain LoRA. Five lines of a training loop know of it:
+Before and after it the layer is plain LoRA. In the paper's window A and B are trained through the drawn gates; here, unless
+straight_through=False, they are trained with gates of 1, and the draw decides the gradient of log theta alone: noise that
+halves the update, just when most is learned, costs more than it teaches. Five lines of a training loop know of it:
 
     salora = SaLoRA(model, targets=["up", "down"], r=8, budget=0.5)
     optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-3, gate_lr=0.2))
@@ -159,20 +161,20 @@ class SaLoRA:
     """Puts a SaLoRALinear around every target in `model` (in place, everything else is frozen) and steers their gates.
     Bring the model to its device and dtype first; unfreeze what else should learn, such as a new head, afterwards.
 
-        targets         names of nn.Linear modules: full paths, or their last parts ("query", "attention.output.dense")
-        r, alpha        the rank at the start; the update is scaled by alpha/r (alpha = r unless given)
-        budget          b, the share of adapter parameters to keep, in (0, 1]
-        beta            weight of R_orth: of its mean over the 2K matrices A and B, or of its sum (orth_reduction="sum",
-                        the letter of eq. 9, which makes B orthonormal in a few hundred steps whatever the task says)
-        window          the part of the run, as fractions, in which gates are learned; None: never, which is plain LoRA
-        price           a constant lambda: eq. 10 instead of eq. 12, no budget is steered to
-        selection       what stays at the end of the window. "budget": the triplets of largest log theta that fit into b,
-                        never more; "paper": those with a deterministic gate above 0, however many. Default: "budget",
-                        with a price "paper"
-        straight_through  in the window, weights see gates of 1 and log theta gets the gradient of the drawn ones; False: weights
-                        see the drawn gates, as printed
-        fold_gates      multiply a kept gate's value into B; the default sets it to 1
-        seed            of the gates' own random generator: equal seeds draw equal gates whatever else is random
+        targets           names of nn.Linear modules: full paths, or their last parts ("query", "attention.output.dense")
+        r, alpha          the rank at the start; the update is scaled by alpha/r (alpha = r unless given)
+        budget            b, the share of adapter parameters to keep, in (0, 1]
+        beta              weight of R_orth: of its mean over the 2K matrices A and B, or of its sum (orth_reduction="sum",
+                          the letter of eq. 9, which makes B orthonormal in a few hundred steps whatever the task says)
+        window            the part of the run, as fractions, in which gates are learned; None: never, which is plain LoRA
+        price             a constant lambda: eq. 10 instead of eq. 12, no budget is steered to
+        selection         what stays at the end of the window. "budget": the triplets of largest log theta that fit into b,
+                          never more; "paper": those with a deterministic gate above 0, however many. Default: "budget",
+                          with a price "paper"
+        straight_through  in the window, A and B learn with gates of 1 and log theta with the gradient of the drawn ones;
+                          False: both see the drawn gates, the letter of eq. 3
+        fold_gates        multiply a kept gate's value into B; the default sets it to 1
+        seed              of the gates' own random generator: equal seeds draw equal gates whatever else is random
 
     ValueError: a target that matches nothing, a setting out of its range, a model that has adapters already."""
 
@@ -247,9 +249,10 @@ class SaLoRA:
         regulariser then cost a fixed number of operators, however many layers there are."""
         gates = sample_gates(self.log_theta, self.noise)  # (K, r)
         if self.straight_through:
-            gates = 1 + gates - gates.detach()  # the weights learn undisturbed, the gates from what their draw would have changed
+            gates = 1 + gates - gates.detach()  # the value of plain LoRA, the gradient of the draw
         self.stacks, drawn_a, drawn_b = [], {}, {}
-        for (of_a, of_b), g in zip(self.widths.values(), gates.split([len(of_b) for _, of_b in self.widths.values()])):  # g (count, r)
+        counts = [len(of_b) for _, of_b in self.widths.values()]
+        for (of_a, of_b), g in zip(self.widths.values(), gates.split(counts)):  # g (count, r)
             stack = torch.stack([m.lora_A for m in of_a] + [m.lora_B.mT for m in of_b])  # (count, r, n)
             a, b = stack.split([len(of_a), len(of_b)])
             drawn_a |= zip(of_a, a)
