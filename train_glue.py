@@ -444,7 +444,7 @@ def peak_memory_mb(device):
 
 def report(args, result, out):
     """The end of a run, for a person."""
-    print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} dev rows "
+    print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} {'held-out' if args.hold_out else 'dev'} rows "
           f"after {result['steps']} steps, {result['seconds']:.0f} s")
     if args.method == "salora":
         goal = f"budget {args.budget:.4g}" if args.price is None else f"price {args.price:.4g}"

@@ -87,6 +87,13 @@ def test_log_has_every_field_and_the_method_shows_in_it(short):
     assert lines[-1]["epoch"] == 2
 
 
+def test_held_out_rows_are_scored_instead_of_dev(tmp_path, capsys):
+    result = run(tmp_path / "r", "--hold-out", "50")
+    rows = {row[1] for row in predictions(tmp_path / "r")[1]}
+    assert result["dev_rows"] == [50] and len(predictions(tmp_path / "r")[1]) == 50 and rows == {"0", "1"}
+    assert "on 50 held-out rows" in capsys.readouterr().out and result["settings"]["hold_out"] == 50
+
+
 def test_learning_rate_falls_linearly_and_starts_again_after_the_window(tmp_path, short):
     fall = [3e-3 * (14 - step) / 13 for step in range(14)]  # after one step of warm-up
     fall[0] = 3e-3
