@@ -86,12 +86,12 @@ def run(command, args):
 def table(done):
     """The tables of the lines, as Markdown."""
     tasks = list(TASKS)
-    text = ["# SaLoRA beside full fine-tuning and LoRA", "",
+    head = ["# SaLoRA beside full fine-tuning and LoRA", "",
             "    python experiments.py tune --model MINILM_FOLDER --data GLUE_FOLDER", "    python experiments.py report --model MINILM_FOLDER --data GLUE_FOLDER", "",
             "Mean ± standard deviation over seeds, dev set, last epoch. CoLA: Matthews correlation, SST-2, MRPC, RTE: accuracy, STS-B: Pearson; all times 100. "
             "Number of runs in brackets where it is not five. Difference: to LoRA r = 8, seed by seed, mean over the tasks ± standard error over the seeds.", "",
             "| system | " + " | ".join(tasks) + " | mean | difference | parameters |", "|---" * (len(tasks) + 4) + "|"]
-    scores = {(s, t): [100 * done[c]["score"] for c in report(s, t, done) if c in done] for s in SYSTEMS for t in tasks}
+    rows, scores = [], {(s, t): [100 * done[c]["score"] for c in report(s, t, done) if c in done] for s in SYSTEMS for t in tasks}
     for system in SYSTEMS:
         cells, kept = [], {done[c]["kept_params"] for t in tasks for c in report(system, t, done) if c in done}
         for t in tasks:
@@ -103,8 +103,9 @@ def table(done):
             paired = [statistics.mean(scores[system, t][i] - scores["LoRA r = 8", t][i] for t in tasks) for i in range(len(SEEDS))]
             difference = f"{statistics.mean(paired):+.2f} ± {statistics.stdev(paired) / len(paired) ** 0.5:.2f}"
         size = f"{min(kept):,}" + f" to {max(kept):,}" * (len(kept) > 1) if kept else ""
-        text.append(f"| {system} | " + " | ".join(cells) + f" | {mean} | {difference} | {size} |")
-    text += ["", "Flags of the systems, and the learning rate that was best on held-out rows (another seed; held-out score times 100 of every rate tried):", "",
+        if any(cells):
+            rows.append(f"| {system} | " + " | ".join(cells) + f" | {mean} | {difference} | {size} |")
+    text = (head + rows if rows else head[:-2] + ["No run of these yet."]) + ["", "Flags of the systems, and the learning rate that was best on held-out rows (another seed; held-out score times 100 of every rate tried):", "",
              "| system | flags | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 2) + "|"]
     for system, (flags, rates) in SYSTEMS.items():
         cells = [f"as {rates}"] * len(tasks) if isinstance(rates, str) else [
