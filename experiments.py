@@ -91,9 +91,10 @@ def table(done):
             "Mean ± standard deviation over seeds, dev set, last epoch. CoLA: Matthews correlation, SST-2, MRPC, RTE: accuracy, STS-B: Pearson; all times 100. "
             "Number of runs in brackets where it is not five. Difference: to LoRA r = 8, seed by seed, mean over the tasks ± standard error over the seeds.", "",
             "| system | " + " | ".join(tasks) + " | mean | difference | parameters |", "|---" * (len(tasks) + 4) + "|"]
-    rows, scores = [], {(s, t): [100 * done[c]["score"] for c in report(s, t, done) if c in done] for s in SYSTEMS for t in tasks}
+    runs = {(s, t): [done[c] for c in report(s, t, done) if c in done] for s in SYSTEMS for t in tasks}
+    rows, scores = [], {key: [100 * r["score"] for r in found] for key, found in runs.items()}
     for system in SYSTEMS:
-        cells, kept = [], {done[c]["kept_params"] for t in tasks for c in report(system, t, done) if c in done}
+        cells, kept = [], {r["kept_params"] for t in tasks for r in runs[system, t]}
         for t in tasks:
             x = scores[system, t]
             cells.append(f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" + f" ({len(x)})" * (len(x) != len(SEEDS)) if len(x) > 1 else "")
@@ -129,7 +130,8 @@ def main(argv=None):
     if args.stage == "tune":
         commands = [c for t in TASKS for s in args.systems if not isinstance(SYSTEMS[s][1], str) for c in tuning(s)[t].values()]
     elif args.stage == "report":
-        commands = [c for group in zip(*(report(s, t, done) for t in TASKS for s in args.systems if report(s, t, done))) for c in group]  # seed by seed
+        reports = filter(None, (report(s, t, done) for t in TASKS for s in args.systems))
+        commands = [c for group in zip(*reports) for c in group]  # seed by seed
     else:
         TABLE.write_text(table(done))
         return print(f"{TABLE}: {len(done)} runs")
