@@ -78,12 +78,12 @@ class EncoderLayer(nn.Module):
         self.heads, self.p_attention, self.p_hidden = c.num_attention_heads, c.attention_probs_dropout_prob, c.hidden_dropout_prob
         self.attention = nn.ModuleDict(dict(
             self=nn.ModuleDict(dict(query=nn.Linear(d, d), key=nn.Linear(d, d), value=nn.Linear(d, d))),
-            output=nn.ModuleDict(dict(dense=nn.Linear(d, d), LayerNorm=norm())),
+            output=nn.ModuleDict(dict(dense=nn.Linear(d, d), adapter=nn.Identity(), LayerNorm=norm())),
         ))
         self.intermediate = nn.ModuleDict(dict(dense=nn.Linear(d, inner)))
-        self.output = nn.ModuleDict(dict(dense=nn.Linear(inner, d), LayerNorm=norm()))
+        self.output = nn.ModuleDict(dict(dense=nn.Linear(inner, d), adapter=nn.Identity(), LayerNorm=norm()))  # adapters: baselines.py
 
-    def forward(self, x, mask=None, first_only=False):
+    def forward(self, x, mask=None, first_only=False, prefix=None):
         b, t, d = x.shape
         attn = self.attention
         rows = x[:, :1] if first_only else x  # (b, 1 or t, d): the rows whose output somebody will read
@@ -91,12 +91,14 @@ class EncoderLayer(nn.Module):
         def split(y):
             return y.view(b, -1, self.heads, d // self.heads).transpose(1, 2)  # (b, heads, t, d / heads)
 
-        q, k, v = split(attn.self.query(rows)), split(attn.self.key(x)), split(attn.self.value(x))
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.p_attention if self.training else 0.0)
+        q, k, v = attn.self.query(rows), attn.self.key(x), attn.self.value(x)
+        if prefix is not None:  # (2, n, d): n keys and values that belong to no token
+            k, v = (torch.cat([extra.expand(b, -1, -1), y], 1) for extra, y in zip(prefix, (k, v)))  # (b, n + t, d)
+        y = F.scaled_dot_product_attention(split(q), split(k), split(v), mask, dropout_p=self.p_attention if self.training else 0.0)
         y = attn.output.dense(y.transpose(1, 2).flatten(2))
-        x = attn.output.LayerNorm(rows + dropout(y, self.p_hidden, self.training))
+        x = attn.output.LayerNorm(rows + attn.output.adapter(dropout(y, self.p_hidden, self.training)))
         y = self.output.dense(F.gelu(self.intermediate.dense(x)))
-        return self.output.LayerNorm(x + dropout(y, self.p_hidden, self.training))
+        return self.output.LayerNorm(x + self.output.adapter(dropout(y, self.p_hidden, self.training)))
 
 
 class Encoder(nn.Module):
@@ -106,6 +108,7 @@ class Encoder(nn.Module):
         super().__init__()
         c, d = config, config.hidden_size
         self.config, self.num_labels, self.checkpoint_activations = config, num_labels, False
+        self.prefix = self.prompt = None  # of baselines.py: n keys and values for each layer; n input vectors
         body = nn.ModuleDict(dict(
             embeddings=nn.ModuleDict(dict(
                 word_embeddings=nn.Embedding(c.vocab_size, d),
@@ -139,28 +142,38 @@ class Encoder(nn.Module):
         """The modules that are trained whole, whatever the method: RoBERTa's classifier; BERT's pooler and classifier."""
         return [self.classifier] if self.config.model_type == "roberta" else [self.body.pooler, self.classifier]
 
-    def target_paths(self, letters):
-        """Module paths of the linear layers that `letters` (of q k v o u d) name, layer by layer."""
-        layers = range(self.config.num_hidden_layers)
+    def target_paths(self, letters, layers=None):
+        """Module paths of the linear layers that `letters` (of q k v o u d) name, in all layers or those with these numbers."""
+        layers = range(self.config.num_hidden_layers) if layers is None else layers
         return [f"{self.config.model_type}.encoder.layer.{i}.{LINEARS[letter]}" for i in layers for letter in letters]
 
     def hidden(self, input_ids, attention_mask=None, token_type_ids=None, first_only=False):
         """Last hidden states (b, t, d) of input_ids (b, t); attention_mask (b, t) is 1 on tokens, 0 on padding, and None where
         nothing is padded. first_only: (b, 1, d), the first token alone, which spares the last layer the other rows."""
         c, e = self.config, self.body.embeddings
+        if token_type_ids is None or c.type_vocab_size == 1:
+            token_type_ids = torch.zeros_like(input_ids)
+        n = 0 if self.prompt is None else len(self.prompt)
+        if n:  # n copies of the first token make room for the prompt behind it: positions, types and mask are those of real tokens
+            input_ids, token_type_ids, attention_mask = (y if y is None else torch.cat([y[:, :1].expand(-1, n), y], 1)
+                                                         for y in (input_ids, token_type_ids, attention_mask))  # (b, n + t)
         if c.model_type == "roberta":  # positions count the tokens that are not padding, from padding_idx + 1
             real = (input_ids != c.pad_token_id).long()
             positions = real.cumsum(1) * real + c.pad_token_id  # (b, t)
         else:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)  # (t,)
-        if token_type_ids is None or c.type_vocab_size == 1:
-            token_type_ids = torch.zeros_like(input_ids)
-        x = e.word_embeddings(input_ids) + e.token_type_embeddings(token_type_ids) + e.position_embeddings(positions)
+        x = e.word_embeddings(input_ids)  # (b, t, d)
+        if n:
+            x = torch.cat([x[:, :1], self.prompt.to(x.dtype).expand(len(x), -1, -1), x[:, n + 1:]], 1)
+        x = x + e.token_type_embeddings(token_type_ids) + e.position_embeddings(positions)
         x = dropout(e.LayerNorm(x), c.hidden_dropout_prob, self.training)
         mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()  # (b, 1, 1, t)
         layers = self.body.encoder.layer
+        prefix = [None] * len(layers) if self.prefix is None else self.prefix().to(x.dtype)  # (layers, 2, n, d)
+        if self.prefix is not None and mask is not None:
+            mask = F.pad(mask, (prefix.shape[2], 0), value=True)
         for i, layer in enumerate(layers):
-            args = (x, mask, first_only and i == len(layers) - 1)
+            args = (x, mask, first_only and i == len(layers) - 1, prefix[i])
             x = checkpoint(layer, *args, use_reentrant=False) if self.checkpoint_activations and self.training else layer(*args)
         return x
 

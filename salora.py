@@ -84,6 +84,9 @@ class SaLoRALinear(nn.Module):
         self.row = None  # inside the window, without straight_through: SaLoRA.log_theta and the number of this layer's row in it
         self.drawn = None  # inside a step of it: A and B diag(g), slices of what SaLoRA.draw computed for many layers at once
 
+    # its parameters, and what is left of them when triplets go; B stays column by column in memory
+    cuts = dict(lora_A=lambda t, keep: t[keep], lora_B=lambda t, keep: t.mT[keep].mT)
+
     @property
     def rank(self):
         return self.lora_A.shape[0]
@@ -111,10 +114,9 @@ class SaLoRALinear(nn.Module):
         self.row = self.drawn = None
         if fold is not None:
             self.lora_B.mul_(fold)
-        cuts = dict(lora_A=lambda t: t[keep], lora_B=lambda t: t.mT[keep].mT)  # B stays column by column in memory
-        for name, cut in cuts.items():
+        for name, cut in self.cuts.items():
             old = getattr(self, name)
-            new = nn.Parameter(cut(old))
+            new = nn.Parameter(cut(old, keep))
             setattr(self, name, new)
             if optimizer is not None:
                 for group in optimizer.param_groups:
@@ -125,7 +127,7 @@ class SaLoRALinear(nn.Module):
                         if value.shape != old.shape:
                             raise ValueError(f"{type(optimizer).__name__} keeps state in another shape than the weights, "
                                              "which cannot be pruned: use AdamW or SGD")
-                        state[key] = cut(value)
+                        state[key] = cut(value, keep)
                 if state:
                     optimizer.state[new] = state
 
@@ -151,6 +153,24 @@ def replace(model, path, module):
 def adapters(model):
     """{module path: SaLoRALinear} in the model's order."""
     return {path: m for path, m in model.named_modules() if isinstance(m, SaLoRALinear)}
+
+
+def adapt(model, targets, r, alpha=None, kind=SaLoRALinear):
+    """Freezes `model` and puts a layer of that kind around every target; returns these layers. ValueError: a target that matches
+    nothing, an r that does not fit, a model that has adapters already."""
+    if adapters(model):
+        raise ValueError("the model has adapters already: merge them first")
+    linears = find_linears(model, [targets] if isinstance(targets, str) else targets)
+    if not linears:
+        raise ValueError("targets is empty")
+    for path, m in linears.items():
+        most = min(m.in_features, m.out_features)
+        if not 1 <= r <= most:
+            raise ValueError(f"r is {r}, but {path} is {m.out_features} x {m.in_features}: expected 1 to {most}")
+    model.requires_grad_(False)
+    for path, m in linears.items():
+        replace(model, path, kind(m, r, (r if alpha is None else alpha) / r))
+    return list(adapters(model).values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,20 +207,8 @@ class SaLoRA:
             raise ValueError(f"window is {window}, expected two fractions of the run, 0 <= start < end <= 1")
         if orth_reduction not in ("mean", "sum") or selection not in ("budget", "paper"):
             raise ValueError(f"orth_reduction {orth_reduction!r} is mean or sum, selection {selection!r} is budget or paper")
-        if adapters(model):
-            raise ValueError("the model has adapters already: merge them first")
-        linears = find_linears(model, [targets] if isinstance(targets, str) else targets)
-        if not linears:
-            raise ValueError("targets is empty")
-        for path, m in linears.items():
-            most = min(m.in_features, m.out_features)
-            if not 1 <= r <= most:
-                raise ValueError(f"r is {r}, but {path} is {m.out_features} x {m.in_features}: expected 1 to {most}")
-        model.requires_grad_(False)
-        for path, m in linears.items():
-            replace(model, path, SaLoRALinear(m, r, (r if alpha is None else alpha) / r))
         self.widths = {}  # width n: the layers with k = n, whose A has it, and those with d = n, whose B' has it
-        for m in adapters(model).values():
+        for m in adapt(model, targets, r, alpha):
             self.widths.setdefault(m.lora_B.shape[0], ([], []))[1].append(m)
             self.widths.setdefault(m.lora_A.shape[1], ([], []))[0].append(m)
         self.model, self.layers = model, [m for _, of_b in self.widths.values() for m in of_b]
@@ -216,8 +224,8 @@ class SaLoRA:
         self.log_theta = nn.Parameter(torch.zeros(len(self.layers), r, device=device))  # (K, r), a row for each of self.layers
         self.lam = nn.Parameter(torch.zeros((), device=device))  # lambda, the Lagrange multiplier
         self.size = torch.tensor([m.lora_A.shape[1] + m.lora_B.shape[0] for m in self.layers], device=device)  # (K,) d + k
-        self.initial_params = r * int(self.size.sum())
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.initial_params = self.kept_params()
+        self.generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
 
     def param_groups(self, lr, gate_lr=0.2, weight_decay=0.01):
         """Three groups for any torch optimiser that knows `maximize`: all that is trainable in the model; log theta; lambda, which
@@ -290,14 +298,20 @@ class SaLoRA:
 
     def orthogonality(self):
         """|AA' - I|^2 and |B'B - I|^2 (two scalars), each the mean over the matrices that have a rank left."""
-        live = [m for m in self.layers if m.rank]
-        if not live:
-            return self.lam.new_zeros(()), self.lam.new_zeros(())
-        return tuple(gram_error(stack_by_shape(m)) / len(live) for m in ([m.lora_A for m in live], [m.lora_B.mT for m in live]))
+        return orthogonality(self.layers)
 
     def kept_params(self):
         """Number of adapter parameters now in the model."""
-        return sum(m.lora_A.numel() + m.lora_B.numel() for m in self.layers)
+        return sum(p.numel() for m in self.layers for p in m.parameters(recurse=False))
+
+    def state_dict(self):
+        """What a checkpoint needs besides the parameters and the optimiser's state: a flat dict of tensors and plain values."""
+        return dict(generator=self.generator.get_state(), pruned=self.pruned, final_density=self.final_density)
+
+    def load_state_dict(self, state):
+        """Takes over what state_dict() gave. Parameters, in the shapes they were saved in, are the caller's business."""
+        self.generator.set_state(state["generator"])
+        self.pruned, self.final_density = state["pruned"], state["final_density"]
 
     @torch.no_grad()
     def select(self):
@@ -341,6 +355,14 @@ def stack_by_shape(matrices):
 def gram_error(stacks):
     """The sum of |MM' - I|^2 over all M (r, n) in a list of stacked ones (count, r, n): a scalar, one batched product a stack."""
     return sum(GramError.apply(m) for m in stacks)
+
+
+def orthogonality(layers):
+    """|AA' - I|^2 and |B'B - I|^2 (two scalars), each the mean over the layers that have a rank left."""
+    live = [m for m in layers if m.rank]
+    if not live:
+        return torch.zeros(2)
+    return tuple(gram_error(stack_by_shape(m)) / len(live) for m in ([m.lora_A for m in live], [m.lora_B.mT for m in live]))
 
 
 class GramError(torch.autograd.Function):

@@ -1,5 +1,5 @@
 """
-Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA (or LoRA, or all weights).
+Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA, or with one of the methods it is compared with.
 
     python train_glue.py                         # offline demo, about a minute on two CPU cores
     python train_glue.py --task cola             # roberta-base and CoLA, downloaded once
@@ -27,15 +27,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import baselines
 import salora as sl
 from data import InputError
 from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.download import model_folder
 from data.glue import HERE, TASKS, load_task, score
-from model import LINEARS, load_encoder, read_config
+from model import LINEARS, load_encoder, read_config, read_json
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
-METHODS = ("salora", "lora", "ft", "head")
+TUNING_SEED = 100  # of the runs of --lr-grid
+METHODS = ("salora", *baselines.METHODS)
+LEARNING_RATES = dict(ft=3e-5, prefix=1e-3, prompt=3e-3)  # all others 3e-4; ten times that for the demo's small model
+NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid")  # flags that are no settings of a single run
 RECIPES = {  # what the two recipes set, unless a flag says otherwise
     "default": dict(beta=0.01, orth_reduction="mean", selection=None, straight_through=True, fold_gates=False, gate_lr=None, rewarm=True),
     "paper": dict(beta=0.1, orth_reduction="sum", selection="paper", straight_through=False, fold_gates=True, gate_lr=0.01, rewarm=False),
@@ -56,18 +60,22 @@ def parse_args(argv=None):
     arg("--data", help="folder in GLUE's layout, DIR/CoLA/train.tsv .. (default: data/, where a missing task is downloaded)")
     arg("--limit-train", type=int, metavar="N", help="use only the first N training rows (default: all)")
     arg("--limit-dev", type=int, metavar="N", help="use only the first N dev rows (default: all)")
-    arg("--hold-out", type=int, metavar="N", help="score on N random training rows, always the same, that are taken out of training, "
-        "instead of the dev set: to choose settings by (default: off)")
+    arg("--hold-out", type=float, metavar="N", help="score on N random training rows, always the same, that are taken out of training, "
+        "instead of the dev set, to choose settings by; below 1: on this share of them, at most 3000 (default: off)")
     arg("--max-length", type=int, help="longer inputs are cut to this many tokens (default: 128, or what the model has positions for)")
 
     arg = group("method")
-    arg("--method", choices=METHODS, default="salora", help="SaLoRA, LoRA, full fine-tuning, or nothing but the head")
+    arg("--method", choices=METHODS, default="salora", help="SaLoRA, or what it is compared with (baselines.py); ft: full fine-tuning, head: nothing but the classifier")
     arg("--r", type=int, default=8, help="rank at the start")
     arg("--alpha", type=float, help="the update is scaled by alpha/r (default: r, a scale of 1)")
     arg("--targets", nargs="+", default=list("qkvoud"), choices=list(LINEARS), help="adapted matrices of each layer: W^Q W^K W^V W^O W^U W^D")
-    arg("--budget", type=float, default=0.5, help="share b of the adapter parameters to keep")
-    arg("--beta", type=float, help="weight of the orthogonal regulariser (default: 0.01)")
-    arg("--window", type=float, nargs=2, default=[0.2, 0.5], metavar=("START", "END"), help="fractions of the run between which gates are learned")
+    arg("--layers", type=int, nargs="+", help="numbers of the layers that low-rank methods adapt, from 0 (default: all)")
+    arg("--budget", type=float, default=0.5, help="share b of the adapter parameters to keep (adalora: of the triplets)")
+    arg("--beta", type=float, help="weight of the orthogonal regulariser (default: 0.01; adalora 0.1)")
+    arg("--window", type=float, nargs=2, default=[0.2, 0.5], metavar=("START", "END"), help="fractions of the run between which gates are "
+        "learned (adalora: between which the budget falls)")
+    arg("--bottleneck", type=int, help="width of adapter-h and adapter-p (default: 32 and 64, with which they are as large as LoRA of rank 8)")
+    arg("--virtual-tokens", type=int, default=20, help="length of the prefix or the prompt")
     arg("--recipe", choices=list(RECIPES), default="default", help="paper: the letter of the paper, "
         "--beta 0.1 --orth-reduction sum --selection paper --no-straight-through --fold-gates --gate-lr 0.01 --no-rewarm")
     arg("--orth-reduction", choices=["mean", "sum"], help="of the regulariser over the matrices (default: mean)")
@@ -84,7 +92,9 @@ def parse_args(argv=None):
     arg("--max-steps", type=int, help="end after this many steps whatever --epochs says (default: no limit)")
     arg("--batch-size", type=int, default=32, help="rows of a forward pass, in each process")
     arg("--accumulate", type=int, default=1, help="forward passes a step")
-    arg("--lr", type=float, help="of the weights (default: 3e-4; ft 3e-5; for demo 3e-3, ft 5e-4)")
+    arg("--lr", type=float, help="of the weights (default: 3e-4; ft 3e-5, prefix 1e-3, prompt 3e-3; for demo ten times that)")
+    arg("--lr-grid", type=float, nargs="+", metavar="LR", help="choose --lr: a run for each, scored on rows held out of training (--hold-out, "
+        "by default a fifth, at most 3000) with a seed of its own; then the run, or the --seeds, on all rows at the best")
     arg("--warmup", type=float, default=0.06, help="share of the steps in which the learning rates rise, before they fall linearly to 0")
     arg("--rewarm", action=argparse.BooleanOptionalAction, help="salora: after the window, when the adapter has been cut down, the learning rate "
         "starts at --lr again (default: yes)")
@@ -106,6 +116,8 @@ def parse_args(argv=None):
     arg("--log-every", type=int, default=10, help="steps from one line of log.jsonl to the next")
     args = parser.parse_args(argv)
 
+    if args.method == "adalora" and args.beta is None:
+        args.beta = 0.1
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -113,7 +125,9 @@ def parse_args(argv=None):
     if args.model is None:
         args.model = str(HERE / "demo" / "model") if demo else "roberta-base"
     if args.lr is None:
-        args.lr = (5e-4 if demo else 3e-5) if args.method == "ft" else (3e-3 if demo else 3e-4)
+        args.lr = LEARNING_RATES.get(args.method, 3e-4) * (10 if demo else 1)
+    if args.bottleneck is None:
+        args.bottleneck = 64 if args.method == "adapter-p" else 32
     if args.alpha is None:
         args.alpha = float(args.r)
     if args.threads is None and demo:
@@ -134,16 +148,18 @@ def check(args):
     need(0 < args.budget <= 1, "--budget", args.budget, "a share in (0, 1]")
     start, end = args.window
     need(0 <= start < end <= 1, "--window", f"{start} {end}", "two fractions of the run, 0 <= START < END <= 1")
-    for name, least in dict(r=1, batch_size=1, accumulate=1, max_length=8, log_every=1, limit_train=1, limit_dev=1, hold_out=1,
-                            max_steps=1, threads=1, seed=0).items():
+    for name, least in dict(r=1, batch_size=1, accumulate=1, max_length=8, log_every=1, limit_train=1, limit_dev=1,
+                            bottleneck=1, virtual_tokens=1, max_steps=1, threads=1, seed=0).items():
         value = getattr(args, name)
         need(value is None or value >= least, "--" + name.replace("_", "-"), value, f"at least {least}")
-    for name in ("lr", "gate_lr", "alpha", "epochs"):
+    for name in ("lr", "gate_lr", "alpha", "epochs", "hold_out"):
         value = getattr(args, name)
         need(value is None or 0 < value < math.inf, "--" + name.replace("_", "-"), value, "a positive number")
     for name in ("beta", "weight_decay", "price"):
         value = getattr(args, name)
         need(value is None or 0 <= value < math.inf, "--" + name.replace("_", "-"), value, "a number of at least 0")
+    need(args.lr_grid is None or all(0 < lr < math.inf for lr in args.lr_grid), "--lr-grid", args.lr_grid, "positive numbers")
+    need(args.layers is None or min(args.layers) >= 0 and len(set(args.layers)) == len(args.layers), "--layers", args.layers, "different numbers from 0")
     need(0 <= args.warmup < 1, "--warmup", args.warmup, "a share in [0, 1)")
     need(args.seeds is None or len(set(args.seeds)) == len(args.seeds), "--seeds", args.seeds, "different numbers")
     need(len(set(args.targets)) == len(args.targets), "--targets", " ".join(args.targets), "each letter once")
@@ -191,15 +207,15 @@ def evaluate(model, rows, pad_id, device, batch_size=128):
     return logits.cpu().numpy()
 
 
-def save_checkpoint(folder, optimizer, salora, progress):
+def save_checkpoint(folder, optimizer, lowrank, progress):
     """Everything a run needs to go on, as safetensors and JSON: nothing in it is code."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = {f"param.{i}": p.detach() for i, p in enumerate(trained)}
     for i, p in enumerate(trained):
         tensors |= {f"state.{i}.{name}": value for name, value in optimizer.state.get(p, {}).items()}
-    if salora:
-        tensors["gate_rng"] = salora.generator.get_state()
-        progress |= dict(pruned=salora.pruned, final_density=salora.final_density)
+    state = lowrank.state_dict() if lowrank else {}
+    tensors |= {f"method.{name}": value for name, value in state.items() if torch.is_tensor(value)}
+    progress["method"] = {name: value for name, value in state.items() if not torch.is_tensor(value)}
     beside = folder.with_name("checkpoint.new")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
@@ -209,7 +225,7 @@ def save_checkpoint(folder, optimizer, salora, progress):
     os.replace(beside, folder)
 
 
-def load_checkpoint(folder, optimizer, salora, device, settings):
+def load_checkpoint(folder, optimizer, lowrank, device, settings):
     """The inverse; returns the progress. Pruned tensors come in the shapes they were saved in."""
     progress = json.loads((folder / "progress.json").read_text())
     for name, value in settings.items():
@@ -229,23 +245,27 @@ def load_checkpoint(folder, optimizer, salora, device, settings):
                 p.data = value
             else:
                 optimizer.state[p][rest[1]] = value
-    if salora:
-        salora.generator.set_state(tensors["gate_rng"])
-        salora.pruned, salora.final_density = progress["pruned"], progress["final_density"]
+    if lowrank:
+        state = {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
+        lowrank.load_state_dict(progress["method"] | state)
     return progress
 
 
 def train(args, seed, out):
     """One run: trains with one seed, writes its files into `out`, returns what is in result.json (in the first process)."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "overwrite", "seeds")} | dict(seed=seed)
+    settings = {k: v for k, v in vars(args).items() if k not in NOT_OF_A_RUN} | dict(seed=seed)
 
     # ---- data
     task, train_rows, dev_sets = load_task(args.task, args.data, args.limit_train, args.limit_dev, args.hold_out)
     folder = model_folder(args.model)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
-    max_length = min(128, config.max_length) if args.max_length is None else args.max_length
-    if max_length > config.max_length:
-        raise InputError(f"--max-length is {max_length}, but {args.model} has positions for {config.max_length} tokens")
+    room = config.max_length - (args.virtual_tokens if args.method == "prompt" else 0)
+    max_length = min(128, room) if args.max_length is None else args.max_length
+    if not 8 <= max_length <= room:
+        raise InputError(f"--max-length is {max_length}, but {args.model} has positions for {config.max_length} tokens"
+                         + f", {args.virtual_tokens} of them for the prompt (--virtual-tokens)" * (args.method == "prompt"))
+    if max(args.layers or [0]) >= config.num_hidden_layers:
+        raise InputError(f"--layers has {max(args.layers)}, but {args.model} has layers 0 to {config.num_hidden_layers - 1}")
     tokens = tokenize(tokenizer, train_rows.texts, max_length, config.vocab_size)
     dev_tokens = [tokenize(tokenizer, rows.texts, max_length, config.vocab_size) for rows in dev_sets]
     lengths, pad_id = [len(ids) for ids, _ in tokens], config.pad_token_id
@@ -256,7 +276,7 @@ def train(args, seed, out):
     epoch_steps = math.ceil(len(tokens) / rows_per_step)
     steps = min(math.ceil(epochs * epoch_steps), args.max_steps or math.inf)
     window_steps = [step for step in range(steps) if args.window[0] <= step / steps < args.window[1]]
-    if args.method == "salora" and not any(window_steps):
+    if args.method in ("salora", "adalora") and not any(window_steps):
         raise InputError(f"--window {args.window[0]} {args.window[1]} holds none of the {steps} steps after the first, in which B is 0 and no gate "
                          "has a gradient: widen it or train longer")
     gate_lr = min(max(0.2, 32 / max(len(window_steps), 1)), 1.0) if args.gate_lr is None else args.gate_lr
@@ -270,26 +290,29 @@ def train(args, seed, out):
         torch.cuda.reset_peak_memory_stats(device)
     model = load_encoder(folder, task.num_labels, getattr(torch, args.dtype)).to(device)
     model.checkpoint_activations = args.checkpoint_activations
-    salora, gated = None, args.method == "salora"
-    if args.method in ("salora", "lora"):
-        try:
-            salora = sl.SaLoRA(
-                model, model.target_paths(args.targets), r=args.r, alpha=args.alpha, budget=args.budget,
-                beta=args.beta if gated else 0.0, window=args.window if gated else None,  # LoRA is SaLoRA without gates and R_orth
-                orth_reduction=args.orth_reduction, price=args.price, selection=args.selection,
-                straight_through=args.straight_through, fold_gates=args.fold_gates, seed=seed)
-        except ValueError as e:
-            raise InputError(f"--r {args.r}: {e}") from None
-        settings["selection"] = salora.selection
-    if args.method == "head":
-        model.requires_grad_(False)
+    gated, paths = args.method == "salora", model.target_paths(args.targets, args.layers)
+    try:  # lowrank: the SaLoRA or AdaLoRA object, which takes part in every step; None with other methods
+        if gated:
+            lowrank = sl.SaLoRA(model, paths, r=args.r, alpha=args.alpha, budget=args.budget, beta=args.beta, window=args.window,
+                                orth_reduction=args.orth_reduction, price=args.price, selection=args.selection,
+                                straight_through=args.straight_through, fold_gates=args.fold_gates, seed=seed)
+            settings["selection"] = lowrank.selection
+        else:
+            lowrank = baselines.install(model, args.method, paths, steps, args.r, args.alpha, args.budget, args.beta, args.window,
+                                        args.bottleneck, args.virtual_tokens)
+    except ValueError as e:
+        raise InputError(f"--r {args.r}: {e}") from None
     if args.method != "ft":
         for module in model.head:
             module.float().requires_grad_(True)
     head_params = sum(p.numel() for module in model.head for p in module.parameters())
-    trainable_params = sum(p.numel() for p in model.parameters() if p.requires_grad) - head_params
-    if salora:
-        groups = salora.param_groups(args.lr, gate_lr, args.weight_decay)
+
+    def count():
+        return sum(p.numel() for p in model.parameters() if p.requires_grad) - head_params
+
+    trainable_params = count()
+    if gated:
+        groups = lowrank.param_groups(args.lr, gate_lr, args.weight_decay)
     else:
         groups = [dict(params=[p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=args.weight_decay)]
     optimizer = torch.optim.AdamW(groups, fused=True)  # one call for all parameters
@@ -302,7 +325,7 @@ def train(args, seed, out):
     # ---- the folder: go on where a run was stopped, or start anew
     step, history, seconds, log_file = 0, [], 0.0, out / "log.jsonl"
     if args.resume and (out / "checkpoint").is_dir():
-        progress = load_checkpoint(out / "checkpoint", optimizer, salora, device, settings)
+        progress = load_checkpoint(out / "checkpoint", optimizer, lowrank, device, settings)
         step, history, seconds = progress["step"], progress["history"], progress["seconds"]
         if RANK == 0:
             lines = log_file.read_text().splitlines(keepends=True)
@@ -345,8 +368,8 @@ def train(args, seed, out):
         torch.manual_seed((seed * steps + step) * PROCESSES + RANK)  # of dropout: a resumed run needs no generator's state
         share = batch[RANK::PROCESSES] or batch[:1]  # a last batch may be too small for all: one row then, which does not count
         for i in range(0, len(share), args.batch_size):
-            if salora:
-                salora.begin_step(step / steps, optimizer)  # draws the step's gates; at the end of the window it prunes
+            if lowrank:
+                lowrank.begin_step(step / steps, optimizer)  # draws the step's gates; at the end of the window it prunes
             part = share[i:i + args.batch_size]
             inputs = collate([tokens[j] for j in part], pad_id, device, always_mask=args.compile)  # one graph instead of two
             logit = forward(*inputs)  # (b, num_labels)
@@ -355,15 +378,15 @@ def train(args, seed, out):
             loss = loss * ((RANK < len(batch)) / len(batch))
             sums += loss.detach()
             loss = loss * PROCESSES  # average_gradients takes a mean over the processes
-            if gated and i + args.batch_size >= len(share):
-                penalty = salora.penalty()  # beta R_orth + lambda (C - b)^2, once a step
+            if lowrank and i + args.batch_size >= len(share):
+                penalty = lowrank.penalty()  # beta R_orth + lambda (C - b)^2, once a step
                 sums[0] += penalty.detach() / PROCESSES
                 loss = loss + penalty
             loss.backward()
         sl.average_gradients(optimizer)
         optimizer.step()
-        if gated:
-            salora.end_step()  # lambda >= 0
+        if lowrank:
+            lowrank.end_step()  # lambda >= 0
         optimizer.zero_grad()
 
         # ---- a line in log.jsonl now and then
@@ -378,10 +401,11 @@ def train(args, seed, out):
             entry = {"step": step, "epoch": round((step + 1) / epoch_steps, 4), "loss": loss, "task_loss": task_loss,
                      "lr": optimizer.param_groups[0]["lr"], "density": None, "lambda": None, "orth_a": None, "orth_b": None,
                      "tokens_per_second": round(speed, 1)}
-            if salora:
+            if lowrank:
                 with torch.no_grad():
-                    orth_a, orth_b = salora.orthogonality()
-                    entry |= {"density": salora.density().item(), "lambda": salora.lam.item(), "orth_a": orth_a.item(), "orth_b": orth_b.item()}
+                    orth_a, orth_b = lowrank.orthogonality()
+                    entry |= {"density": lowrank.density().item(), "lambda": None if args.method == "adalora" else lowrank.lam.item(),
+                              "orth_a": orth_a.item(), "orth_b": orth_b.item()}
             if RANK == 0:
                 with log_file.open("a") as f:
                     f.write(json.dumps(entry) + "\n")
@@ -398,14 +422,14 @@ def train(args, seed, out):
 
         # ---- scores after each epoch, and a checkpoint
         if epoch_end:
-            if gated and step == steps:
-                salora.begin_step(1.0, optimizer)  # a window that lasts to the end closes here
+            if lowrank and step == steps:
+                lowrank.begin_step(1.0, optimizer)  # a window that lasts to the end closes here
             logits, scores = evaluate_dev()
             history.append(dict(step=step, epoch=round(step / epoch_steps, 4), **scores))
             line = f"epoch {step / epoch_steps:.4g}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
             print(f"\r{line:<100}" if sys.stdout.isatty() else line, flush=True)
             if RANK == 0:
-                save_checkpoint(out / "checkpoint", optimizer, salora,
+                save_checkpoint(out / "checkpoint", optimizer, lowrank,
                                 dict(step=step, history=history, seconds=seconds, settings=settings))
             log_start = time.time()
 
@@ -420,14 +444,16 @@ def train(args, seed, out):
             prediction = row.argmax() if task.labels else row[0]
             lines.append("\t".join(map(str, [i, label, prediction, *row])))
         write_text(out / name, "\n".join(lines) + "\n")
-    if salora:
+    if lowrank:
         head = ["classifier"] if config.model_type == "roberta" else ["classifier", "pooler"]
         sl.save(model, out / "adapter", head, base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
-    kept_params = salora.kept_params() if salora else trainable_params
+    if args.method == "prefix":
+        model.prefix.finish()
+    kept_params = count()
     result = dict(
         task=args.task, model=args.model, method=args.method, seed=seed, metric=task.metric, score=scores[task.metric], metrics=scores,
         best_score=max(h[task.metric] for h in history), trainable_params=trainable_params, kept_params=kept_params,
-        head_params=head_params, budget=args.budget if gated else None, density=salora.final_density if gated else None,
+        head_params=head_params, budget=args.budget if args.method in ("salora", "adalora") else None, density=lowrank.final_density if lowrank else None,
         kept_density=kept_params / max(trainable_params, 1), ranks=sl.ranks(model), steps=steps, seconds=round(seconds, 2),
         examples_per_second=round(len(tokens) * steps / epoch_steps / seconds, 1), peak_memory_mb=round(peak_memory_mb(device), 1),
         labels=task.labels, dev_rows=[len(rows.labels) for rows in dev_sets], history=history, settings=settings)
@@ -480,6 +506,48 @@ def free_folder(stem):
     return folder
 
 
+def finished(args, out):
+    """The result of a finished run of the same flags in `out`, or None."""
+    file = out / "result.json"
+    if not file.exists():
+        return None
+    result = read_json(file)
+    for name, value in vars(args).items():
+        found = result["settings"].get(name, value)
+        if value is not None and found != value and name not in (*NOT_OF_A_RUN, "seed", "threads", "log_every"):
+            raise InputError(f"--out {out} holds a finished run with --{name.replace('_', '-')} {found}, not {value}: give another folder")
+    return result
+
+
+def run(args, seed, out):
+    """train(), unless --resume finds it done; returns its result (in the first process)."""
+    result = finished(args, out) if args.resume else None
+    if result:
+        print(f"{out}: finished already")
+    elif (out / "result.json").exists() and not args.overwrite:
+        raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
+    else:
+        result = train(args, seed, out)
+        if RANK == 0:
+            report(args, result, out)
+    return result
+
+
+def choose_lr(args, root):
+    """The learning rate of --lr-grid with the best score on rows held out of training, in a run of its own seed."""
+    scores = {}
+    for lr in args.lr_grid:
+        trial = argparse.Namespace(**vars(args) | dict(lr=lr, hold_out=args.hold_out or 0.2))
+        result = run(trial, TUNING_SEED, root / f"lr{lr:g}")
+        scores[lr] = result["score"] if result else 0.0
+    if PROCESSES > 1:  # the first process knows the scores
+        dist.broadcast_object_list(box := [scores])
+        scores = box[0]
+    best = max(scores, key=scores.get)
+    print(f"\nlearning rate {best:g}, on held-out rows: " + ", ".join(f"{lr:g}: {score:.4f}" for lr, score in scores.items()))
+    return best
+
+
 def main(argv=None):
     args = parse_args(argv)
     if args.threads:
@@ -488,19 +556,11 @@ def main(argv=None):
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     name = args.task if args.task in TASKS else Path(args.task).resolve().name
     root = Path(args.out) if args.out else free_folder(f"runs/{name}-{args.method}")
+    if args.lr_grid:
+        args.lr = choose_lr(args, root)
+        args.hold_out = None
     runs = [(args.seed, root)] if args.seeds is None else [(seed, root / f"seed{seed}") for seed in args.seeds]
-    results = []
-    for seed, out in runs:
-        finished = out / "result.json"
-        if finished.exists() and args.resume:
-            print(f"{out}: finished already")
-            results.append(json.loads(finished.read_text()))
-            continue
-        if finished.exists() and not args.overwrite:
-            raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
-        results.append(train(args, seed, out))
-        if RANK == 0:
-            report(args, results[-1], out)
+    results = [run(args, seed, out) for seed, out in runs]
     if RANK:
         return
     if args.seeds is not None:

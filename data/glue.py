@@ -130,8 +130,8 @@ def own_task(folder):
 
 def load_task(name, data=None, limit_train=None, limit_dev=None, hold_out=None):
     """Task, train Rows and a list of dev Rows. `name`: one of TASKS, or a user's folder; `data`: a folder in GLUE's layout, by
-    default this one, into which a missing GLUE task is downloaded; `hold_out`: so many random rows of the training file, always
-    the same ones, take the place of the dev rows, so that settings can be chosen without a look at those."""
+    default this one, into which a missing GLUE task is downloaded; `hold_out`: so many random rows of the training file, or this
+    share of them, at most 3000, always the same ones, take the place of the dev rows: settings can be chosen without a look at those."""
     if name in TASKS:
         task = TASKS[name]
         folder = Path(data or HERE) / task.folder
@@ -142,6 +142,7 @@ def load_task(name, data=None, limit_train=None, limit_dev=None, hold_out=None):
     if not hold_out:
         return task, read_rows(folder / "train.tsv", task, limit_train), [read_rows(folder / file, task, limit_dev) for file in task.dev]
     rows = read_rows(folder / "train.tsv", task)
+    hold_out = int(hold_out) if hold_out >= 1 else min(math.ceil(hold_out * len(rows.labels)), 3000)
     if hold_out >= len(rows.labels):
         raise InputError(f"--hold-out is {hold_out}, but {folder / 'train.tsv'} has {len(rows.labels)} rows: hold out fewer")
     order = np.random.default_rng(0).permutation(len(rows.labels))
