@@ -1,147 +1,348 @@
 """
-SaLoRA beside full fine-tuning and LoRA on five GLUE tasks. Every run is one train_glue.py command; its result.json becomes a line of
-results/recipe.jsonl, and what has a line there is not run again, so a stopped experiment goes on where it was.
+The experiments of the paper. Each is one command, which prints its table and leaves in --out: table.md, runs.csv, runs.jsonl (whole results) and, with matplotlib, pictures.
 
-    python experiments.py tune   --model DIR --data DIR    # learning rates: another seed, scored on rows held out of train
-    python experiments.py report --model DIR --data DIR    # at the best of them: five seeds, scored on the dev set
-    python experiments.py table                            # results/recipe.md from the lines
+    python train_glue.py table1      methods by tasks (Table 1)
+    python train_glue.py ablation    the whole method, a constant price of gates instead of a budget, no regulariser (Table 3)
+    python train_glue.py efficiency  peak memory and time of a step, by batch size (Table 4)
+    python train_glue.py ranks       the ranks that are left (Figure 7); one kind of matrix, or one group of layers, adapted alone (Figure 1)
+    python train_glue.py sweep       score over the rank or the budget, LoRA beside it (Figures 4 and 5)
+    python train_glue.py components  density, lambda and orthogonality over the steps (Figure 6)
+
+Further flags, such as --model, --data, --epochs, --dtype or --lr-grid, go to every run (python train_glue.py --help). An entry of --tasks and
+--methods may have flags of its own, which come last, and a name: --tasks "cola --epochs 4" mrpc --methods salora "small=lora --r 4". A cell of a
+table is one train_glue.py command with --seeds, in a process of its own; what is finished is not run again.
 """
 
 import argparse
+import contextlib
+import csv
+import io
 import json
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-HERE = Path(__file__).parent
-LINES, TABLE = HERE / "results" / "recipe.jsonl", HERE / "results" / "recipe.md"
-TASKS = {  # what is trained on; how many rows of it are held out when a learning rate is chosen
-    "cola": ("--epochs 4", 1500),
-    "sst2": ("--epochs 2 --limit-train 10000", 3000),
-    "mrpc": ("--epochs 3", 700),
-    "stsb": ("--epochs 3", 1000),
-    "rte": ("--epochs 4", 500),
-}
-SYSTEMS = {  # flags; the learning rates to choose from, or the system whose choice is taken over
-    "FT": ("--method ft", ["5e-5", "1e-4", "2e-4"]),
-    "LoRA r = 8": ("--method lora --dtype bfloat16", ["1e-3", "2e-3", "4e-3"]),
-    "LoRA r = 4": ("--method lora --r 4 --dtype bfloat16", "LoRA r = 8"),
-    "SaLoRA b = 0.5": ("--method salora --dtype bfloat16", ["1e-3", "2e-3", "4e-3"]),
-    "SaLoRA b = 0.25": ("--method salora --budget 0.25 --dtype bfloat16", "SaLoRA b = 0.5"),
-    "SaLoRA b = 0.125": ("--method salora --budget 0.125 --dtype bfloat16", "SaLoRA b = 0.5"),
-    "SaLoRA as printed": ("--method salora --recipe paper --dtype bfloat16", ["1e-3", "2e-3", "4e-3"]),
-}
-TUNING_SEED, SEEDS = 100, range(5)
+import train_glue
+from data import InputError
+from data.batching import load_tokenizer, tokenize
+from data.download import model_folder
+from data.glue import load_task
+from model import LINEARS, read_config
+
+TASKS = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
+METHODS = ["ft", "adapter-h", "adapter-p", "prefix", "prompt", "lora", "adalora", "salora"]
+LABELS = {"ft": "FT", "adapter-h": "Adapter-H", "adapter-p": "Adapter-P", "prefix": "Prefix", "prompt": "Prompt", "lora": "LoRA",
+          "adalora": "AdaLoRA", "salora": "SaLoRA", "head": "Head"}
+FIELDS = ("task", "method", "seed", "metric", "score", "lr", "trainable_params", "kept_params", "density", "kept_density", "steps", "seconds",
+          "peak_memory_mb")
 
 
-def read_lines():
-    """{command: result} of the runs that are done."""
-    return {r["command"]: r for r in map(json.loads, LINES.read_text().splitlines())} if LINES.exists() else {}
+def parse_args(name, argv):
+    parser = argparse.ArgumentParser(prog=f"train_glue.py {name}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = lambda message: sys.exit(train_glue.fail(message))
+
+    def arg(*flags, help, **kw):
+        parser.add_argument(*flags, **kw, help=f"{help} (default: %(default)s)")
+
+    arg("--tasks", nargs="+", default=TASKS if name == "table1" else ["cola"], help="one or more of train_glue.py's tasks")
+    if name in ("table1", "efficiency"):
+        arg("--methods", nargs="+", default=METHODS if name == "table1" else ["ft", "lora", "adalora", "salora"], help="rows of the table")
+    arg("--seeds", type=int, nargs="+", default=[0] if name in ("efficiency", "components") else [0, 1, 2, 3, 4], help="of the runs of a cell")
+    if name == "ablation":
+        arg("--price", type=float, default=0.0005, help="of an open gate, in the ablation of the budget")
+    if name == "efficiency":
+        arg("--batch-sizes", type=int, nargs="+", default=[8, 16, 32, 64], help="columns of the table")
+    if name == "sweep":
+        arg("--over", choices=["r", "budget"], required=True, help="what is varied")
+        arg("--values", type=float, nargs="+", help="its values; without: 1 2 4 8 16, or 0.125 0.25 0.5 0.75 1")
+    arg("--jobs", type=int, default=1, help="runs at a time")
+    arg("--out", default=f"runs/{name}", help="folder of the runs and what comes out of them")
+    args, common = parser.parse_known_args(argv)
+    if args.jobs < 1:
+        raise InputError(f"--jobs is {args.jobs}, expected at least 1")
+    return args, common
 
 
-def tuning(system):
-    """{task: {learning rate: command}} of the system's tuning runs."""
-    flags, rates = SYSTEMS[system]
-    return {task: {lr: f"--task {task} {what} --hold-out {hold_out} {flags} --lr {lr} --seed {TUNING_SEED}" for lr in rates}
-            for task, (what, hold_out) in TASKS.items()}
+# ---------------------------------------------------------------------------------------------------------------------
+# cells: a task, a method, and its runs
 
 
-def best_rate(system, task, done):
-    """The learning rate with the best score on the held-out rows; None while runs are missing."""
-    if isinstance(SYSTEMS[system][1], str):
-        return best_rate(SYSTEMS[system][1], task, done)
-    commands = tuning(system)[task]
-    if all(c in done for c in commands.values()):
-        return max(commands, key=lambda lr: done[commands[lr]]["score"])
+def names(entries):
+    return [shlex.split(entry)[0] for entry in entries]
 
 
-def report(system, task, done):
-    """[command] of the system's five runs on a task; empty while its learning rate is not known."""
-    lr = best_rate(system, task, done)
-    return [f"--task {task} {TASKS[task][0]} {SYSTEMS[system][0]} --lr {lr} --seed {seed}" for seed in SEEDS] if lr else []
+def name_of(method):
+    """How an entry of --methods is called in a table: "small=lora --r 4" is small, "lora --r 4" is LoRA r 4."""
+    label, _, method = method.rpartition("=")
+    name, *flags = shlex.split(method)
+    return label or " ".join([LABELS.get(name, name), *(flag.removeprefix("--") for flag in flags)])
 
 
-def run(command, args):
-    """Runs train_glue.py and appends its result.json, with the command, to the lines. True if it went well."""
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, HERE / "train_glue.py", *shlex.split(command), "--model", args.model, "--data", args.data,
-                               "--threads", str(args.threads), "--out", folder], capture_output=True, text=True)
+class Cell:
+    """A task and a method, each with flags of its own, and the folder of their runs."""
+
+    def __init__(self, task, method, common, args):
+        (self.task, *task_flags), (name, *method_flags) = shlex.split(task), shlex.split(method.rpartition("=")[2])
+        self.label, self.seeds = name_of(method), args.seeds
+        self.flags = [*common, "--task", self.task, *task_flags, "--method", name, *method_flags]
+        self.folder = Path(args.out) / Path(self.task).name / self.label.replace(" ", "_")
+        self.settings = train_glue.parse_args(self.flags)  # refuses what is wrong before anything is loaded
+
+    def results(self):
+        """[result] of its seeds, or None if some are missing."""
+        grid = self.settings.lr_grid
+        settings = argparse.Namespace(**vars(self.settings) | dict(lr=None if grid else self.settings.lr))
+        found = [train_glue.finished(settings, self.folder / f"seed{seed}") for seed in self.seeds]
+        tuned = all((self.folder / f"lr{lr:g}" / "result.json").exists() for lr in grid or [])
+        return found if tuned and all(found) else None
+
+    def command(self, *more):
+        return [sys.executable, train_glue.__file__, *self.flags, *more]
+
+    def run(self):
+        """Runs what is missing, in a process of its own. True if it went well."""
+        start = time.time()
+        done = subprocess.run(self.command("--seeds", *map(str, self.seeds), "--out", str(self.folder), "--resume"), capture_output=True, text=True)
         if done.returncode:
-            print(f"train_glue.py {command}\n{done.stdout[-500:]}{done.stderr[-2000:]}", file=sys.stderr)
+            print(f"{self.task}, {self.label}: failed\n{done.stdout[-500:]}{done.stderr[-2000:]}", file=sys.stderr)
             return False
-        result = json.loads((Path(folder) / "result.json").read_text())
-    for name in ("model", "data"):  # folders of one machine
-        result["settings"].pop(name)
-    result = dict(command=command, **result | dict(model=Path(args.model).name))
-    with LINES.open("a") as f:
-        f.write(json.dumps(result) + "\n")
-    print(f"{result['score']:.4f} in {result['seconds']:.0f} s: {command}", flush=True)
-    return True
+        print(f"{self.task}, {self.label}: {spread([r['score'] for r in self.results()])} in {clock(time.time() - start)}", flush=True)
+        return True
 
 
-def table(done):
-    """The tables of the lines, as Markdown."""
-    tasks = list(TASKS)
-    head = ["# SaLoRA beside full fine-tuning and LoRA", "",
-            "    python experiments.py tune --model MINILM_FOLDER --data GLUE_FOLDER", "    python experiments.py report --model MINILM_FOLDER --data GLUE_FOLDER", "",
-            "Mean ± standard deviation over seeds, dev set, last epoch. CoLA: Matthews correlation, SST-2, MRPC, RTE: accuracy, STS-B: Pearson; all times 100. "
-            "Number of runs in brackets where it is not five. Difference: to LoRA r = 8, seed by seed, mean over the tasks ± standard error over the seeds.", "",
-            "| system | " + " | ".join(tasks) + " | mean | difference | parameters |", "|---" * (len(tasks) + 4) + "|"]
-    runs = {(s, t): [done[c] for c in report(s, t, done) if c in done] for s in SYSTEMS for t in tasks}
-    rows, scores = [], {key: [100 * r["score"] for r in found] for key, found in runs.items()}
-    for system in SYSTEMS:
-        cells, kept = [], {r["kept_params"] for t in tasks for r in runs[system, t]}
-        for t in tasks:
-            x = scores[system, t]
-            cells.append(f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" + f" ({len(x)})" * (len(x) != len(SEEDS)) if len(x) > 1 else "")
-        mean = difference = ""
-        if all(len(scores[s, t]) == len(SEEDS) for s in (system, "LoRA r = 8") for t in tasks):
-            mean = f"{statistics.mean(statistics.mean(scores[system, t]) for t in tasks):.2f}"
-            paired = [statistics.mean(scores[system, t][i] - scores["LoRA r = 8", t][i] for t in tasks) for i in range(len(SEEDS))]
-            difference = f"{statistics.mean(paired):+.2f} ± {statistics.stdev(paired) / len(paired) ** 0.5:.2f}"
-        size = f"{min(kept):,}" + f" to {max(kept):,}" * (len(kept) > 1) if kept else ""
-        if any(cells):
-            rows.append(f"| {system} | " + " | ".join(cells) + f" | {mean} | {difference} | {size} |")
-    text = (head + rows if rows else head[:-2] + ["No run of these yet."]) + ["", "Flags of the systems, and the learning rate that was best on held-out rows (another seed; held-out score times 100 of every rate tried):", "",
-             "| system | flags | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 2) + "|"]
-    for system, (flags, rates) in SYSTEMS.items():
-        cells = [f"as {rates}"] * len(tasks) if isinstance(rates, str) else [
-            ", ".join(f"{lr}: {100 * done[c]['score']:.1f}" for lr, c in tuning(system)[t].items() if c in done) for t in tasks]
-        text.append(f"| {system} | `{flags}` | " + " | ".join(cells) + " |")
-    return "\n".join(text) + "\n"
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["tune", "report", "table"])
-    parser.add_argument("--model", help="folder of all-MiniLM-L6-v2, or another encoder")
-    parser.add_argument("--data", help="folder in GLUE's layout")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="NAME", help=f"some of: {'; '.join(SYSTEMS)}")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default: 1)")
-    args = parser.parse_args(argv)
-    if args.stage != "table" and not (args.model and args.data):
-        parser.error(f"{args.stage} needs --model and --data")
-    done = read_lines()
-    if args.stage == "tune":
-        commands = [c for t in TASKS for s in args.systems if not isinstance(SYSTEMS[s][1], str) for c in tuning(s)[t].values()]
-    elif args.stage == "report":
-        reports = filter(None, (report(s, t, done) for t in TASKS for s in args.systems))
-        commands = [c for group in zip(*reports) for c in group]  # seed by seed
-    else:
-        TABLE.write_text(table(done))
-        return print(f"{TABLE}: {len(done)} runs")
-    todo = [c for c in commands if c not in done]
-    print(f"{len(todo)} of {len(commands)} runs to do", flush=True)
+def run_cells(tasks, methods, common, args):
+    """{(task, name of the method): [result ..]}, after running what is not finished."""
+    cells = [Cell(task, method, common, args) for task in tasks for method in methods]
+    todo = [cell for cell in cells if cell.results() is None]
+    if todo:
+        runs = sum(len(c.seeds) + len(c.settings.lr_grid or []) for c in todo)
+        print(f"{len(todo)} of {len(cells)} cells to do, up to {runs} runs, about {clock(estimate(todo) / args.jobs)} on this machine", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        ok = list(pool.map(lambda c: run(c, args), todo))
-    if not all(ok):
-        sys.exit(f"{ok.count(False)} runs failed; the others are in {LINES}")
+        failed = list(pool.map(Cell.run, todo)).count(False)
+    if failed:
+        raise InputError(f"{failed} cells failed; the same command goes on with them")
+    return {(cell.task, cell.label): cell.results() for cell in cells}
 
 
-if __name__ == "__main__":
-    main()
+def estimate(cells):
+    """Seconds that the runs of the cells take one after the other, from the speed of ten steps of the first. A token of an evaluation
+    costs a third of one of training."""
+    lengths, total = {}, 0.0
+    for cell in cells:
+        s = cell.settings
+        key = s.task, s.data, s.limit_train, s.limit_dev, s.model
+        if key not in lengths:
+            folder = model_folder(s.model)
+            with contextlib.redirect_stdout(io.StringIO()):  # the run itself will say what the reader has to say
+                task, train, dev = load_task(s.task, s.data, s.limit_train, s.limit_dev)
+            count = [sum(len(ids) for ids, _ in tokenize(load_tokenizer(folder), rows.texts, s.max_length or 128, read_config(folder).vocab_size))
+                     for rows in (train, *dev)]
+            lengths[key] = task.epochs, len(train.texts), count[0], sum(count[1:])
+        epochs, rows, train, dev = lengths[key]
+        epochs = min(s.epochs or epochs, (s.max_steps or rows) * s.batch_size * s.accumulate / rows)
+        total += (len(cell.seeds) + len(s.lr_grid or [])) * epochs * train + max(epochs, 1) * dev / 3
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(cells[0].command("--max-steps", "10", "--window", "0", "1", "--limit-dev", "8", "--out", folder), capture_output=True, check=True)
+        last = json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])
+    return total / last["tokens_per_second"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what comes out
+
+
+def clock(seconds):
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+
+
+def mean_std(values):
+    values = list(values)
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def spread(scores):
+    """Mean ± standard deviation, times 100."""
+    mean, std = mean_std(100 * score for score in scores)
+    return f"{mean:.2f}" + f" ± {std:.2f}" * (len(scores) > 1)
+
+
+def mean_ranks(results):
+    """Ranks as a row for each of q k v o u d, a column for each layer: means over the results."""
+    return [[statistics.mean(rank) for rank in zip(*([n for path, n in r["ranks"].items() if path.split(".", 4)[4] == tail] for r in results))]
+            for tail in LINEARS.values()]
+
+
+def markdown(head, rows):
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def span(values, form="{:,}"):
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def score_table(results):
+    """Methods by tasks: mean ± standard deviation times 100, the best of a task in bold; mean over the tasks; parameters."""
+    tasks, labels = (list(dict.fromkeys(key[i] for key in results)) for i in range(2))
+    mean = {key: statistics.mean(r["score"] for r in runs) for key, runs in results.items()}
+    overall = {label: statistics.mean(mean[task, label] for task in tasks) for label in labels}
+    rows = []
+    for label in labels:
+        cells = [spread([r["score"] for r in results[task, label]]) for task in tasks]
+        best = [mean[task, label] == max(mean[task, other] for other in labels) and len(labels) > 1 for task in tasks]
+        runs = [r for task in tasks for r in results[task, label]]
+        density = [r["density"] for r in runs if r["density"] is not None]
+        rows.append([label, *(f"**{c}**" if b else c for c, b in zip(cells, best)), f"{100 * overall[label]:.2f}",
+                     span([r["trainable_params"] for r in runs]), span([r["kept_params"] for r in runs]), span(density, "{:.3f}") if density else ""])
+    return markdown(["method", *tasks, "mean", "trained", "kept", "density"], rows)
+
+
+def as_csv(results):
+    """A line for each run."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(r | dict(method=label, lr=r["settings"]["lr"]) for (_, label), runs in results.items() for r in runs)
+    return file.getvalue()
+
+
+@contextlib.contextmanager
+def figure(file, columns, width=3.2, height=2.6, **kw):
+    """A row of axes, saved as a picture at the end."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e5e5", "axes.axisbelow": True,
+             "axes.prop_cycle": matplotlib.cycler(color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"])}
+    with plt.rc_context(style):
+        fig, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained", **kw)
+        yield axes[0]
+        fig.savefig(file, dpi=200)
+        plt.close(fig)
+
+
+def dots(file, results):
+    """A panel for each task, a line for each method: mean and standard deviation of the score."""
+    tasks, labels = (list(dict.fromkeys(key[i] for key in results)) for i in range(2))
+    with figure(file, len(tasks), height=0.8 + 0.25 * len(labels), sharey=True) as axes:
+        for ax, task in zip(axes, tasks):
+            for y, label in enumerate(labels):
+                mean, std = mean_std(100 * r["score"] for r in results[task, label])
+                ax.errorbar(mean, y, xerr=std, fmt="o", capsize=3)
+            metric = results[task, labels[0]][0]["metric"].replace("_", " ")
+            ax.set(title=task, yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5), xlabel=f"{metric} x 100")
+
+
+def curves(file, panels, xlabel):
+    """A panel for each {title: {line: [(x, mean, standard deviation) ..]}}."""
+    with figure(file, len(panels)) as axes:
+        for ax, (title, lines) in zip(axes, panels.items()):
+            for label, points in lines.items():
+                x, y, error = zip(*points)
+                ax.errorbar(x, y, yerr=error, fmt="o-" if len(x) < 20 else "-", capsize=3 if any(error) else 0, markersize=4, label=label)
+            ax.set(xlabel=xlabel, title=title)
+            if len(lines) > 1:
+                ax.legend(frameon=False)
+
+
+def heat(file, maps, r):
+    """A map of the ranks for each task: kinds of matrices by layers."""
+    with figure(file, len(maps)) as axes:
+        for ax, (task, rows) in zip(axes, maps.items()):
+            ax.grid(False)
+            ax.imshow(rows, cmap="Blues", vmin=0, vmax=r, aspect="auto")
+            for y, row in enumerate(rows):
+                for x, rank in enumerate(row):
+                    ax.text(x, y, f"{rank:.0f}", ha="center", va="center", color="white" if rank > 0.6 * r else "black", fontsize=7)
+            ax.set(title=f"{task}: rank, of {r}", xlabel="layer", yticks=range(len(LINEARS)), yticklabels=[f"$W^{x.upper()}$" for x in LINEARS])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the experiments: each runs its cells and returns their results, a table, and {file: (function, arguments)} of its pictures
+
+
+def table1(args, common):
+    results = run_cells(args.tasks, args.methods, common, args)
+    return results, score_table(results), {"scores.png": (dots, results)}
+
+
+def ablation(args, common):
+    results = run_cells(args.tasks, ["salora", f"salora --price {args.price:g}", "salora --beta 0"], common, args)
+    return results, score_table(results), {"scores.png": (dots, results)}
+
+
+def efficiency(args, common):
+    if "--max-steps" not in common:
+        common = [*common, "--max-steps", "20"]
+    results = run_cells(args.tasks, [f"{m} --batch-size {b}" for m in args.methods for b in args.batch_sizes], common, args)
+    values = {"peak memory (MB)": lambda r: r["peak_memory_mb"], "time of a step (ms)": lambda r: 1000 * r["seconds"] / r["steps"]}
+    panels = {f"{task}: {what}": {name_of(m): [(b, *mean_std(map(value, results[task, name_of(f"{m} --batch-size {b}")]))) for b in args.batch_sizes]
+                                  for m in args.methods} for task in names(args.tasks) for what, value in values.items()}
+    text = "\n".join(f"{title}\n\n" + markdown(["method", *(f"batch {b}" for b in args.batch_sizes)], [
+        [label, *(f"{mean:.0f}" for _, mean, _ in points)] for label, points in lines.items()]) for title, lines in panels.items())
+    return results, text, {"efficiency.png": (curves, panels, "batch size")}
+
+
+def ranks(args, common):
+    base = train_glue.parse_args([*common, "--task", names(args.tasks)[0]])
+    layers = [str(i) for i in range(read_config(model_folder(base.model)).num_hidden_layers)]
+    third = -(-len(layers) // 3)
+    alone = [f"lora --targets {letter}" for letter in LINEARS] + [f"lora --layers {' '.join(layers[i:i + third])}" for i in range(0, len(layers), third)]
+    results = run_cells(args.tasks, ["salora", "lora", *alone], common, args)
+    maps = {task: mean_ranks(results[task, "SaLoRA"]) for task in names(args.tasks)}
+    text = score_table(results) + "".join(f"\n{task}: mean rank over the seeds, {base.r} at the start\n\n" + markdown(["", *layers], [
+        [f"W^{letter.upper()}", *(f"{rank:.1f}" for rank in row)] for letter, row in zip(LINEARS, rows)]) for task, rows in maps.items())
+    alone = {key: runs for key, runs in results.items() if key[1] != "SaLoRA"}
+    return results, text, {"ranks.png": (heat, maps, base.r), "alone.png": (dots, alone)}
+
+
+def sweep(args, common):
+    r = train_glue.parse_args(common).r
+    if args.over == "r":
+        values = args.values or [1, 2, 4, 8, 16]
+        lines = {m: [(v, f"{m} --r {v:g}") for v in values] for m in ("salora", "lora")}
+    else:  # LoRA beside it with the rank that gives it the parameters which the budget leaves
+        values = args.values or [0.125, 0.25, 0.5, 0.75, 1.0]
+        lines = {"salora": [(b, f"salora --budget {b:g}") for b in values], "lora": [(b, f"lora --r {max(1, round(b * r))}") for b in values]}
+    results = run_cells(args.tasks, list(dict.fromkeys(method for line in lines.values() for _, method in line)), common, args)
+    panels = {f"{task}: score x 100": {LABELS[m]: [(x, *mean_std(100 * run["score"] for run in results[task, name_of(method)])) for x, method in line]
+                                       for m, line in lines.items()} for task in names(args.tasks)}
+    return results, score_table(results), {"sweep.png": (curves, panels, "rank at the start" if args.over == "r" else "budget")}
+
+
+def components(args, common):
+    results = run_cells(args.tasks, ["salora"], common, args)
+    panels, rows = {}, []
+    for task in names(args.tasks):
+        log = [json.loads(line) for line in (Path(args.out) / Path(task).name / "SaLoRA" / f"seed{args.seeds[0]}" / "log.jsonl").read_text().splitlines()]
+        for what in ("density", "lambda", "orth_a", "orth_b"):
+            y = [entry[what] for entry in log]
+            panels[f"{task}: {what}"] = {"SaLoRA": [(entry["step"], entry[what], 0) for entry in log]}
+            rows.append([task, what, *(f"{value:.4f}" for value in (y[0], min(y), max(y), y[-1]))])
+    return results, markdown(["task", "", "first", "smallest", "largest", "last"], rows), {"components.png": (curves, panels, "step")}
+
+
+def main(name, argv):
+    args, common = parse_args(name, argv)
+    for flag in ("--seed", "--resume", "--overwrite"):
+        if flag in common:
+            raise InputError(f"{flag} is for a single run; {name} takes --seeds, goes on by itself and replaces nothing")
+    results, text, pictures = globals()[name](args, common)
+    out = Path(args.out)
+    print("\n" + text)
+    train_glue.write_text(out / "table.md", f"    python train_glue.py {name} {shlex.join(argv)}\n\n{text}")
+    train_glue.write_text(out / "runs.csv", as_csv(results))
+    raw = [json.dumps(json.loads(file.read_text())) for file in sorted(out.glob("*/*/*/result.json"))]  # with those of --lr-grid
+    train_glue.write_text(out / "runs.jsonl", "\n".join(raw) + "\n")
+    try:
+        for file, (draw, *what) in pictures.items():
+            draw(out / file, *what)
+        print(f"{out}/: table.md, runs.csv, runs.jsonl, {', '.join(pictures)}")
+    except ImportError:
+        print(f"{out}/: table.md, runs.csv, runs.jsonl; no pictures, for which matplotlib is needed")

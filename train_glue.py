@@ -5,6 +5,7 @@ Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA, or with one of the method
     python train_glue.py --task cola             # roberta-base and CoLA, downloaded once
     python train_glue.py --task cola --model DIR --data DIR --seeds 0 1 2
     python train_glue.py --task my_folder        # train.tsv, dev.tsv: sentence (or sentence1, sentence2), label (or score)
+    python train_glue.py table1 --tasks cola rte # experiments of the paper: also ablation, efficiency, ranks, sweep, components
     torchrun --nproc-per-node 2 train_glue.py .. # every step's rows shared out among processes, one GPU each
 
 A run leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/ (for --resume).
@@ -38,7 +39,8 @@ from model import LINEARS, load_encoder, read_config, read_json
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 TUNING_SEED = 100  # of the runs of --lr-grid
 METHODS = ("salora", *baselines.METHODS)
-LEARNING_RATES = dict(ft=3e-5, prefix=1e-3, prompt=3e-3)  # all others 3e-4; ten times that for the demo's small model
+LEARNING_RATES = dict(ft=(3e-5, 5e-4), prefix=(1e-4, 1e-3), prompt=(1e-3, 1e-2))  # and for the demo; all others (3e-4, 3e-3)
+EXPERIMENTS = ("table1", "ablation", "efficiency", "ranks", "sweep", "components")
 NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid")  # flags that are no settings of a single run
 RECIPES = {  # what the two recipes set, unless a flag says otherwise
     "default": dict(beta=0.01, orth_reduction="mean", selection=None, straight_through=True, fold_gates=False, gate_lr=None, rewarm=True),
@@ -92,7 +94,7 @@ def parse_args(argv=None):
     arg("--max-steps", type=int, help="end after this many steps whatever --epochs says (default: no limit)")
     arg("--batch-size", type=int, default=32, help="rows of a forward pass, in each process")
     arg("--accumulate", type=int, default=1, help="forward passes a step")
-    arg("--lr", type=float, help="of the weights (default: 3e-4; ft 3e-5, prefix 1e-3, prompt 3e-3; for demo ten times that)")
+    arg("--lr", type=float, help="of the weights (default: 3e-4; ft 3e-5, prefix 1e-4, prompt 1e-3; more for demo)")
     arg("--lr-grid", type=float, nargs="+", metavar="LR", help="choose --lr: a run for each, scored on rows held out of training (--hold-out, "
         "by default a fifth, at most 3000) with a seed of its own; then the run, or the --seeds, on all rows at the best")
     arg("--warmup", type=float, default=0.06, help="share of the steps in which the learning rates rise, before they fall linearly to 0")
@@ -125,7 +127,7 @@ def parse_args(argv=None):
     if args.model is None:
         args.model = str(HERE / "demo" / "model") if demo else "roberta-base"
     if args.lr is None:
-        args.lr = LEARNING_RATES.get(args.method, 3e-4) * (10 if demo else 1)
+        args.lr = LEARNING_RATES.get(args.method, (3e-4, 3e-3))[demo]
     if args.bottleneck is None:
         args.bottleneck = 64 if args.method == "adapter-p" else 32
     if args.alpha is None:
@@ -577,8 +579,13 @@ def main(argv=None):
 def command(argv=None):
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        main(argv)
+        if argv and argv[0] in EXPERIMENTS:
+            import experiments  # which imports this file
+            experiments.main(argv[0], argv[1:])
+        else:
+            main(argv)
     except InputError as e:
         sys.exit(fail(e))
     finally:

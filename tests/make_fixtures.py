@@ -1,11 +1,13 @@
 """
-Made the files in tests/fixtures with other people's code: transformers 5.23.0 (torch 2.13.0), scikit-learn 1.9.1, SciPy 1.17.1.
+Made the files in tests/fixtures with other people's code: transformers 5.23.0 (torch 2.13.0), PEFT 0.21.2, scikit-learn 1.9.1, SciPy 1.17.1.
 
-    pip install transformers==5.23.0 scikit-learn==1.9.1 scipy==1.17.1
+    pip install transformers==5.23.0 peft==0.21.2 scikit-learn==1.9.1 scipy==1.17.1
     python tests/make_fixtures.py [MINILM_FOLDER]
 
 roberta/, bert/    a tiny random model saved by transformers; expected.safetensors: inputs, last hidden states, logits
 minilm.safetensors the same for the real all-MiniLM-L6-v2 (with MINILM_FOLDER), float32: its last hidden states, a padded batch
+peft.safetensors   PEFT's LoRA layer: weights, input, output; PEFT's AdaLoRA on two layers, 30 steps of given gradients: the singular values
+                   after every step, which triplets stay, the regulariser, an output
 metrics.json       labels and predictions with scikit-learn's and SciPy's scores
 """
 
@@ -62,6 +64,38 @@ def minilm(folder):
     save_file(dict(input_ids=ids, attention_mask=mask, token_type_ids=types, hidden=hidden), FIXTURES / "minilm.safetensors")
 
 
+def peft():
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
+    from torch import nn
+    torch.manual_seed(0)
+    file, x = {}, torch.randn(4, 8)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 7)), LoraConfig(r=4, lora_alpha=6, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    nn.init.normal_(layer.lora_B.default.weight)
+    file |= {"lora.x": x, "lora.W": layer.base_layer.weight, "lora.b": layer.base_layer.bias, "lora.A": layer.lora_A.default.weight,
+             "lora.B": layer.lora_B.default.weight, "lora.y": layer(x)}
+
+    config = AdaLoraConfig(init_r=4, target_r=1, lora_alpha=6, tinit=6, tfinal=15, deltaT=1, total_step=30, orth_reg_weight=0.1, target_modules=["0", "1"])
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 7)), config)
+    layers = list(model.base_model.model)
+    params = [p for layer in layers for p in (layer.lora_A["default"], layer.lora_B["default"], layer.lora_E["default"])]
+    for i, p in enumerate(params):
+        nn.init.normal_(p)
+        file[f"adalora.start.{i}"] = p.detach().clone()
+    norms = [torch.norm(m @ m.T - torch.eye(4)) for layer in layers for m in (layer.lora_A["default"], layer.lora_B["default"].T)]  # as in AdaLoraModel.forward
+    file |= {"adalora.x": x, "adalora.W": layers[0].base_layer.weight, "adalora.b": layers[0].base_layer.bias, "adalora.y": layers[0](x.clone()),
+             "adalora.penalty": 0.1 * sum(norms) / len(norms)}
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    for step in range(16):
+        for i, p in enumerate(params):
+            p.grad = torch.randn_like(p)
+            file[f"adalora.grad.{step}.{i}"] = p.grad
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        file[f"adalora.E.{step}"] = torch.stack([layer.lora_E["default"].flatten() for layer in layers]).detach().clone()
+    save_file({name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in file.items()}, FIXTURES / "peft.safetensors")
+
+
 def metrics():
     from scipy import stats
     from sklearn import metrics as sk
@@ -86,6 +120,7 @@ def metrics():
 if __name__ == "__main__":
     tiny("roberta")
     tiny("bert")
+    peft()
     metrics()
     if len(sys.argv) > 1:
         minilm(sys.argv[1])
