@@ -176,10 +176,11 @@ class AdaLoRA:
 
     def load_state_dict(self, state):
         self.live, self.pruned, self.final_density = state["live"], state["pruned"], state["final_density"]
-        for name in ("sensitivity", "uncertainty"):
-            for i, t in enumerate(getattr(self, name)):
-                if not self.pruned:
-                    t.copy_(state[f"{name}.{i}"])
+        if self.pruned:
+            self.params, self.sensitivity, self.uncertainty = [], [], []
+        for i in range(len(self.params)):
+            self.sensitivity[i].copy_(state[f"sensitivity.{i}"])
+            self.uncertainty[i].copy_(state[f"uncertainty.{i}"])
 
     def density(self):
         """The share of triplets with a singular value other than 0."""

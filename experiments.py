@@ -66,6 +66,8 @@ def parse_args(name, argv):
     args, common = parser.parse_known_args(argv)
     if args.jobs < 1:
         raise InputError(f"--jobs is {args.jobs}, expected at least 1")
+    if not all(entry.rpartition("=")[2].split() for entry in args.tasks + getattr(args, "methods", [])):
+        raise InputError("--tasks or --methods has an empty entry")
     return args, common
 
 
@@ -74,13 +76,13 @@ def parse_args(name, argv):
 
 
 def names(entries):
-    return [shlex.split(entry)[0] for entry in entries]
+    return [entry.split()[0] for entry in entries]
 
 
 def name_of(method):
     """How an entry of --methods is called in a table: "small=lora --r 4" is small, "lora --r 4" is LoRA r 4."""
     label, _, method = method.rpartition("=")
-    name, *flags = shlex.split(method)
+    name, *flags = method.split()
     return label or " ".join([LABELS.get(name, name), *(flag.removeprefix("--") for flag in flags)])
 
 
@@ -88,19 +90,21 @@ class Cell:
     """A task and a method, each with flags of its own, and the folder of their runs."""
 
     def __init__(self, task, method, common, args):
-        (self.task, *task_flags), (name, *method_flags) = shlex.split(task), shlex.split(method.rpartition("=")[2])
+        (self.task, *task_flags), (name, *method_flags) = task.split(), method.rpartition("=")[2].split()
         self.label, self.seeds = name_of(method), args.seeds
         self.flags = [*common, "--task", self.task, *task_flags, "--method", name, *method_flags]
         self.folder = Path(args.out) / Path(self.task).name / self.label.replace(" ", "_")
         self.settings = train_glue.parse_args(self.flags)  # refuses what is wrong before anything is loaded
 
     def results(self):
-        """[result] of its seeds, or None if some are missing."""
-        grid = self.settings.lr_grid
-        settings = argparse.Namespace(**vars(self.settings) | dict(lr=None if grid else self.settings.lr))
-        found = [train_glue.finished(settings, self.folder / f"seed{seed}") for seed in self.seeds]
-        tuned = all((self.folder / f"lr{lr:g}" / "result.json").exists() for lr in grid or [])
-        return found if tuned and all(found) else None
+        """[result or None] of its seeds."""
+        settings = argparse.Namespace(**vars(self.settings) | (dict(lr=None, hold_out=None) if self.settings.lr_grid else {}))
+        return [train_glue.finished(settings, self.folder / f"seed{seed}") for seed in self.seeds]
+
+    def missing(self):
+        """How many runs are to be done, those of --lr-grid among them."""
+        tuned = [(self.folder / f"lr{lr:g}" / "result.json").exists() for lr in self.settings.lr_grid or []]
+        return self.results().count(None) + tuned.count(False)
 
     def command(self, *more):
         return [sys.executable, train_glue.__file__, *self.flags, *more]
@@ -119,10 +123,9 @@ class Cell:
 def run_cells(tasks, methods, common, args):
     """{(task, name of the method): [result ..]}, after running what is not finished."""
     cells = [Cell(task, method, common, args) for task in tasks for method in methods]
-    todo = [cell for cell in cells if cell.results() is None]
+    todo = [cell for cell in cells if cell.missing()]
     if todo:
-        runs = sum(len(c.seeds) + len(c.settings.lr_grid or []) for c in todo)
-        print(f"{len(todo)} of {len(cells)} cells to do, up to {runs} runs, about {clock(estimate(todo) / args.jobs)} on this machine", flush=True)
+        print(f"{sum(map(Cell.missing, todo))} runs to do, about {clock(estimate(todo) / args.jobs)} on this machine", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         failed = list(pool.map(Cell.run, todo)).count(False)
     if failed:
@@ -131,8 +134,8 @@ def run_cells(tasks, methods, common, args):
 
 
 def estimate(cells):
-    """Seconds that the runs of the cells take one after the other, from the speed of ten steps of the first. A token of an evaluation
-    costs a third of one of training."""
+    """Seconds that the missing runs of the cells take one after the other, from the speed of ten steps of the first. A token of an
+    evaluation costs a third of one of training."""
     lengths, total = {}, 0.0
     for cell in cells:
         s = cell.settings
@@ -146,7 +149,7 @@ def estimate(cells):
             lengths[key] = task.epochs, len(train.texts), count[0], sum(count[1:])
         epochs, rows, train, dev = lengths[key]
         epochs = min(s.epochs or epochs, (s.max_steps or rows) * s.batch_size * s.accumulate / rows)
-        total += (len(cell.seeds) + len(s.lr_grid or [])) * epochs * train + max(epochs, 1) * dev / 3
+        total += cell.missing() * (epochs * train + max(epochs, 1) * dev / 3)
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(cells[0].command("--max-steps", "10", "--window", "0", "1", "--limit-dev", "8", "--out", folder), capture_output=True, check=True)
         last = json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])
@@ -239,14 +242,16 @@ def dots(file, results):
             ax.set(title=task, yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5), xlabel=f"{metric} x 100")
 
 
-def curves(file, panels, xlabel):
-    """A panel for each {title: {line: [(x, mean, standard deviation) ..]}}."""
+def curves(file, panels, xlabel, band=None):
+    """A panel for each {title: {line: [(x, mean, standard deviation) ..]}}; band: shaded from one x to another."""
     with figure(file, len(panels)) as axes:
         for ax, (title, lines) in zip(axes, panels.items()):
             for label, points in lines.items():
                 x, y, error = zip(*points)
                 ax.errorbar(x, y, yerr=error, fmt="o-" if len(x) < 20 else "-", capsize=3 if any(error) else 0, markersize=4, label=label)
             ax.set(xlabel=xlabel, title=title)
+            if band:
+                ax.axvspan(*band, color="#f0f0f0", zorder=0)
             if len(lines) > 1:
                 ax.legend(frameon=False)
 
@@ -320,12 +325,15 @@ def components(args, common):
     results = run_cells(args.tasks, ["salora"], common, args)
     panels, rows = {}, []
     for task in names(args.tasks):
-        log = [json.loads(line) for line in (Path(args.out) / Path(task).name / "SaLoRA" / f"seed{args.seeds[0]}" / "log.jsonl").read_text().splitlines()]
+        run = results[task, "SaLoRA"][0]
+        log = [json.loads(line) for line in (Path(args.out) / Path(task).name / "SaLoRA" / f"seed{run['seed']}" / "log.jsonl").read_text().splitlines()]
         for what in ("density", "lambda", "orth_a", "orth_b"):
             y = [entry[what] for entry in log]
-            panels[f"{task}: {what}"] = {"SaLoRA": [(entry["step"], entry[what], 0) for entry in log]}
+            panels[f"{task}: {what}"] = {"SaLoRA": [(entry["step"], entry[what], 0.0) for entry in log]}
             rows.append([task, what, *(f"{value:.4f}" for value in (y[0], min(y), max(y), y[-1]))])
-    return results, markdown(["task", "", "first", "smallest", "largest", "last"], rows), {"components.png": (curves, panels, "step")}
+        panels[f"{task}: density"]["budget"] = [(entry["step"], run["budget"], 0.0) for entry in log]
+    band = [share * run["steps"] for share in run["settings"]["window"]]
+    return results, markdown(["task", "", "first", "smallest", "largest", "last"], rows), {"components.png": (curves, panels, "step", band)}
 
 
 def main(name, argv):

@@ -1,49 +1,124 @@
-"""experiments.py on the demo: tuning, report and table, and what is done is not done again."""
+"""The experiments on a few steps of the demo: what is run, what is not run again, what comes out."""
 
+import csv
 import json
+import subprocess
 
 import pytest
 
 import experiments
-from data.glue import HERE
+import train_glue
+
+FEW = ["--tasks", "demo", "--max-steps", "4", "--limit-train", "64", "--limit-dev", "50", "--threads", "1"]
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "LINES", tmp_path / "lines.jsonl")
-    monkeypatch.setattr(experiments, "TABLE", tmp_path / "table.md")
-    monkeypatch.setattr(experiments, "TASKS", {"demo": ("--max-steps 3 --limit-train 64 --limit-dev 50", 100)})
-    monkeypatch.setattr(experiments, "SYSTEMS", {"LoRA r = 8": ("--method lora", ["1e-3", "3e-3"]), "SaLoRA b = 0.5": ("--method salora", "LoRA r = 8")})
-    monkeypatch.setattr(experiments, "SEEDS", range(2))
-    return tmp_path
+def here(monkeypatch):
+    """The runs in this process instead of one each, which takes seconds to start; a list of their commands."""
+    commands = []
+
+    def run(command, **kw):
+        commands.append(command[2:])
+        train_glue.command(command[2:])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(experiments.subprocess, "run", run)
+    return commands
 
 
-def go(stage):
-    experiments.main([stage, "--model", str(HERE / "demo" / "model"), "--data", str(HERE)])
+def go(name, out, *flags):
+    train_glue.command([name, *FEW, "--out", str(out), *map(str, flags)])
+    with open(out / "runs.csv") as f:
+        return list(csv.DictReader(f))
 
 
-def test_tune_then_report_then_table_and_nothing_twice(small, capsys):
-    go("report")
-    assert "0 of 0 runs to do" in capsys.readouterr().out  # no learning rate is known yet
-    go("tune")
-    lines = [json.loads(line) for line in (small / "lines.jsonl").read_text().splitlines()]
-    assert [r["settings"]["lr"] for r in lines] in ([1e-3, 3e-3], [3e-3, 1e-3]) and {r["settings"]["hold_out"] for r in lines} == {100}
-    best = max(lines, key=lambda r: (r["score"], -r["settings"]["lr"]))["settings"]["lr"]
-    go("report")
-    runs = [json.loads(line) for line in (small / "lines.jsonl").read_text().splitlines()][2:]
-    assert {(r["method"], r["seed"], r["settings"]["lr"], r["settings"]["hold_out"]) for r in runs} == {(m, s, best, None) for m in ("lora", "salora") for s in (0, 1)}
-    assert all(r["model"] == "model" and str(HERE) not in json.dumps(r) for r in lines + runs)
-    capsys.readouterr()
-    go("report")
-    assert "0 of 4 runs to do" in capsys.readouterr().out
-    experiments.main(["table"])
-    scores = [100 * r["score"] for r in runs if r["method"] == "salora"]
-    row = next(line for line in (small / "table.md").read_text().splitlines() if line.startswith("| SaLoRA b = 0.5 | ") and "±" in line)
-    assert f"{sum(scores) / 2:.2f} ± " in row and "73,728" not in row
+def test_table1_tunes_runs_and_does_nothing_twice(tmp_path, capsys):
+    flags = ["--methods", "salora", "small=lora --r 4", "--seeds", "0", "1", "--lr-grid", "1e-3", "3e-3", "--jobs", "2"]
+    rows = go("table1", tmp_path, *flags)
+    text = capsys.readouterr().out
+    assert "8 runs to do, about " in text and "demo, small: " in text and "| method | demo | mean | trained | kept | density |" in text
+    assert [(r["method"], r["seed"]) for r in rows] == [("SaLoRA", "0"), ("SaLoRA", "1"), ("small", "0"), ("small", "1")]
+    raw = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    tuning = [r for r in raw if r["seed"] == train_glue.TUNING_SEED]
+    assert len(raw) == 8 and len(tuning) == 4 and {r["dev_rows"][0] for r in tuning} == {50} and {r["settings"]["hold_out"] for r in tuning} == {0.2}
+    for method in ("salora", "lora"):
+        best = max((r for r in tuning if r["method"] == method), key=lambda r: r["score"])["settings"]["lr"]
+        assert {r["settings"]["lr"] for r in raw if r["method"] == method and r not in tuning} == {best}
+    scores = {m: [100 * float(r["score"]) for r in rows if r["method"] == m] for m in ("SaLoRA", "small")}
+    means = {m: sum(x) / 2 for m, x in scores.items()}
+    best = max(means, key=means.get)
+    std = abs(scores[best][0] - scores[best][1]) / 2 ** 0.5
+    assert f"| {best} | **{means[best]:.2f} ± {std:.2f}** | {means[best]:.2f} |" in text
+    assert "| 73,728 | " in text and "| 36,864 | 36,864 |" in text
+    go("table1", tmp_path, *flags)
+    assert "runs to do" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        go("table1", tmp_path, *flags, "--weight-decay", "0.5")  # these are other runs
+    assert "--weight-decay 0.01, not 0.5" in capsys.readouterr().err
 
 
-def test_a_failed_run_is_told_and_leaves_no_line(small, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "SYSTEMS", {"LoRA r = 8": ("--method lora --r 9999", ["1e-3"])})
-    with pytest.raises(SystemExit, match="1 runs failed"):
-        go("tune")
-    assert "--r 9999" in capsys.readouterr().err and not (small / "lines.jsonl").exists()
+def test_ablation_has_a_price_and_no_regulariser(tmp_path, here):
+    go("ablation", tmp_path, "--seeds", "0", "--price", "0.01")
+    raw = {r["settings"]["price"] or r["settings"]["beta"]: r for r in map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())}
+    assert list(raw) and set(raw) == {0.01, 0.0} | {train_glue.RECIPES["default"]["beta"]} and all(r["density"] < 11 / 12 for r in raw.values())
+
+
+def test_efficiency_has_memory_and_time_by_batch_size(tmp_path, here):
+    rows = go("efficiency", tmp_path, "--methods", "lora", "--batch-sizes", "4", "8")
+    table = (tmp_path / "table.md").read_text()
+    assert [r["steps"] for r in rows] == ["4", "4"] and "demo: peak memory (MB)" in table and "| method | batch 4 | batch 8 |" in table
+    assert f"| LoRA | {float(rows[0]['peak_memory_mb']):.0f} | {float(rows[1]['peak_memory_mb']):.0f} |" in table
+
+
+def test_ranks_adapts_every_kind_and_every_group_of_layers_alone(tmp_path, here):
+    rows = go("ranks", tmp_path, "--seeds", "0", "1")
+    size = {r["method"]: int(r["trainable_params"]) for r in rows}
+    assert size["LoRA"] == sum(size[f"LoRA targets {x}"] for x in "qkvoud") == size["LoRA layers 0 1"] + size["LoRA layers 2 3"]
+    result = [json.loads((tmp_path / "demo" / "SaLoRA" / f"seed{i}" / "result.json").read_text())["ranks"] for i in (0, 1)]
+    mean = sum(r["roberta.encoder.layer.3.intermediate.dense"] for r in result) / 2
+    assert [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| W^U |")][0].split("|")[5].strip() == f"{mean:.1f}"
+
+
+@pytest.mark.parametrize("over,values,pairs", [("r", (2, 4), {"SaLoRA r 2", "LoRA r 2", "SaLoRA r 4", "LoRA r 4"}),
+                                               ("budget", (0.25, 0.5), {"SaLoRA budget 0.25", "LoRA r 2", "SaLoRA budget 0.5", "LoRA r 4"})])
+def test_sweep_has_lora_beside_it(tmp_path, here, over, values, pairs):
+    rows = go("sweep", tmp_path, "--over", over, "--values", *values, "--seeds", "0")
+    assert {r["method"] for r in rows} == pairs
+
+
+def test_components_are_those_of_the_log(tmp_path, here):
+    go("components", tmp_path, "--log-every", "1")
+    log = [json.loads(line) for line in (tmp_path / "demo" / "SaLoRA" / "seed0" / "log.jsonl").read_text().splitlines()]
+    density = [line["density"] for line in log]
+    assert f"| demo | density | 0.9167 | {min(density):.4f} | 0.9167 | {density[-1]:.4f} |" in (tmp_path / "table.md").read_text()
+
+
+def test_pictures_are_drawn_where_matplotlib_is(tmp_path, here, capsys):
+    go("components", tmp_path)
+    try:
+        import matplotlib  # noqa: F401
+        assert (tmp_path / "components.png").stat().st_size > 10_000
+    except ImportError:
+        assert "no pictures, for which matplotlib is needed" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
+
+
+def test_a_failed_cell_is_told_and_the_others_are_done(tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        go("table1", tmp_path, "--methods", "head", "lora --r 999", "--seeds", "0")
+    text = capsys.readouterr()
+    assert e.value.code == 2 and "r is 999" in text.err and "1 cells failed" in text.err and (tmp_path / "demo" / "Head" / "seed0" / "result.json").exists()
+
+
+@pytest.mark.parametrize("name,flags,words", [
+    ("table1", ["--methods", "loha"], "invalid choice: 'loha' (choose from"), ("table1", ["--tasks", "colla"], "--task is 'colla', expected one of cola"),
+    ("ranks", ["--budget", "2"], "--budget is 2.0"), ("table1", ["--seed", "1"], "--seed is for a single run"), ("sweep", [], "--over"),
+    ("sweep", ["--over", "alpha"], "invalid choice: 'alpha'"), ("ablation", ["--nonsense"], "unrecognized arguments: --nonsense"),
+    ("components", ["--jobs", "0"], "--jobs is 0"), ("ranks", ["--targets", "x"], "invalid choice: 'x'"), ("efficiency", ["--window", "0.5", "0.2"], "--window is 0.5 0.2"),
+    ("table1", ["--methods", "lora", ""], "has an empty entry"),
+    ("table1", ["--methods", "small="], "has an empty entry"), ("table1", ["--methods", "lora '"], "unrecognized arguments: '")])
+def test_bad_flags_end_in_one_line_before_anything_is_run(name, flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        train_glue.command([name, "--tasks", "demo", *flags])
+    captured = capsys.readouterr()
+    assert e.value.code == 2 and words in captured.err and captured.err.count("\n") == 1 and not list(tmp_path.iterdir())

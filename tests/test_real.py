@@ -9,6 +9,7 @@ import pytest
 
 import train_glue
 from data import metrics
+from data.glue import load_task
 
 pytestmark = pytest.mark.skipif("MODELS" not in os.environ or "GLUE" not in os.environ, reason="MODELS and GLUE name no folders of real models and data")
 
@@ -53,3 +54,24 @@ def test_budget_density_lambda_and_orthogonality(run):
     assert lams == sorted(lams) and lams[0] == 0 and lams[-1] > 0
     assert lines[-1]["orth_a"] < 0.6 * lines[0]["orth_a"] and lines[-1]["orth_b"] < 0.9 * lines[0]["orth_b"]
     assert len(set(result["ranks"].values())) > 3
+
+
+@pytest.mark.parametrize("name,train,dev", [
+    ("cola", 8551, [1043]), ("sst2", 67349, [872]), ("mrpc", 3668, [408]), ("stsb", 5749, [1500]), ("rte", 2490, [277]), ("wnli", 635, [71]),
+    ("qnli", 9999, [5463]), ("qqp", 20000, [3497]), ("mnli", 8999, [1000, 1000])])
+def test_every_row_of_every_task_is_read(name, train, dev, tmp_path):
+    """The whole files of GLUE, or of QNLI, QQP and MNLI the parts that there are."""
+    for folder in Path(os.environ["GLUE"]).iterdir():
+        (tmp_path / folder.name.split("_")[0]).mkdir()
+        for file in folder.iterdir():
+            (tmp_path / folder.name.split("_")[0] / file.name).symlink_to(file)
+    mismatched = tmp_path / "MNLI" / "tokenized_dev_mismatched.tsv"
+    mismatched.rename(tmp_path / "MNLI" / "dev_mismatched.tsv")
+    task, rows, dev_sets = load_task(name, tmp_path)
+    assert len(rows.texts) == len(rows.labels) == train and [len(d.texts) for d in dev_sets] == dev
+    for part in (rows, *dev_sets):
+        assert all(text.strip() for texts in part.texts for text in texts)
+        if task.labels:
+            assert set(part.labels) == set(range(len(task.labels)))
+        else:
+            assert min(part.labels) >= 0 and max(part.labels) <= 5

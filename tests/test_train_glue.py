@@ -142,6 +142,38 @@ def test_full_fine_tuning_trains_every_weight(tmp_path):
     assert result["ranks"] == {} and not (tmp_path / "r" / "adapter").exists() and result["density"] is None
 
 
+@pytest.mark.parametrize("method,trained,kept", [("adapter-h", 8 * (2 * 128 * 16 + 16 + 128), None), ("adapter-p", 4 * (2 * 128 * 16 + 16 + 128), None),
+                                                 ("prefix", 5 * 128 + 512 * (128 + 1 + 4 * 2 * 128) + 4 * 2 * 128, 5 * 4 * 2 * 128), ("prompt", 5 * 128, None)])
+def test_other_baselines_report_their_parameters_and_train_them(tmp_path, method, trained, kept):
+    result = run(tmp_path / "r", "--method", method, "--bottleneck", 16, "--virtual-tokens", 5)
+    assert result["trainable_params"] == trained and result["kept_params"] == (kept or trained) and result["ranks"] == {}
+    assert result["head_params"] == 128 * 128 + 128 + 2 * 128 + 2 and not (tmp_path / "r" / "adapter").exists()
+    before, after = (load_file(tmp_path / "r" / "checkpoint" / "state.safetensors")[f"state.0.{name}"] for name in ("exp_avg", "exp_avg_sq"))
+    assert before.abs().sum() > 0 and after.abs().sum() > 0
+
+
+def test_adalora_ends_at_its_budget_of_triplets_and_leaves_an_adapter(tmp_path):
+    result = run(tmp_path / "r", "--method", "adalora", "--budget", 0.25)
+    assert sum(result["ranks"].values()) == 24 * 8 // 4 and result["density"] == 0.25 and result["budget"] == 0.25 and result["settings"]["beta"] == 0.1
+    assert result["trainable_params"] == 73_728 + 24 * 8 > result["kept_params"] > 24 * 8 // 4 * 257
+    lines = log(tmp_path / "r")
+    density = [line["density"] for line in lines]
+    assert density[:3] == [1, 1, 1] and density == sorted(density, reverse=True) and density[-1] == 0.25 and {line["lambda"] for line in lines} == {None}
+    assert all(line["loss"] > line["task_loss"] for line in lines)
+    plain = load_encoder(HERE / "demo" / "model", 2)
+    assert ranks(load(plain, tmp_path / "r" / "adapter")) == {path: r for path, r in result["ranks"].items() if r}
+
+
+def test_learning_rate_is_chosen_on_held_out_rows_and_reported_on_dev(tmp_path, capsys):
+    train_glue.main([*SHORT, "--method", "lora", "--lr-grid", "1e-5", "3e-3", "--hold-out", "70", "--seeds", "0", "1", "--out", str(tmp_path)])
+    trials = {lr: json.loads((tmp_path / f"lr{lr}" / "result.json").read_text()) for lr in ("1e-05", "0.003")}
+    assert {(r["seed"], *r["dev_rows"]) for r in trials.values()} == {(100, 70)}
+    best = max(trials, key=lambda lr: trials[lr]["score"])
+    results = [json.loads((tmp_path / f"seed{seed}" / "result.json").read_text()) for seed in (0, 1)]
+    assert {(r["settings"]["lr"], r["settings"]["hold_out"], *r["dev_rows"]) for r in results} == {(float(best), None, 90)}
+    assert f"learning rate {best}, on held-out rows: 1e-05: {trials['1e-05']['score']:.4f}, 0.003: {trials['0.003']['score']:.4f}" in capsys.readouterr().out
+
+
 def test_paper_recipe_is_the_letter_and_flags_override_it(tmp_path):
     names = ("beta", "orth_reduction", "selection", "straight_through", "fold_gates", "gate_lr", "rewarm")
     paper = vars(train_glue.parse_args(["--recipe", "paper"]))
@@ -289,7 +321,7 @@ def test_seeds_have_a_folder_each_and_a_summary(tmp_path, short, capsys):
     assert "±" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["salora", "lora", "ft"])
+@pytest.mark.parametrize("method", ["salora", "lora", "adalora", "prefix", "ft"])
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resumed_run_ends_in_the_same_bytes(tmp_path, method, stop, monkeypatch):
     """Stopped after epoch 1 of 3 (in the window) or 2 (after it)."""
@@ -309,7 +341,7 @@ def test_resumed_run_ends_in_the_same_bytes(tmp_path, method, stop, monkeypatch)
     monkeypatch.setattr(train_glue, "evaluate", evaluate)
     assert not (tmp_path / "cut" / "result.json").exists()
     result = run(tmp_path / "cut", *flags, "--resume")
-    names = ["predictions.tsv", "checkpoint/state.safetensors"] + ["adapter/adapter_model.safetensors"] * (method != "ft")
+    names = ["predictions.tsv", "checkpoint/state.safetensors"] + ["adapter/adapter_model.safetensors"] * (method not in ("ft", "prefix"))
     for name in names:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     strip = [[{k: v for k, v in line.items() if k != "tokens_per_second"} for line in log(tmp_path / run)] for run in ("whole", "cut")]
@@ -323,6 +355,8 @@ def test_resume_refuses_other_flags_and_knows_a_finished_run(tmp_path, short, ca
         run(tmp_path / "r", "--max-steps", "3", "--budget", "0.25", "--resume")
     run(short[0], "--resume")
     assert "finished already" in capsys.readouterr().out
+    with pytest.raises(InputError, match="holds a finished run with --budget 0.5, not 0.25: give another folder"):
+        run(short[0], "--resume", "--budget", "0.25")
 
 
 def test_finished_run_is_not_overwritten_unasked(tmp_path, short):
@@ -344,6 +378,8 @@ def test_default_folders_do_not_collide(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags,words", [
     (["--task", "colla"], "--task is 'colla', expected one of cola, sst2"), (["--method", "loha"], "invalid choice: 'loha' (choose from"),
+    (["--layers", "0", "4"], "--layers has 4, but"), (["--layers", "-1"], "--layers is [-1]"), (["--bottleneck", "0"], "--bottleneck is 0"),
+    (["--method", "prompt", "--virtual-tokens", "200", "--max-length", "60"], "positions for"), (["--lr-grid", "1e-3", "0"], "--lr-grid is [0.001, 0.0]"),
     (["--targets", "q", "x"], "argument --targets: invalid choice: 'x'"), (["--budget", "0"], "--budget is 0.0, expected a share in (0, 1]"),
     (["--budget", "1.5"], "--budget is 1.5"), (["--budget", "nan"], "--budget is nan"), (["--window", "0.5", "0.2"], "--window is 0.5 0.2"),
     (["--window", "-1", "0.5"], "--window is -1.0 0.5"), (["--r", "0"], "--r is 0, expected at least 1"), (["--r", "129"], "--r 129: r is 129, but roberta.encoder"),
