@@ -257,10 +257,13 @@ def train(args, seed, out):
     """One run: trains with one seed, writes its files into `out`, returns what is in result.json (in the first process)."""
     settings = {k: v for k, v in vars(args).items() if k not in NOT_OF_A_RUN} | dict(seed=seed)
 
-    # ---- data
+    # ---- data, and what the model's sizes allow
     task, train_rows, dev_sets = load_task(args.task, args.data, args.limit_train, args.limit_dev, args.hold_out)
     folder = model_folder(args.model)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
+    narrowest = min(config.hidden_size, config.intermediate_size)
+    if args.r > narrowest and args.method in ("salora", "lora", "adalora"):
+        raise InputError(f"--r is {args.r}, but the narrowest matrix of {args.model} allows a rank of 1 to {narrowest}")
     room = config.max_length - (args.virtual_tokens if args.method == "prompt" else 0)
     max_length = min(128, room) if args.max_length is None else args.max_length
     if not 8 <= max_length <= room:
@@ -293,17 +296,14 @@ def train(args, seed, out):
     model = load_encoder(folder, task.num_labels, getattr(torch, args.dtype)).to(device)
     model.checkpoint_activations = args.checkpoint_activations
     gated, paths = args.method == "salora", model.target_paths(args.targets, args.layers)
-    try:  # lowrank: the SaLoRA or AdaLoRA object, which takes part in every step; None with other methods
-        if gated:
-            lowrank = sl.SaLoRA(model, paths, r=args.r, alpha=args.alpha, budget=args.budget, beta=args.beta, window=args.window,
-                                orth_reduction=args.orth_reduction, price=args.price, selection=args.selection,
-                                straight_through=args.straight_through, fold_gates=args.fold_gates, seed=seed)
-            settings["selection"] = lowrank.selection
-        else:
-            lowrank = baselines.install(model, args.method, paths, steps, args.r, args.alpha, args.budget, args.beta, args.window,
-                                        args.bottleneck, args.virtual_tokens)
-    except ValueError as e:
-        raise InputError(f"--r {args.r}: {e}") from None
+    if gated:
+        lowrank = sl.SaLoRA(model, paths, r=args.r, alpha=args.alpha, budget=args.budget, beta=args.beta, window=args.window,
+                            orth_reduction=args.orth_reduction, price=args.price, selection=args.selection,
+                            straight_through=args.straight_through, fold_gates=args.fold_gates, seed=seed)
+        settings["selection"] = lowrank.selection
+    else:
+        lowrank = baselines.install(model, args.method, paths, steps, args.r, args.alpha, args.budget, args.beta, args.window,
+                                    args.bottleneck, args.virtual_tokens)  # takes part in every step; None if the method has nothing to do there
     if args.method != "ft":
         for module in model.head:
             module.float().requires_grad_(True)

@@ -106,7 +106,7 @@ def test_a_failed_cell_is_told_and_the_others_are_done(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         go("table1", tmp_path, "--methods", "head", "lora --r 999", "--seeds", "0")
     text = capsys.readouterr()
-    assert e.value.code == 2 and "r is 999" in text.err and "1 cells failed" in text.err and (tmp_path / "demo" / "Head" / "seed0" / "result.json").exists()
+    assert e.value.code == 2 and "--r is 999" in text.err and "1 cells failed" in text.err and (tmp_path / "demo" / "Head" / "seed0" / "result.json").exists()
 
 
 @pytest.mark.parametrize("name,flags,words", [

@@ -382,7 +382,7 @@ def test_default_folders_do_not_collide(tmp_path, monkeypatch):
     (["--method", "prompt", "--virtual-tokens", "200", "--max-length", "60"], "positions for"), (["--lr-grid", "1e-3", "0"], "--lr-grid is [0.001, 0.0]"),
     (["--targets", "q", "x"], "argument --targets: invalid choice: 'x'"), (["--budget", "0"], "--budget is 0.0, expected a share in (0, 1]"),
     (["--budget", "1.5"], "--budget is 1.5"), (["--budget", "nan"], "--budget is nan"), (["--window", "0.5", "0.2"], "--window is 0.5 0.2"),
-    (["--window", "-1", "0.5"], "--window is -1.0 0.5"), (["--r", "0"], "--r is 0, expected at least 1"), (["--r", "129"], "--r 129: r is 129, but roberta.encoder"),
+    (["--window", "-1", "0.5"], "--window is -1.0 0.5"), (["--r", "0"], "--r is 0, expected at least 1"), (["--r", "129"], "--r is 129, but the narrowest matrix of"),
     (["--lr", "-1"], "--lr is -1.0"), (["--lr", "0"], "--lr is 0.0"), (["--alpha", "0"], "--alpha is 0.0"),
     (["--task", ".", "--data", "."], "--data is '.', expected nothing"), (["--epochs", "inf"], "--epochs is inf"), (["--batch-size", "0"], "--batch-size is 0"), (["--seeds", "1", "1"], "--seeds is [1, 1]"),
     (["--device", "tpu"], "--device is 'tpu'"), (["--device", "cuda:99"], "--device is cuda:99"), (["--max-length", "999"], "--max-length is 999, but"),
