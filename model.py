@@ -1,12 +1,13 @@
 """
-RoBERTa and BERT for sequence classification, written out, reading Hugging Face folders.
+RoBERTa and BERT for sequence classification and LLaMA for text, written out, reading Hugging Face folders.
 
 Submodules carry Hugging Face's names (attention.self.query, intermediate.dense ..): a checkpoint's keys are this
 file's keys, and so are the module paths in a saved adapter. Nothing has to be translated in either direction.
 """
 
 import json
-from dataclasses import dataclass, fields
+import math
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import InputError
 
-# The letters of the paper, W^Q W^K W^V W^O W^U W^D, and where they are inside a layer.
+# The letters of the paper, W^Q W^K W^V W^O W^U W^D, and where they are inside a layer; g is LLaMA's gate projection.
 LINEARS = {
     "q": "attention.self.query",
     "k": "attention.self.key",
@@ -26,6 +27,18 @@ LINEARS = {
     "u": "intermediate.dense",
     "d": "output.dense",
 }
+DECODER_LINEARS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "u": "mlp.up_proj",
+    "d": "mlp.down_proj",
+    "g": "mlp.gate_proj",
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RoBERTa and BERT
 
 
 @dataclass
@@ -191,6 +204,188 @@ class Encoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# LLaMA
+
+
+@dataclass
+class DecoderConfig:
+    """The fields of a LLaMA's config.json that matter here; where one has a default, it is Hugging Face's."""
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    model_type: str = "llama"
+    num_key_value_heads: int = None  # None: as many as num_attention_heads
+    head_dim: int = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict = None  # None: none; else rope_type llama3 or linear with its numbers
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def max_length(self):
+        return self.max_position_embeddings
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, d, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
+
+    def forward(self, x):
+        y = x.float()
+        return self.weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rotary(c, positions):
+    """cos and sin (.., t, head_dim) of the rotary embedding, in Hugging Face's layout: dimension i turns with i + head_dim / 2."""
+    freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=positions.device).float() / c.head_dim)  # (head_dim / 2,)
+    scaling = c.rope_scaling or {}
+    if scaling.get("rope_type") == "linear":
+        freq = freq / scaling["factor"]
+    elif scaling.get("rope_type") == "llama3":  # long waves are stretched, short ones are not, those between in part
+        turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # in the context that it was first trained on
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = keep * freq + (1 - keep) * freq / scaling["factor"]
+    angle = positions.unsqueeze(-1).float() * freq  # (.., t, head_dim / 2)
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """x (b, heads, t, head_dim) turned by its positions."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm transformer layer: x (b, t, d) -> (b, t, d)."""
+
+    def __init__(self, c):
+        super().__init__()
+        d, h = c.hidden_size, c.head_dim
+        self.head_dim = h
+        self.self_attn = nn.ModuleDict(dict(
+            q_proj=nn.Linear(d, c.num_attention_heads * h, bias=c.attention_bias), k_proj=nn.Linear(d, c.num_key_value_heads * h, bias=c.attention_bias),
+            v_proj=nn.Linear(d, c.num_key_value_heads * h, bias=c.attention_bias), o_proj=nn.Linear(c.num_attention_heads * h, d, bias=c.attention_bias)))
+        self.mlp = nn.ModuleDict(dict(
+            gate_proj=nn.Linear(d, c.intermediate_size, bias=c.mlp_bias), up_proj=nn.Linear(d, c.intermediate_size, bias=c.mlp_bias),
+            down_proj=nn.Linear(c.intermediate_size, d, bias=c.mlp_bias)))
+        self.input_layernorm = RMSNorm(d, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(d, c.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask=None, cache=None, start=0):
+        """mask None: causal. cache (2, b, kv heads, longest, head_dim) holds the keys and values of the first `start` positions and gets those
+        of the t new ones."""
+        b, t, _ = x.shape
+        y, attn = self.input_layernorm(x), self.self_attn
+
+        def split(z):
+            return z.view(b, t, -1, self.head_dim).transpose(1, 2)  # (b, heads, t, head_dim)
+
+        q, k, v = rotate(split(attn.q_proj(y)), cos, sin), rotate(split(attn.k_proj(y)), cos, sin), split(attn.v_proj(y))
+        if cache is not None:
+            cache[0, :, :, start:start + t], cache[1, :, :, start:start + t] = k, v
+            k, v = cache[:, :, :, :start + t]
+        if k.shape[1] < q.shape[1]:  # grouped-query attention: several query heads share a key and value head
+            k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and t > 1)
+        x = x + attn.o_proj(y.transpose(1, 2).flatten(2))
+        y, mlp = self.post_attention_layernorm(x), self.mlp
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
+
+
+class Decoder(nn.Module):
+    """LLaMA. Attributes are spelt as in a checkpoint."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.config, self.checkpoint_activations = c, False
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
+            layers=nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers)),
+            norm=RMSNorm(c.hidden_size, c.rms_norm_eps)))
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=c.initializer_range)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        if c.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def target_paths(self, letters, layers=None):
+        """Module paths of the linear layers that `letters` (of q k v o u d g) name, in all layers or those with these numbers."""
+        layers = range(self.config.num_hidden_layers) if layers is None else layers
+        return [f"model.layers.{i}.{DECODER_LINEARS[letter]}" for i in layers for letter in letters]
+
+    def hidden(self, input_ids, positions=None, mask=None, cache=None, start=0):
+        """Last hidden states (b, t, d) of input_ids (b, t). Without mask each token sees itself and those before it: rows padded on the
+        right need none. positions (b, t) or (t,), by default 0 .. t - 1; mask (b, 1, t, start + t), True where a token may look."""
+        if positions is None:
+            positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+        x = self.model.embed_tokens(input_ids)
+        cos, sin = (z.to(x.dtype) for z in rotary(self.config, positions))
+        if positions.dim() == 2:
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (b, 1, t, head_dim)
+        for i, layer in enumerate(self.model.layers):
+            args = (x, cos, sin, mask, None if cache is None else cache[i], start)
+            x = checkpoint(layer, *args, use_reentrant=False) if self.checkpoint_activations and self.training else layer(*args)
+        return self.model.norm(x)
+
+    def forward(self, input_ids, **kw):
+        """Logits (b, t, vocab_size)."""
+        return self.lm_head(self.hidden(input_ids, **kw))
+
+    @torch.inference_mode()
+    def generate(self, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_p=1.0, seed=0):
+        """Yields a list with the next token of each of `prompts` (lists of token ids), until each has had one of `stop_ids` or `max_new_tokens`
+        of them: None stands where a row has ended. temperature 0 takes the likeliest token; above, one is drawn from the smallest
+        set of tokens whose probabilities reach top_p."""
+        device, longest = self.lm_head.weight.device, max(map(len, prompts))
+        c, pad = self.config, [longest - len(prompt) for prompt in prompts]
+        ids = torch.tensor([[0] * n + list(prompt) for n, prompt in zip(pad, prompts)], device=device)  # (b, longest), padded on the left
+        real = torch.arange(longest + max_new_tokens, device=device) >= torch.tensor(pad, device=device).unsqueeze(1)  # (b, all positions)
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        # a token looks at real tokens up to itself; padding, which nobody looks at, at itself
+        mask = real[:, None, :longest] & torch.ones(longest, longest, dtype=torch.bool, device=device).tril() | torch.eye(longest, dtype=torch.bool, device=device)
+        cache = self.lm_head.weight.new_zeros(c.num_hidden_layers, 2, len(prompts), c.num_key_value_heads, longest + max_new_tokens, c.head_dim)
+        generator, running, start = torch.Generator(device).manual_seed(seed), [True] * len(prompts), 0
+        mask = mask.unsqueeze(1) if any(pad) else None
+        for _ in range(max_new_tokens):
+            end = start + ids.shape[1]
+            x = self.hidden(ids, positions[:, start:end], mask, cache, start)[:, -1]
+            chosen = sample(self.lm_head(x).float(), temperature, top_p, generator)  # (b,)
+            tokens = [token if alive else None for token, alive in zip(chosen.tolist(), running)]
+            yield tokens
+            running = [alive and token not in stop_ids for token, alive in zip(tokens, running)]
+            if not any(running):
+                return
+            ids, start = chosen.unsqueeze(1), end
+            mask = real[:, None, None, :end + 1] if any(pad) else None
+
+
+def sample(logits, temperature, top_p, generator):
+    """Token ids (b,) of logits (b, vocab_size)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # a token stays if those before it do not reach top_p yet
+    return order.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # reading a Hugging Face folder
 
 
@@ -207,31 +402,56 @@ def read_json(file):
     return value
 
 
-def read_config(folder):
-    """EncoderConfig from folder/config.json; anything this file does not implement is refused by name."""
+def read_config(folder, kind=EncoderConfig):
+    """The EncoderConfig or DecoderConfig of folder/config.json; anything this file does not implement is refused by name."""
     file = Path(folder) / "config.json"
     raw = read_json(file)
-    if raw.get("model_type") not in ("roberta", "bert"):
-        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected roberta or bert")
-    for key, only in (("hidden_act", "gelu"), ("position_embedding_type", "absolute"), ("is_decoder", False)):
-        if raw.get(key, only) != only:
-            raise InputError(f"{file}: {key} is {raw[key]!r}, only {only!r} is implemented")
+    decoder = kind is DecoderConfig
+    types = ("llama",) if decoder else ("roberta", "bert")
+    if raw.get("model_type") not in types:
+        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected {' or '.join(types)}")
+    only = dict(hidden_act="silu") if decoder else dict(hidden_act="gelu", position_embedding_type="absolute", is_decoder=False)
+    for key, value in only.items():
+        if raw.get(key, value) != value:
+            raise InputError(f"{file}: {key} is {raw[key]!r}, only {value!r} is implemented")
+    if decoder:
+        raw |= read_rope(raw, file)
     known = {}
-    for f in fields(EncoderConfig):
+    for f in fields(kind):
         value = raw.get(f.name)
         if value is None:
-            if f.default is not None and not isinstance(f.default, (int, float)):
+            if f.default is MISSING:
                 raise InputError(f"{file}: {f.name} is missing")
             continue
         number = (int, float) if f.type is float else f.type
-        if not isinstance(value, number) or isinstance(value, bool) or (f.type is not str and value < 0):
-            raise InputError(f"{file}: {f.name} is {value!r}, expected a non-negative {f.type.__name__}")
+        if not isinstance(value, number) or isinstance(value, bool) != (f.type is bool) or (f.type in (int, float) and value < 0):
+            raise InputError(f"{file}: {f.name} is {value!r}, expected a {'non-negative ' * (f.type in (int, float))}{f.type.__name__}")
         known[f.name] = value
-    c = EncoderConfig(**known)
-    if min(c.hidden_size, c.num_attention_heads, c.num_hidden_layers, c.vocab_size, c.max_length) < 1 or c.hidden_size % c.num_attention_heads:
-        raise InputError(f"{file}: sizes do not fit together (hidden_size {c.hidden_size}, num_attention_heads {c.num_attention_heads}, "
-                         f"num_hidden_layers {c.num_hidden_layers}, max_position_embeddings {c.max_position_embeddings})")
+    c = kind(**known)
+    heads = c.num_attention_heads
+    fits = min(c.hidden_size, heads, c.num_hidden_layers, c.vocab_size, c.max_length) >= 1 and (
+        c.num_key_value_heads >= 1 and heads % c.num_key_value_heads == 0 and c.head_dim % 2 == 0 if decoder else c.hidden_size % heads == 0)
+    if not fits:
+        sizes = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers", "max_position_embeddings")
+        raise InputError(f"{file}: sizes do not fit together ({', '.join(f'{name} {getattr(c, name)}' for name in sizes if hasattr(c, name))})")
     return c
+
+
+def read_rope(raw, file):
+    """rope_theta and rope_scaling of a LLaMA's config, which newer files keep in one rope_parameters."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{file}: rope_scaling is {rope!r}, expected an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    needed = dict(default=(), linear=("factor",),
+                  llama3=("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")).get(kind)
+    if needed is None:
+        raise InputError(f"{file}: rope_type is {kind!r}, only default, linear and llama3 are implemented")
+    for name in needed:
+        if not isinstance(rope.get(name), (int, float)) or rope[name] <= 0:
+            raise InputError(f"{file}: {name} of the rope scaling is {rope.get(name)!r}, expected a positive number")
+    theta = rope.get("rope_theta", raw.get("rope_theta"))
+    return dict(rope_theta=theta, rope_scaling=rope | dict(rope_type=kind) if needed else None)
 
 
 def read_weights(folder):
@@ -259,45 +479,70 @@ def read_weights(folder):
             raise InputError(f"{file}: not a readable safetensors file ({e}); download it again") from None
 
 
-def spelling(key, model_type):
-    """A checkpoint's key as this file spells it; None for the harmless extras of language-model checkpoints."""
-    if key.endswith("position_ids") or key.startswith(("lm_head.", "cls.")):
-        return None
-    key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    if key.startswith(("embeddings.", "encoder.", "pooler.")):  # saved from the bare model
-        key = f"{model_type}.{key}"
-    return None if key.startswith("roberta.pooler.") else key
-
-
-def load_encoder(folder, num_labels, dtype=torch.float32):
-    """The pretrained Encoder of a Hugging Face folder with `num_labels` outputs, in `dtype`, on the CPU.
-    A head that the checkpoint lacks, or has for another number of labels, starts anew, which is said in a printed line; any
-    other key that is missing, unexpected or misshapen is an InputError that names it."""
-    config = read_config(folder)
-    with torch.device("meta"):  # shapes only: no time spent on random weights that are overwritten at once
-        model = Encoder(config, num_labels)
-    wanted = model.state_dict()
-    head = {key for key in wanted if key.startswith("classifier.") or ".pooler." in key}
-    state, unexpected = {}, []
+def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="cpu"):
+    """Puts the tensors of a folder into a model on the meta device, one after the other, in `dtype` and on `device`. spelling: from a key of
+    the file to one of the model, or None for what is not needed. Keys in `new` may be missing or of another shape: they are
+    returned, with the model's parameters still on meta. Any other key that is missing, unexpected or misshapen is an
+    InputError that names it."""
+    wanted, state, unexpected = model.state_dict(), {}, []
     for raw_key, tensor in read_weights(folder):
-        key = spelling(raw_key, config.model_type)
+        key = spelling(raw_key)
         if key in wanted and tensor.shape == wanted[key].shape:
-            state[key] = tensor.to(dtype)
-        elif key in wanted and key not in head:
+            state[key] = tensor.to(device, dtype)
+        elif key in wanted and key not in new:
             raise InputError(f"{folder}: {raw_key} has shape {list(tensor.shape)}, config.json asks for {list(wanted[key].shape)}")
         elif key is not None and key not in wanted:
             unexpected.append(raw_key)
-    missing = [key for key in wanted if key not in state and key not in head]
+    missing = [key for key in wanted if key not in state and key not in new]
     if missing or unexpected:
         kind, keys = ("lacks", missing) if missing else ("has unexpected", unexpected)
         raise InputError(f"{folder}: the checkpoint {kind} {', '.join(keys[:3])}{' ..' * (len(keys) > 3)} "
-                         f"({len(keys)} in all); is it a {config.model_type} model?")
-    new = [key for key in wanted if key not in state]
+                         f"({len(keys)} in all); is it a {model.config.model_type} model?")
+    model.load_state_dict(state, assign=True, strict=False)
+    return [key for key in wanted if key not in state]
+
+
+def load_encoder(folder, num_labels, dtype=torch.float32):
+    """The pretrained Encoder of a Hugging Face folder with `num_labels` outputs, in `dtype`, on the CPU. A head that the checkpoint lacks, or has
+    for another number of labels, starts anew, which is said in a printed line. InputError: see load_weights."""
+    config = read_config(folder)
+    with torch.device("meta"):  # shapes only: no time spent on random weights that are overwritten at once
+        model = Encoder(config, num_labels)
+
+    def spelling(key):
+        if key.endswith("position_ids") or key.startswith(("lm_head.", "cls.")):  # harmless extras of language-model checkpoints
+            return None
+        key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if key.startswith(("embeddings.", "encoder.", "pooler.")):  # saved from the bare model
+            key = f"{config.model_type}.{key}"
+        return None if key.startswith("roberta.pooler.") else key
+
+    head = {key for key in model.state_dict() if key.startswith("classifier.") or ".pooler." in key}
+    new = load_weights(model, folder, spelling, head, dtype)
     if new:
         print(f"new head, not in the checkpoint: {', '.join(new)}")
     for key in new:
-        state[key] = torch.zeros(wanted[key].shape, dtype=dtype)
+        value = torch.zeros(model.get_parameter(key).shape, dtype=dtype)
         if key.endswith("weight"):
-            state[key].normal_(std=config.initializer_range)
-    model.load_state_dict(state, assign=True)
+            value.normal_(std=config.initializer_range)
+        path, _, name = key.rpartition(".")
+        setattr(model.get_submodule(path), name, nn.Parameter(value))
+    return model
+
+
+def load_decoder(folder, dtype=torch.float32, device="cpu"):
+    """The pretrained Decoder of a Hugging Face folder, in `dtype` on `device`. InputError: see load_weights."""
+    config = read_config(folder, DecoderConfig)
+    with torch.device("meta"):
+        model = Decoder(config)
+    tied = config.tie_word_embeddings
+
+    def spelling(key):
+        if key.endswith("rotary_emb.inv_freq") or tied and key == "lm_head.weight":
+            return None
+        return key if key.startswith(("model.", "lm_head.")) else f"model.{key}"  # saved from the bare model
+
+    load_weights(model, folder, spelling, {"lm_head.weight"} if tied else (), dtype, device)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
     return model
