@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import train_glue
+import training
 from data import InputError
 from data.batching import load_tokenizer, tokenize
 from data.download import model_folder
@@ -45,7 +46,7 @@ FIELDS = ("task", "method", "seed", "metric", "score", "lr", "trainable_params",
 def parse_args(name, argv):
     parser = argparse.ArgumentParser(prog=f"train_glue.py {name}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.error = lambda message: sys.exit(train_glue.fail(message))
+    parser.error = lambda message: sys.exit(training.fail(message))
 
     def arg(*flags, help, **kw):
         parser.add_argument(*flags, **kw, help=f"{help} (default: %(default)s)")
@@ -99,7 +100,7 @@ class Cell:
     def results(self):
         """[result or None] of its seeds."""
         settings = argparse.Namespace(**vars(self.settings) | (dict(lr=None, hold_out=None) if self.settings.lr_grid else {}))
-        return [train_glue.finished(settings, self.folder / f"seed{seed}") for seed in self.seeds]
+        return [training.finished(settings, self.folder / f"seed{seed}") for seed in self.seeds]
 
     def missing(self):
         """How many runs are to be done, those of --lr-grid among them."""
@@ -344,10 +345,10 @@ def main(name, argv):
     results, text, pictures = globals()[name](args, common)
     out = Path(args.out)
     print("\n" + text)
-    train_glue.write_text(out / "table.md", f"    python train_glue.py {name} {shlex.join(argv)}\n\n{text}")
-    train_glue.write_text(out / "runs.csv", as_csv(results))
+    training.write_text(out / "table.md", f"    python train_glue.py {name} {shlex.join(argv)}\n\n{text}")
+    training.write_text(out / "runs.csv", as_csv(results))
     raw = [json.dumps(json.loads(file.read_text())) for file in sorted(out.glob("*/*/*/result.json"))]  # with those of --lr-grid
-    train_glue.write_text(out / "runs.jsonl", "\n".join(raw) + "\n")
+    training.write_text(out / "runs.jsonl", "\n".join(raw) + "\n")
     try:
         for file, (draw, *what) in pictures.items():
             draw(out / file, *what)

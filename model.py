@@ -66,6 +66,10 @@ class EncoderConfig:
             self.classifier_dropout = self.hidden_dropout_prob
 
     @property
+    def narrowest(self):
+        return min(self.hidden_size, self.intermediate_size)
+
+    @property
     def max_length(self):
         """Longest input in tokens: RoBERTa's positions start at padding_idx + 1, the rows below are never read."""
         return self.max_position_embeddings - (self.pad_token_id + 1 if self.model_type == "roberta" else 0)
@@ -230,6 +234,10 @@ class DecoderConfig:
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def narrowest(self):
+        return min(self.hidden_size, self.intermediate_size, self.num_key_value_heads * self.head_dim)
 
     @property
     def max_length(self):

@@ -8,6 +8,7 @@ import pytest
 
 import experiments
 import train_glue
+import training
 
 FEW = ["--tasks", "demo", "--max-steps", "4", "--limit-train", "64", "--limit-dev", "50", "--threads", "1"]
 
@@ -39,7 +40,7 @@ def test_table1_tunes_runs_and_does_nothing_twice(tmp_path, capsys):
     assert "8 runs to do, about " in text and "demo, small: " in text and "| method | demo | mean | trained | kept | density |" in text
     assert [(r["method"], r["seed"]) for r in rows] == [("SaLoRA", "0"), ("SaLoRA", "1"), ("small", "0"), ("small", "1")]
     raw = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    tuning = [r for r in raw if r["seed"] == train_glue.TUNING_SEED]
+    tuning = [r for r in raw if r["seed"] == training.TUNING_SEED]
     assert len(raw) == 8 and len(tuning) == 4 and {r["dev_rows"][0] for r in tuning} == {50} and {r["settings"]["hold_out"] for r in tuning} == {0.2}
     for method in ("salora", "lora"):
         best = max((r for r in tuning if r["method"] == method), key=lambda r: r["score"])["settings"]["lr"]
@@ -60,7 +61,7 @@ def test_table1_tunes_runs_and_does_nothing_twice(tmp_path, capsys):
 def test_ablation_has_a_price_and_no_regulariser(tmp_path, here):
     go("ablation", tmp_path, "--seeds", "0", "--price", "0.01")
     raw = {r["settings"]["price"] or r["settings"]["beta"]: r for r in map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())}
-    assert list(raw) and set(raw) == {0.01, 0.0} | {train_glue.RECIPES["default"]["beta"]} and all(r["density"] < 11 / 12 for r in raw.values())
+    assert list(raw) and set(raw) == {0.01, 0.0} | {training.RECIPES["default"]["beta"]} and all(r["density"] < 11 / 12 for r in raw.values())
 
 
 def test_efficiency_has_memory_and_time_by_batch_size(tmp_path, here):

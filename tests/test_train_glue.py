@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_glue
+import training
 from data import InputError, metrics
 from data.glue import HERE, load_task
 from model import load_encoder
@@ -72,7 +73,7 @@ def test_result_has_every_field(short):
                                                                   else 2 * d) for path, r in table.items())
     assert result["kept_density"] == result["kept_params"] / result["trainable_params"] <= 0.5
     assert result["best_score"] >= result["score"] == result["metrics"]["matthews_correlation"]
-    assert set(vars(train_glue.parse_args([]))) - set(train_glue.NOT_OF_A_RUN) <= set(result["settings"])
+    assert set(vars(train_glue.parse_args([]))) - set(training.NOT_OF_A_RUN) <= set(result["settings"])
 
 
 def test_log_has_every_field_and_the_method_shows_in_it(short):

@@ -1,0 +1,500 @@
+"""
+What train_glue.py and train_instruct.py share: flags and their checks, the training loop, checkpoints, the folders of runs, several seeds.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+import baselines
+import salora as sl
+from data import InputError
+from data.batching import batch_order
+from model import read_json
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+TUNING_SEED = 100  # of the runs of --lr-grid
+NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid")  # flags that are no settings of a single run
+RECIPES = {  # what the two recipes set, unless a flag says otherwise
+    "default": dict(beta=0.01, orth_reduction="mean", selection=None, straight_through=True, fold_gates=False, gate_lr=None, rewarm=True),
+    "paper": dict(beta=0.1, orth_reduction="sum", selection="paper", straight_through=False, fold_gates=True, gate_lr=0.01, rewarm=False),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags
+
+
+def flag_group(parser, title):
+    """parser.add_argument of a group, which adds the default to the help sentence."""
+    add = parser.add_argument_group(title).add_argument
+    return lambda *names, help, **kw: add(*names, **kw, help=f"{help} (default: %(default)s)" if "default" in kw else help)
+
+
+def method_flags(parser, methods, letters):
+    arg = flag_group(parser, "method")
+    arg("--method", choices=methods, default="salora", help="SaLoRA, or what it is compared with: see baselines.py")
+    arg("--r", type=int, default=8, help="rank at the start")
+    arg("--alpha", type=float, help="the update is scaled by alpha/r (default: r, a scale of 1)")
+    arg("--targets", nargs="+", default=list("qkvoud"), choices=list(letters), help="adapted matrices of each layer: W^Q W^K W^V W^O W^U W^D"
+        + ", and W^G if named" * ("g" in letters))
+    arg("--layers", type=int, nargs="+", help="numbers of the layers that low-rank methods adapt, from 0 (default: all)")
+    arg("--budget", type=float, default=0.5, help="share b of the adapter parameters to keep (adalora: of the triplets)")
+    arg("--beta", type=float, help="weight of the orthogonal regulariser (default: 0.01; adalora 0.1)")
+    arg("--window", type=float, nargs=2, default=[0.2, 0.5], metavar=("START", "END"), help="fractions of the run between which gates are "
+        "learned (adalora: between which the budget falls)")
+    arg("--recipe", choices=list(RECIPES), default="default", help="paper: the letter of the paper, "
+        "--beta 0.1 --orth-reduction sum --selection paper --no-straight-through --fold-gates --gate-lr 0.01 --no-rewarm")
+    arg("--orth-reduction", choices=["mean", "sum"], help="of the regulariser over the matrices (default: mean)")
+    arg("--selection", choices=["budget", "paper"], help="keep what fits the budget, or what has a gate above 0 "
+        "(default: budget; with --price: paper)")
+    arg("--straight-through", action=argparse.BooleanOptionalAction, help="in the window, train the weights with gates of 1 and log theta with "
+        "the gradient of the drawn gates; no: train the weights with the drawn gates (default: yes)")
+    arg("--fold-gates", action=argparse.BooleanOptionalAction, help="multiply kept gates into B instead of setting them to 1 (default: no)")
+    arg("--gate-lr", type=float, help="learning rate of log theta and lambda (default: 0.2; in a window of less than 160 steps more, 32 / steps, up to 1)")
+    arg("--price", type=float, metavar="LAMBDA", help="eq. 10: a constant price of an open gate instead of a budget (default: off)")
+
+
+def run_flags(parser, epochs, lr, batch_size, out):
+    """Optimisation, machine and output; `epochs`, `lr` and `out` are the words of their defaults."""
+    arg = flag_group(parser, "optimisation")
+    arg("--epochs", type=float, help=f"passes over the training rows (default: {epochs})")
+    arg("--max-steps", type=int, help="end after this many steps whatever --epochs says (default: no limit)")
+    arg("--batch-size", type=int, default=batch_size, help="rows of a forward pass, in each process")
+    arg("--accumulate", type=int, default=1, help="forward passes a step")
+    arg("--lr", type=float, help=f"of the weights (default: {lr})")
+    arg("--warmup", type=float, default=0.06, help="share of the steps in which the learning rates rise, before they fall linearly to 0")
+    arg("--rewarm", action=argparse.BooleanOptionalAction, help="salora: after the window, when the adapter has been cut down, the learning rate "
+        "starts at --lr again (default: yes)")
+    arg("--weight-decay", type=float, default=0.01, help="of the weights; gates and lambda have none")
+    arg("--seed", type=int, default=0, help="of head and adapter weights, order of rows, dropout and gates")
+    arg("--seeds", type=int, nargs="+", help="several runs, --out/seed0 .., and their mean and standard deviation")
+
+    arg = flag_group(parser, "machine")
+    arg("--device", default="auto", help="auto, cpu, cuda or cuda:i")
+    arg("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen weights; what is trained is float32")
+    arg("--threads", type=int, help="CPU threads (default: torch's choice; for demo 1, its tensors are too small to share)")
+    arg("--compile", action="store_true", default=False, help="compile the model with torch.compile")
+    arg("--checkpoint-activations", action="store_true", default=False, help="recompute activations in the backward pass: less memory, more time")
+
+    arg = flag_group(parser, "output")
+    arg("--out", help=f"folder of the run (default: {out}, with a number behind it if that is taken)")
+    arg("--resume", action="store_true", default=False, help="go on from --out/checkpoint, written after each epoch")
+    arg("--overwrite", action="store_true", default=False, help="replace a finished run in --out")
+    arg("--log-every", type=int, default=10, help="steps from one line of log.jsonl to the next")
+
+
+def settle(args):
+    """Fills in what the recipe decides, and refuses what can be known to be wrong before a file is opened."""
+    if args.method == "adalora" and args.beta is None:
+        args.beta = 0.1
+    for name, value in RECIPES[args.recipe].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.alpha is None:
+        args.alpha = float(args.r)
+
+    need(0 < args.budget <= 1, "--budget", args.budget, "a share in (0, 1]")
+    start, end = args.window
+    need(0 <= start < end <= 1, "--window", f"{start} {end}", "two fractions of the run, 0 <= START < END <= 1")
+    at_least(args, 1, "r", "batch_size", "accumulate", "log_every", "max_steps", "threads", "limit_train", "limit_dev")
+    at_least(args, 8, "max_length")
+    at_least(args, 0, "seed", "beta", "weight_decay", "price")
+    for name in ("lr", "gate_lr", "alpha", "epochs", "hold_out"):
+        value = getattr(args, name)
+        need(value is None or 0 < value < math.inf, flag(name), value, "a positive number")
+    need(0 <= args.warmup < 1, "--warmup", args.warmup, "a share in [0, 1)")
+    need(args.seeds is None or len(set(args.seeds)) == len(args.seeds), "--seeds", args.seeds, "different numbers")
+    need(args.layers is None or min(args.layers) >= 0 and len(set(args.layers)) == len(args.layers), "--layers", args.layers, "different numbers from 0")
+    need(len(set(args.targets)) == len(args.targets), "--targets", " ".join(args.targets), "each letter once")
+    need(not args.resume or args.out, "--resume", "given without --out", "the --out of the run to go on with")
+    args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        device = None
+    need(device is not None and device.type in ("cpu", "cuda"), "--device", repr(args.device), "auto, cpu, cuda or cuda:i")
+    need(device.type == "cpu" or (device.index or 0) < torch.cuda.device_count(), "--device", args.device,
+         f"a GPU that is there ({torch.cuda.device_count()} found); use --device cpu")
+    need(PROCESSES == 1 or args.device in ("cpu", "cuda"), "--device", args.device, "cpu or cuda under torchrun: each process takes a GPU of its own")
+
+
+def need(ok, name, found, expected):
+    if not ok:
+        raise InputError(f"{name} is {found}, expected {expected}")
+
+
+def at_least(args, least, *names):
+    for name in names:
+        value = getattr(args, name)
+        need(value is None or least <= value < math.inf, flag(name), value, f"at least {least}")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_sizes(args, config):
+    """Refuses ranks and layers that the model does not have, before its weights are read."""
+    if args.r > config.narrowest and args.method in ("salora", "lora", "adalora"):
+        raise InputError(f"--r is {args.r}, but the narrowest matrix of {args.model} allows a rank of 1 to {config.narrowest}")
+    if max(args.layers or [0]) >= config.num_hidden_layers:
+        raise InputError(f"--layers has {max(args.layers)}, but {args.model} has layers 0 to {config.num_hidden_layers - 1}")
+
+
+def fail(message):
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a machine, not once a process
+        print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def write_text(file, text):
+    """Whole or not at all."""
+    beside = file.with_name(file.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, file)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def save_checkpoint(folder, optimizer, lowrank, progress):
+    """Everything a run needs to go on, as safetensors and JSON: nothing in it is code."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = {f"param.{i}": p.detach() for i, p in enumerate(trained)}
+    for i, p in enumerate(trained):
+        tensors |= {f"state.{i}.{name}": value for name, value in optimizer.state.get(p, {}).items()}
+    state = lowrank.state_dict() if lowrank else {}
+    tensors |= {f"method.{name}": value for name, value in state.items() if torch.is_tensor(value)}
+    progress["method"] = {name: value for name, value in state.items() if not torch.is_tensor(value)}
+    beside = folder.with_name("checkpoint.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    save_file({name: value.contiguous() for name, value in tensors.items()}, beside / "state.safetensors")
+    (beside / "progress.json").write_text(json.dumps(progress))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+
+
+def load_checkpoint(folder, optimizer, lowrank, device, settings):
+    """The inverse; returns the progress. Pruned tensors come in the shapes they were saved in."""
+    progress = json.loads((folder / "progress.json").read_text())
+    for name, value in settings.items():
+        found = progress["settings"].get(name)
+        if found != value and name not in ("log_every", "threads"):
+            raise InputError(f"--resume: --{name.replace('_', '-')} is {value}, but {folder} was written with {found}: "
+                             "give the run's own flags")
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = load_file(folder / "state.safetensors")
+    for name, value in tensors.items():
+        kind, *rest = name.split(".")
+        if kind in ("param", "state"):
+            p, value = trained[int(rest[0])], value.to(device)
+            if value.dim() == 2 and p.stride(0) == 1:  # lora_B and its moments lie column by column
+                value = value.mT.contiguous().mT
+            if kind == "param":
+                p.data = value
+            else:
+                optimizer.state[p][rest[1]] = value
+    if lowrank:
+        state = {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
+        lowrank.load_state_dict(progress["method"] | state)
+    return progress
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one run
+
+
+def schedule(args, rows, epochs):
+    """How long a run over `rows` training rows takes: epochs, rows_per_step, epoch_steps, steps, window (the numbers of its steps), and
+    gate_lr, the gates' learning rate, with which log theta can travel several units within a short window."""
+    rows_per_step = args.batch_size * args.accumulate * PROCESSES
+    epoch_steps = math.ceil(rows / rows_per_step)
+    steps = min(math.ceil(epochs * epoch_steps), args.max_steps or math.inf)
+    window = [step for step in range(steps) if args.window[0] <= step / steps < args.window[1]]
+    if args.method in ("salora", "adalora") and not any(window):
+        raise InputError(f"--window {args.window[0]} {args.window[1]} holds none of the {steps} steps after the first, in which B is 0 and no gate "
+                         "has a gradient: widen it or train longer")
+    gate_lr = min(max(0.2, 32 / max(len(window), 1)), 1.0) if args.gate_lr is None else args.gate_lr
+    return SimpleNamespace(epochs=epochs, rows_per_step=rows_per_step, epoch_steps=epoch_steps, steps=steps, window=window, gate_lr=gate_lr)
+
+
+def own_device(args):
+    """The torch.device of this process, with a fresh count of its peak memory."""
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if PROCESSES > 1 and args.device == "cuda" else torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    return device
+
+
+def install(args, model, steps, seed):
+    """Puts the method into the model. Returns the SaLoRA or AdaLoRA object that takes part in every step, None if the method has none."""
+    paths = model.target_paths(args.targets, args.layers)
+    if args.method == "salora":
+        return sl.SaLoRA(model, paths, r=args.r, alpha=args.alpha, budget=args.budget, beta=args.beta, window=args.window,
+                         orth_reduction=args.orth_reduction, price=args.price, selection=args.selection,
+                         straight_through=args.straight_through, fold_gates=args.fold_gates, seed=seed)
+    return baselines.install(model, args.method, paths, steps, args.r, args.alpha, args.budget, args.beta, args.window,
+                             getattr(args, "bottleneck", None), getattr(args, "virtual_tokens", None))
+
+
+def announce(settings, line):
+    """The resolved settings, and what is about to happen."""
+    print("settings: " + " ".join(f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in settings.items()))
+    print(line)
+
+
+def fit(args, plan, settings, out, model, lowrank, lengths, weights, loss_of, evaluate):
+    """The training loop, which writes log.jsonl and checkpoint/ into `out`. lengths: the tokens of each training row; weights: what it counts in the
+    mean loss of a step; loss_of(rows): the summed loss of some rows, given by their numbers; evaluate(): a pair, outputs on the dev rows
+    and {metric: value}. Returns evaluate()'s pair for the trained model, the scores after each epoch, and the seconds it took."""
+    device, seed, gated = next(model.parameters()).device, settings["seed"], args.method == "salora"
+    steps, epoch_steps = plan.steps, plan.epoch_steps
+    if gated:
+        groups = lowrank.param_groups(args.lr, plan.gate_lr, args.weight_decay)
+    else:
+        groups = [dict(params=[p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=args.weight_decay)]
+    optimizer = torch.optim.AdamW(groups, fused=True)  # one call for all parameters
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+
+    # ---- the folder: go on where a run was stopped, or start anew
+    step, history, seconds, log_file = 0, [], 0.0, out / "log.jsonl"
+    if args.resume and (out / "checkpoint").is_dir():
+        progress = load_checkpoint(out / "checkpoint", optimizer, lowrank, device, settings)
+        step, history, seconds = progress["step"], progress["history"], progress["seconds"]
+        if RANK == 0:
+            lines = log_file.read_text().splitlines(keepends=True)
+            write_text(log_file, "".join(line for line in lines if json.loads(line)["step"] < step))
+        print(f"resumed at step {step} of {steps}")
+    else:
+        if args.resume:
+            print(f"{out}: no checkpoint to resume from, starting at step 0")
+        elif (out / "checkpoint").is_dir():
+            print(f"{out}: holds a run that did not finish and is replaced (--resume would have gone on with it)")
+        if RANK == 0:
+            clear_folder(out)
+            log_file.write_text("")
+
+    # ---- the loop
+    warmup = math.ceil(args.warmup * steps)
+    restart = plan.window[-1] + 1 if gated and args.rewarm else steps
+    batches, outputs, scores = None, None, None
+    sums, log_tokens, log_steps, log_start = torch.zeros(2, device=device), 0, 0, time.time()  # sums: loss, task loss since the last line
+    model.train()
+    while step < steps:
+        if batches is None or step % epoch_steps == 0:  # the order of an epoch depends on the seed and its number alone
+            batches = batch_order(lengths, plan.rows_per_step, np.random.default_rng([seed, step // epoch_steps]))
+        batch = batches[step % epoch_steps]
+        factor = min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1))
+        if step >= restart:
+            factor = (steps - step) / (steps - restart)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+        torch.manual_seed((seed * steps + step) * PROCESSES + RANK)  # of dropout: a resumed run needs no generator's state
+        total = sum(weights[j] for j in batch)
+        share = batch[RANK::PROCESSES] or batch[:1]  # a last batch may be too small for all: one row then, which does not count
+        for i in range(0, len(share), args.batch_size):
+            if lowrank:
+                lowrank.begin_step(step / steps, optimizer)  # draws the step's gates; at the end of the window it prunes
+            part = share[i:i + args.batch_size]
+            loss = loss_of(part) * ((RANK < len(batch)) / total)
+            sums += loss.detach()
+            loss = loss * PROCESSES  # average_gradients takes a mean over the processes
+            if lowrank and i + args.batch_size >= len(share):
+                penalty = lowrank.penalty()  # beta R_orth + lambda (C - b)^2, once a step
+                sums[0] += penalty.detach() / PROCESSES
+                loss = loss + penalty
+            loss.backward()
+        sl.average_gradients(optimizer)
+        optimizer.step()
+        if lowrank:
+            lowrank.end_step()  # lambda >= 0
+        optimizer.zero_grad()
+
+        # ---- a line in log.jsonl now and then
+        log_steps, log_tokens = log_steps + 1, log_tokens + sum(lengths[j] for j in batch)
+        epoch_end = (step + 1) % epoch_steps == 0 or step + 1 == steps
+        if step % args.log_every == 0 or epoch_end:
+            if PROCESSES > 1:
+                dist.all_reduce(sums)
+            loss, task_loss = (sums / log_steps).tolist()
+            now = time.time()  # after the line above, which waits for the device
+            seconds, speed = seconds + now - log_start, log_tokens / (now - log_start)
+            entry = {"step": step, "epoch": round((step + 1) / epoch_steps, 4), "loss": loss, "task_loss": task_loss,
+                     "lr": optimizer.param_groups[0]["lr"], "density": None, "lambda": None, "orth_a": None, "orth_b": None,
+                     "tokens_per_second": round(speed, 1)}
+            if lowrank:
+                with torch.no_grad():
+                    orth_a, orth_b = lowrank.orthogonality()
+                    entry |= {"density": lowrank.density().item(), "lambda": None if args.method == "adalora" else lowrank.lam.item(),
+                              "orth_a": orth_a.item(), "orth_b": orth_b.item()}
+            if RANK == 0:
+                with log_file.open("a") as f:
+                    f.write(json.dumps(entry) + "\n")
+            gates = f" density {entry['density']:.3f} lambda {entry['lambda']:.3f}" if gated else ""
+            left = int(seconds / (step + 1) * (steps - step - 1))
+            line = f"step {step + 1}/{steps} loss {task_loss:.4f}{gates} {speed:.0f} tokens/s, {left // 60}:{left % 60:02d} left"
+            if sys.stdout.isatty():
+                print(f"\r{line:<100}", end="", flush=True)
+            elif step * 20 // steps != (step - log_steps) * 20 // steps:  # a file gets 20 lines
+                print(line, flush=True)
+            sums.zero_()
+            log_tokens, log_steps, log_start = 0, 0, time.time()
+        step += 1
+
+        # ---- scores after each epoch, and a checkpoint
+        if epoch_end:
+            if lowrank and step == steps:
+                lowrank.begin_step(1.0, optimizer)  # a window that lasts to the end closes here
+            outputs, scores = evaluate()
+            history.append(dict(step=step, epoch=round(step / epoch_steps, 4), **scores))
+            line = f"epoch {step / epoch_steps:.4g}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
+            print(f"\r{line:<100}" if sys.stdout.isatty() else line, flush=True)
+            if RANK == 0:
+                save_checkpoint(out / "checkpoint", optimizer, lowrank,
+                                dict(step=step, history=history, seconds=seconds, settings=settings))
+            log_start = time.time()
+
+    if outputs is None:  # stopped between the last step and here
+        outputs, scores = evaluate()
+    return outputs, scores, history, seconds
+
+
+def count_trainable(model, head_params=0):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad) - head_params
+
+
+def common_result(args, plan, settings, model, lowrank, trainable_params, head_params, rows, history, seconds):
+    """What every result.json holds besides task and scores. trainable_params: at the start; rows: of the training set."""
+    kept_params = count_trainable(model, head_params)
+    return dict(
+        trainable_params=trainable_params, kept_params=kept_params, head_params=head_params,
+        budget=args.budget if args.method in ("salora", "adalora") else None, density=lowrank.final_density if lowrank else None,
+        kept_density=kept_params / max(trainable_params, 1), ranks=sl.ranks(model), steps=plan.steps, seconds=round(seconds, 2),
+        examples_per_second=round(rows * plan.steps / plan.epoch_steps / seconds, 1),
+        peak_memory_mb=round(peak_memory_mb(next(model.parameters()).device), 1), history=history, settings=settings)
+
+
+def peak_memory_mb(device):
+    """Of the GPU, or of the whole process, since the run began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders of runs
+
+
+def clear_folder(out):
+    """Makes the folder of a run, without the files of an earlier run."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("result.json", "log.jsonl", "predictions.tsv", "predictions_mismatched.tsv"):
+            (out / name).unlink(missing_ok=True)
+        for name in ("adapter", "checkpoint"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    except OSError as e:
+        raise InputError(f"--out {out}: cannot be written ({e.strerror})") from None
+
+
+def free_folder(stem):
+    """stem, or stem-2, stem-3 .. if it is taken."""
+    number = 1
+    while (folder := Path(stem if number == 1 else f"{stem}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def finished(args, out):
+    """The result of a finished run of the same flags in `out`, or None."""
+    file = out / "result.json"
+    if not file.exists():
+        return None
+    result = read_json(file)
+    for name, value in vars(args).items():
+        found = result["settings"].get(name, value)
+        if value is not None and found != value and name not in (*NOT_OF_A_RUN, "seed", "threads", "log_every"):
+            raise InputError(f"--out {out} holds a finished run with --{name.replace('_', '-')} {found}, not {value}: give another folder")
+    return result
+
+
+def run(args, seed, out, train, report):
+    """train(args, seed, out), unless --resume finds it done, and report(args, result, out); returns the result (in the first process)."""
+    result = finished(args, out) if args.resume else None
+    if result:
+        print(f"{out}: finished already")
+    elif (out / "result.json").exists() and not args.overwrite:
+        raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
+    else:
+        result = train(args, seed, out)
+        if RANK == 0:
+            report(args, result, out)
+    return result
+
+
+def choose_lr(args, root, train, report):
+    """The learning rate of --lr-grid with the best score on rows held out of training, in a run of its own seed."""
+    scores = {}
+    for lr in args.lr_grid:
+        trial = argparse.Namespace(**vars(args) | dict(lr=lr, hold_out=args.hold_out or 0.2))
+        result = run(trial, TUNING_SEED, root / f"lr{lr:g}", train, report)
+        scores[lr] = result["score"] if result else 0.0
+    if PROCESSES > 1:  # the first process knows the scores
+        dist.broadcast_object_list(box := [scores])
+        scores = box[0]
+    best = max(scores, key=scores.get)
+    print(f"\nlearning rate {best:g}, on held-out rows: " + ", ".join(f"{lr:g}: {score:.4f}" for lr, score in scores.items()))
+    return best
+
+
+def run_all(args, root, train, report):
+    """The run, or the runs of --seeds, after the choice of --lr-grid; their results (in the first process)."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if PROCESSES > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    if getattr(args, "lr_grid", None):
+        args.lr = choose_lr(args, root, train, report)
+        args.hold_out = None
+    runs = [(args.seed, root)] if args.seeds is None else [(seed, root / f"seed{seed}") for seed in args.seeds]
+    results = [run(args, seed, out, train, report) for seed, out in runs]
+    if args.seeds is not None and RANK == 0:
+        scores = [r["score"] for r in results]
+        summary = dict(metric=results[0]["metric"], seeds=args.seeds, scores=scores, mean=statistics.mean(scores),
+                       std=statistics.stdev(scores) if len(scores) > 1 else 0.0)
+        write_text(root / "summary.json", json.dumps(summary, indent=1) + "\n")
+        print(f"\n{summary['metric']} over seeds {' '.join(map(str, args.seeds))}: {summary['mean']:.4f} ± {summary['std']:.4f} "
+              f"({' '.join(f'{s:.4f}' for s in scores)}); {root}/summary.json")
+    return results
+
+
+def command(main, argv):
+    """main(argv) as a shell sees it: bad input is one line on stderr and exit status 2."""
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except InputError as e:
+        sys.exit(fail(e))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
