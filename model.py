@@ -462,8 +462,12 @@ def read_rope(raw, file):
     return dict(rope_theta=theta, rope_scaling=rope | dict(rope_type=kind) if needed else None)
 
 
-def read_weights(folder):
-    """Yields (key, tensor) from folder/model.safetensors, or from the shards that model.safetensors.index.json lists."""
+STORED = {torch.float32: "F32", torch.bfloat16: "BF16"}  # how safetensors calls them
+
+
+def read_weights(folder, dtype):
+    """Yields (key, tensor) from folder/model.safetensors, or from the shards that model.safetensors.index.json lists. Files that are in
+    `dtype` are mapped into memory, so that their tensors take no second copy; others are read tensor by tensor."""
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -481,6 +485,8 @@ def read_weights(folder):
             raise InputError(f"{file}: shard listed in {index} not found; download the folder again")
         try:
             with safe_open(file, framework="pt") as f:
+                stored = {f.get_slice(key).get_dtype() for key in f.keys()}
+            with safe_open(file, framework="pt", backend="mmap" if stored == {STORED[dtype]} else "pread") as f:
                 for key in f.keys():
                     yield key, f.get_tensor(key)
         except (SafetensorError, OSError) as e:
@@ -493,7 +499,7 @@ def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="c
     returned, with the model's parameters still on meta. Any other key that is missing, unexpected or misshapen is an
     InputError that names it."""
     wanted, state, unexpected = model.state_dict(), {}, []
-    for raw_key, tensor in read_weights(folder):
+    for raw_key, tensor in read_weights(folder, dtype):
         key = spelling(raw_key)
         if key in wanted and tensor.shape == wanted[key].shape:
             state[key] = tensor.to(device, dtype)
@@ -536,6 +542,18 @@ def load_encoder(folder, num_labels, dtype=torch.float32):
         path, _, name = key.rpartition(".")
         setattr(model.get_submodule(path), name, nn.Parameter(value))
     return model
+
+
+def stop_ids(folder):
+    """The token ids that end a text, from the folder's generation_config.json, else its config.json: a set."""
+    for name in ("generation_config.json", "config.json"):
+        if (Path(folder) / name).is_file():
+            ids = read_json(Path(folder) / name).get("eos_token_id")
+            if isinstance(ids, int):
+                return {ids}
+            if isinstance(ids, list) and ids and all(isinstance(i, int) for i in ids):
+                return set(ids)
+    raise InputError(f"{folder}/config.json: eos_token_id is {ids!r}, expected the id, or a list of ids, that end a text")
 
 
 def load_decoder(folder, dtype=torch.float32, device="cpu"):

@@ -2,10 +2,13 @@
 Made the files in tests/fixtures with other people's code: transformers 5.23.0 (torch 2.13.0), PEFT 0.21.2, scikit-learn 1.9.1, SciPy 1.17.1.
 
     pip install transformers==5.23.0 peft==0.21.2 scikit-learn==1.9.1 scipy==1.17.1
-    python tests/make_fixtures.py [MINILM_FOLDER]
+    python tests/make_fixtures.py [MINILM_FOLDER SMOLLM2_FOLDER]
 
 roberta/, bert/    a tiny random model saved by transformers; expected.safetensors: inputs, last hidden states, logits
+llama*/            tiny random LLaMAs saved by transformers: with biases, in shards; grouped queries, tied head, Llama 3's rotary scaling; one key
+                   and value head, linear scaling. expected.safetensors: inputs, logits, and what greedy generation makes of five prompts
 minilm.safetensors the same for the real all-MiniLM-L6-v2 (with MINILM_FOLDER), float32: its last hidden states, a padded batch
+smollm2.safetensors, smollm2.json   the real SmolLM2-135M-Instruct, float32: every 499th logit of two rows; greedy continuations of 20 prompts
 peft.safetensors   PEFT's LoRA layer: weights, input, output; PEFT's AdaLoRA on two layers, 30 steps of given gradients: the singular values
                    after every step, which triplets stay, the regulariser, an output
 metrics.json       labels and predictions with scikit-learn's and SciPy's scores
@@ -53,6 +56,49 @@ def tiny(kind):
         hidden = model.base_model(**inputs).last_hidden_state
         logits = model(**inputs).logits
     save_file(dict(inputs, hidden=hidden, logits=logits), FIXTURES / kind / "expected.safetensors")
+
+
+def greedy(model, prompt, count):
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return out[0, len(prompt):].tolist()
+
+
+def llama(name, **kw):
+    import transformers as tr
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, initializer_range=0.3,
+                 max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
+    model = tr.LlamaForCausalLM(tr.LlamaConfig(**sizes | kw)).eval()
+    for p in model.parameters():
+        if p.dim() == 1:
+            torch.nn.init.normal_(p, mean=1.0, std=0.2)
+    model.save_pretrained(FIXTURES / name, max_shard_size="20KB" if name == "llama" else "5GB")
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 60, (2, 13), generator=generator)
+    file = dict(input_ids=ids, logits=model(ids).logits.detach())
+    for i, n in enumerate((3, 9, 1, 5, 5)):
+        prompt = torch.randint(3, 60, (n,), generator=generator)
+        file |= {f"prompt.{i}": prompt, f"greedy.{i}": torch.tensor(greedy(model, prompt.tolist(), 20))}
+    save_file(file, FIXTURES / name / "expected.safetensors")
+
+
+PROMPTS = [  # of 1 to some 40 tokens
+    "Hello", "The capital of France is", "def fibonacci(n):", "Once upon a time, in a village by the sea, there lived", "Water boils at", "1 + 1 =",
+    "The opposite of hot is", "Dear Sir or Madam,", "The three primary colours are", "import numpy as", "She opened the door and", "To make bread you need flour,",
+    "The sun rises in the", "In 1969, for the first time, people walked on the moon. Before that day nobody knew whether its dust would carry a lander, and",
+    "Q: What do bees make?\nA:", "A haiku about rain:\n", "The quick brown fox", "{\"name\": \"", "Yesterday it snowed, so the children",
+    "<|im_start|>user\nName a fruit.<|im_end|>\n<|im_start|>assistant\n"]
+
+
+def smollm2(folder):
+    import transformers as tr
+    from tokenizers import Tokenizer
+    model, tokenizer = tr.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), Tokenizer.from_file(f"{folder}/tokenizer.json")
+    ids = torch.randint(5, 49000, (2, 24), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        save_file(dict(input_ids=ids, logits=model(ids).logits[:, :, ::499].contiguous()), FIXTURES / "smollm2.safetensors")
+    cases = [dict(prompt=p, greedy=greedy(model, tokenizer.encode(p).ids, 24)) for p in PROMPTS]
+    (FIXTURES / "smollm2.json").write_text(json.dumps(cases, indent=0))
 
 
 def minilm(folder):
@@ -120,7 +166,12 @@ def metrics():
 if __name__ == "__main__":
     tiny("roberta")
     tiny("bert")
+    rope = dict(rope_type="llama3", rope_theta=500.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+    llama("llama", attention_bias=True, mlp_bias=True)
+    llama("llama3", num_key_value_heads=2, head_dim=12, tie_word_embeddings=True, rope_parameters=rope)
+    llama("llama-linear", num_key_value_heads=1, rope_parameters=dict(rope_type="linear", rope_theta=1000.0, factor=2.0))
     peft()
     metrics()
     if len(sys.argv) > 1:
         minilm(sys.argv[1])
+        smollm2(sys.argv[2])
