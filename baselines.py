@@ -64,13 +64,12 @@ def install(model, method, paths, steps, r=8, alpha=None, budget=0.5, beta=0.1, 
     """Freezes what `method` does not train (the head too: unfreeze it afterwards) and puts in what it does, in place. `paths`: the nn.Linear
     modules that lora and adalora adapt; `steps`: of the run; budget, beta and window are adalora's, bottleneck the adapters',
     virtual_tokens the prefix's and the prompt's. Returns the SaLoRA or AdaLoRA of a low-rank method, else None."""
-    c = model.config
-    words = model.body.embeddings.word_embeddings.weight
     if method == "lora":
         return sl.SaLoRA(model, paths, r=r, alpha=alpha, beta=0.0, window=None)
     if method == "adalora":
         return AdaLoRA(model, paths, steps, r=r, alpha=alpha, budget=budget, beta=beta, window=window)
     model.requires_grad_(method == "ft")
+    c, words = model.config, model.body.embeddings.word_embeddings.weight
     if method in ("adapter-h", "adapter-p"):
         for layer in model.body.encoder.layer:
             for place in [layer.output] + [layer.attention.output] * (method == "adapter-h"):

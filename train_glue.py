@@ -55,7 +55,7 @@ def parse_args(argv=None):
     arg("--bottleneck", type=int, help="width of adapter-h and adapter-p (default: 32 and 64, with which they are as large as LoRA of rank 8)")
     arg("--virtual-tokens", type=int, default=20, help="length of the prefix or the prompt")
 
-    training.run_flags(parser, epochs="by task, 3 to 20", lr="3e-4; ft 3e-5, prefix 1e-4, prompt 1e-3; more for demo", batch_size=32, out="runs/TASK-METHOD")
+    training.run_flags(parser, epochs="by task, 3 to 20", lr="3e-4; ft 3e-5, prefix 1e-4, prompt 1e-3; more for demo", batch_size=32, dtype="float32", out="runs/TASK-METHOD")
     arg = training.flag_group(parser, "choice of the learning rate")
     arg("--lr-grid", type=float, nargs="+", metavar="LR", help="a run for each, scored on rows held out of training (--hold-out, by default a fifth, at "
         "most 3000), with a seed of its own; then the run, or those of --seeds, on all rows at the best")
@@ -70,6 +70,7 @@ def parse_args(argv=None):
         args.bottleneck = 64 if args.method == "adapter-p" else 32
     if args.threads is None and demo:
         args.threads = 1
+    args.dtype = args.dtype or "float32"
     training.settle(args)
     training.at_least(args, 1, "bottleneck", "virtual_tokens")
     training.need(args.task in TASKS or Path(args.task).is_dir(), "--task", repr(args.task), f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv")
@@ -175,17 +176,7 @@ def report(args, result, out):
     """The end of a run, for a person."""
     print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} {'held-out' if args.hold_out else 'dev'} rows "
           f"after {result['steps']} steps, {result['seconds']:.0f} s")
-    if args.method == "salora":
-        goal = f"budget {args.budget:.4g}" if args.price is None else f"price {args.price:.4g}"
-        print(f"{goal}: the gates came to a density of {result['density']:.3f}; kept {result['kept_params']:,} of {result['trainable_params']:,} "
-              f"adapter parameters ({100 * result['kept_density']:.2f} %)")
-    if result["ranks"]:
-        letters = {name: letter for letter, name in LINEARS.items()}
-        table = {}
-        for path, rank in result["ranks"].items():  # roberta.encoder.layer.0.attention.self.query
-            layer, name = path.split(".", 4)[3:]
-            table[f"{layer}.W^{letters[name].upper()}"] = rank
-        print(f"\nrank of each matrix, from {args.r} at the start: layers left to right\n\n{sl.rank_map(table, args.r)}")
+    training.report_ranks(args, result, LINEARS, at=3)
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv" + ", adapter/ (loads in PEFT)" * bool(result["ranks"]))
 
 

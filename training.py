@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import baselines
@@ -68,8 +69,16 @@ def method_flags(parser, methods, letters):
     arg("--price", type=float, metavar="LAMBDA", help="eq. 10: a constant price of an open gate instead of a budget (default: off)")
 
 
-def run_flags(parser, epochs, lr, batch_size, out):
-    """Optimisation, machine and output; `epochs`, `lr` and `out` are the words of their defaults."""
+def machine_flags(parser, dtype):
+    arg = flag_group(parser, "machine")
+    arg("--device", default="auto", help="auto, cpu, cuda or cuda:i")
+    arg("--dtype", choices=["float32", "bfloat16"], help=f"of the frozen weights; what is trained is float32 (default: {dtype})")
+    arg("--threads", type=int, help="CPU threads (default: torch's choice; for demo 1, its tensors are too small to share)")
+    return arg
+
+
+def run_flags(parser, epochs, lr, batch_size, dtype, out):
+    """Optimisation, machine and output; `epochs`, `lr`, `dtype` and `out` are the words of their defaults."""
     arg = flag_group(parser, "optimisation")
     arg("--epochs", type=float, help=f"passes over the training rows (default: {epochs})")
     arg("--max-steps", type=int, help="end after this many steps whatever --epochs says (default: no limit)")
@@ -83,10 +92,7 @@ def run_flags(parser, epochs, lr, batch_size, out):
     arg("--seed", type=int, default=0, help="of head and adapter weights, order of rows, dropout and gates")
     arg("--seeds", type=int, nargs="+", help="several runs, --out/seed0 .., and their mean and standard deviation")
 
-    arg = flag_group(parser, "machine")
-    arg("--device", default="auto", help="auto, cpu, cuda or cuda:i")
-    arg("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen weights; what is trained is float32")
-    arg("--threads", type=int, help="CPU threads (default: torch's choice; for demo 1, its tensors are too small to share)")
+    arg = machine_flags(parser, dtype)
     arg("--compile", action="store_true", default=False, help="compile the model with torch.compile")
     arg("--checkpoint-activations", action="store_true", default=False, help="recompute activations in the backward pass: less memory, more time")
 
@@ -121,6 +127,12 @@ def settle(args):
     need(args.layers is None or min(args.layers) >= 0 and len(set(args.layers)) == len(args.layers), "--layers", args.layers, "different numbers from 0")
     need(len(set(args.targets)) == len(args.targets), "--targets", " ".join(args.targets), "each letter once")
     need(not args.resume or args.out, "--resume", "given without --out", "the --out of the run to go on with")
+    find_device(args)
+    need(PROCESSES == 1 or args.device in ("cpu", "cuda"), "--device", args.device, "cpu or cuda under torchrun: each process takes a GPU of its own")
+
+
+def find_device(args):
+    """The torch.device that --device means, which is written back for "auto"."""
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
         device = torch.device(args.device)
@@ -129,7 +141,7 @@ def settle(args):
     need(device is not None and device.type in ("cpu", "cuda"), "--device", repr(args.device), "auto, cpu, cuda or cuda:i")
     need(device.type == "cpu" or (device.index or 0) < torch.cuda.device_count(), "--device", args.device,
          f"a GPU that is there ({torch.cuda.device_count()} found); use --device cpu")
-    need(PROCESSES == 1 or args.device in ("cpu", "cuda"), "--device", args.device, "cpu or cuda under torchrun: each process takes a GPU of its own")
+    return device
 
 
 def need(ok, name, found, expected):
@@ -393,6 +405,29 @@ def common_result(args, plan, settings, model, lowrank, trainable_params, head_p
         peak_memory_mb=round(peak_memory_mb(next(model.parameters()).device), 1), history=history, settings=settings)
 
 
+def load_adapter(model, folder):
+    """salora.load, with what is wrong with the folder as an InputError."""
+    try:
+        return sl.load(model, folder)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise InputError(f"--adapter {folder}: {e}") from None
+
+
+def report_ranks(args, result, linears, at):
+    """The budget and the rank map, for a person. linears: {letter: name of the module}; at: where in a path the number of the layer stands."""
+    if args.method == "salora":
+        goal = f"budget {args.budget:.4g}" if args.price is None else f"price {args.price:.4g}"
+        print(f"{goal}: the gates came to a density of {result['density']:.3f}; kept {result['kept_params']:,} of {result['trainable_params']:,} "
+              f"adapter parameters ({100 * result['kept_density']:.2f} %)")
+    if result["ranks"]:
+        letters = {name: letter for letter, name in linears.items()}
+        table = {}
+        for path, rank in result["ranks"].items():
+            layer, name = path.split(".", at + 1)[at:]
+            table[f"{layer}.W^{letters[name].upper()}"] = rank
+        print(f"\nrank of each matrix, from {args.r} at the start: layers left to right\n\n{sl.rank_map(table, args.r)}")
+
+
 def peak_memory_mb(device):
     """Of the GPU, or of the whole process, since the run began."""
     if device.type == "cuda":
@@ -404,10 +439,17 @@ def peak_memory_mb(device):
 # folders of runs
 
 
-def clear_folder(out):
-    """Makes the folder of a run, without the files of an earlier run."""
+def make_folder(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out {out}: cannot be written ({e.strerror})") from None
+
+
+def clear_folder(out):
+    """Makes the folder of a run, without the files of an earlier run."""
+    make_folder(out)
+    try:
         for name in ("result.json", "log.jsonl", "predictions.tsv", "predictions_mismatched.tsv"):
             (out / name).unlink(missing_ok=True)
         for name in ("adapter", "checkpoint"):

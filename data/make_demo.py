@@ -1,11 +1,12 @@
 """
-Makes everything in data/demo: an acceptability task in CoLA's layout, and a small RoBERTa that has read the grammar's good sentences.
+Makes everything in data/demo: an acceptability task in CoLA's layout and a small RoBERTa that has read the grammar's good sentences; instructions
+about such sentences and a small LLaMA that has read them with their past, question and so on, but has never been told what to do.
 
-    python -m data.make_demo            # data in a second, then about 20 minutes of masked-language modelling on 2 CPU cores
-    python -m data.make_demo --data     # the sentences only
+    python -m data.make_demo            # data in a second, then about 40 minutes of pre-training on 2 CPU cores
+    python -m data.make_demo data       # data only; likewise roberta, llama
 
-Each row is a sentence or its minimal corruption; the first column names the phenomenon, as CoLA's names the source. The sentences
-are the same bytes on every machine. The weights are the same bytes only on the same machine, torch build and thread count.
+A row of the task is a sentence or its minimal corruption; the first column names the phenomenon, as CoLA's names the source. Sentences and
+instructions are the same bytes on every machine. The weights are the same bytes only on the same machine, torch build and thread count.
 """
 
 import json
@@ -182,6 +183,59 @@ class Grammar:
         return name, *(" ".join(s).replace(" .", ".").replace(" ?", "?") for s in (good, bad))
 
 
+    # A simple sentence in all its forms, for instructions.
+
+    def forms(self):
+        """{name of a form: text} of a sentence with subject, verb and perhaps an object."""
+        subject, number, _ = self.noun_phrase(modified=False)
+        if self.chance(0.4):
+            verb, rest = self.pick(INTRANSITIVE), []
+        else:
+            verb, rest = self.pick(TRANSITIVE), self.noun_phrase(modified=False, person=self.chance(0.5))[0]
+        do = ["does", "do"][number]
+        words = dict(
+            sentence=subject + [verb[self.finite(number)]] + rest, past=subject + [verb[PAST]] + rest, future=subject + ["will", verb[BASE]] + rest,
+            negation=subject + [do, "not", verb[BASE]] + rest, question=[do] + subject + [verb[BASE]] + rest, subject=subject)
+        return {name: sentence_case(" ".join(form)) + ("?" if name == "question" else ".") for name, form in words.items()}
+
+    def instruction(self):
+        """{instruction, input, output}."""
+        if self.chance(0.2):
+            name, word, other = self.word()
+            return dict(instruction=self.pick(ORDERS[name]).replace("WORD", word), input="", output=other)
+        forms = self.forms()
+        name = self.pick(["past", "future", "negation", "question", "subject"])
+        return dict(instruction=self.pick(ORDERS[name]), input=forms["sentence"], output=forms[name])
+
+    def word(self):
+        """What is asked, a word, its other form."""
+        if self.chance(0.5):
+            noun = self.pick(NOUNS + THINGS)
+            return "plural", noun[0], noun[1]
+        verb = self.pick(TRANSITIVE + INTRANSITIVE)
+        return "past of a word", verb[BASE], verb[PAST]
+
+    def example(self):
+        """A line for the LLaMA to read: a sentence or a word and one of its forms, named."""
+        if self.chance(0.1):
+            name, word, other = self.word()
+            return f"{word} ({name.split()[0]}) {other}"
+        forms = self.forms()
+        name = self.pick(["past", "future", "negation", "question", "subject"])
+        return f"{forms['sentence']} ({name}) {forms[name]}"
+
+
+ORDERS = {
+    "past": ["Put the sentence into the past tense.", "Say that it happened in the past.", "Rewrite it as something long ago."],
+    "future": ["Put the sentence into the future tense.", "Say that it is still to come.", "Rewrite it as something of tomorrow."],
+    "negation": ["Say that it is not so.", "Negate the sentence.", "Deny it."],
+    "question": ["Turn the sentence into a question.", "Ask whether it is so.", "Make it a question."],
+    "subject": ["Who or what is it about?", "Name the subject of the sentence.", "Who or what does it?"],
+    "plural": ["What is the plural of WORD?", "Give the plural of the noun WORD.", "More than one WORD: what is the word?"],
+    "past of a word": ["What is the past tense of WORD?", "Give the past tense of the verb WORD.", "Yesterday I did WORD: what is the word?"],
+}
+
+
 def sentence_case(text):
     return text[0].upper() + text[1:]
 
@@ -199,6 +253,16 @@ def make_data(train_rows=6000, dev_rows=1000):
     return {"dev.tsv": "".join(rows[:dev_rows]), "train.tsv": "".join(rows[dev_rows:])}
 
 
+def make_instructions(rows=3000):
+    """JSONL of distinct instructions."""
+    grammar, lines = Grammar(3), {}
+    while len(lines) < rows:
+        row = grammar.instruction()
+        if row["input"] or grammar.chance(0.1):  # there are few questions about words
+            lines[json.dumps(row)] = None
+    return "\n".join(lines) + "\n"
+
+
 def corpus(size, without):
     """`size` good sentences, none of them in `without`."""
     grammar, lines = Grammar(2), []
@@ -209,17 +273,15 @@ def corpus(size, without):
     return lines
 
 
-def make_tokenizer(lines):
-    """RoBERTa's kind: byte-level BPE, <s> .. </s> around a sentence."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+def make_tokenizer(lines, special=("<s>", "<pad>", "</s>", "<unk>", "<mask>")):
+    """Byte-level BPE."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=special, show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=list(special), show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(lines, trainer)
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
     return tokenizer
 
 
@@ -258,25 +320,82 @@ def pretrain(lines, tokenizer, steps=4000, batch_size=192, lr=2e-3, seed=0):
     return config, model
 
 
-def main():
-    files = make_data()
-    (FOLDER / "model").mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (FOLDER / name).write_text(text, encoding="utf-8", newline="\n")
-    if "--data" in sys.argv:
-        return
-    import torch
+def roberta(without):
     from safetensors.torch import save_file
-    lines = corpus(200_000, without={row.split("\t")[3] for row in files["dev.tsv"].splitlines()})
+    from tokenizers import processors
+
+    import torch
+    lines = corpus(200_000, without)
     tokenizer = make_tokenizer(lines)
-    tokenizer.save(str(FOLDER / "model" / "tokenizer.json"))
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)  # <s> .. </s> around a sentence
     config, model = pretrain(lines, tokenizer)
     settings = dict(architectures=["RobertaForMaskedLM"], hidden_act="gelu", **vars(config))
     settings.update(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, classifier_dropout=0.1, torch_dtype="float16")
-    (FOLDER / "model" / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     weights = {key: value.to(torch.float16).contiguous() for key, value in model.state_dict().items() if key.startswith("roberta.")}
-    save_file(weights, FOLDER / "model" / "model.safetensors", metadata={"format": "pt"})
+    write_model(FOLDER / "model", tokenizer, settings, weights, save_file)
+
+
+def write_model(folder, tokenizer, settings, weights, save_file):
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def llama(steps=4000, batch_size=128, lr=3e-3, seed=0):
+    """Next-token prediction from scratch: sentences and words with their forms, plain sentences, and now and then a prompt, which nobody answers."""
+    import torch
+    import torch.nn.functional as F
+    from safetensors.torch import save_file
+    from tokenizers import processors
+
+    from data.instruct import fill
+    from model import Decoder, DecoderConfig
+    grammar, lines = Grammar(4), []
+    while len(lines) < 150_000:
+        kind = grammar.rng.random()
+        if kind < 0.7:
+            lines.append(grammar.example())
+        elif kind < 0.95:
+            lines.append(sentence_case(grammar.pair()[1]))
+        else:
+            row = grammar.instruction()
+            lines.append(fill("alpaca", row["instruction"], row["input"]))
+    tokenizer = make_tokenizer(lines, special=("<unk>", "<s>", "</s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    torch.manual_seed(seed)
+    config = DecoderConfig(tokenizer.get_vocab_size(), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=384,
+                           num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True)
+    model = Decoder(config)
+    ids = sorted((e.ids + [2] for e in tokenizer.encode_batch(lines)), key=len)
+    batches = [torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in ids[i:i + batch_size]], batch_first=True, padding_value=-100)
+               for i in range(0, len(ids), batch_size)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 200, (steps - step) / (steps - 200))
+        tokens = batches[torch.randint(len(batches), ()).item()]
+        loss = F.cross_entropy(model(tokens[:, :-1].clamp(min=0)).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(f"step {step}/{steps}: loss {loss.item():.3f}", flush=True)
+    settings = dict(architectures=["LlamaForCausalLM"], hidden_act="silu", bos_token_id=1, eos_token_id=2, torch_dtype="float16", **vars(config))
+    weights = {key: value.to(torch.float16).contiguous() for key, value in model.state_dict().items() if key != "lm_head.weight"}
+    write_model(FOLDER / "llama", tokenizer, settings, weights, save_file)
+
+
+def main(parts):
+    files = make_data() | {"instruct.jsonl": make_instructions()}
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (FOLDER / name).write_text(text, encoding="utf-8", newline="\n")
+    if "roberta" in parts:
+        roberta(without={row.split("\t")[3] for row in files["dev.tsv"].splitlines()})
+    if "llama" in parts:
+        llama()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or ["data", "roberta", "llama"])

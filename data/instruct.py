@@ -1,0 +1,106 @@
+"""
+Instruction data: from {instruction, input, output} rows to tokens of a prompt and its response.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import InputError
+
+TEMPLATES = {  # prompt with an input, prompt without one, what ends a response besides the end-of-text token
+    "alpaca": (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n", ""),
+    "chatml": (
+        "<|im_start|>user\n{instruction}\n\n{input}<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+}
+
+
+@dataclass
+class Example:
+    prompt: list  # token ids
+    response: list  # token ids, with what ends it unless it was cut
+
+    def __len__(self):
+        return len(self.prompt) + len(self.response)
+
+
+def fill(template, instruction, input=""):
+    """The prompt as text."""
+    text, values = TEMPLATES[template][not input], dict(instruction=instruction, input=input)
+    return re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], text)
+
+
+def load_instructions(file, limit=None):
+    """Rows of a JSON list or of JSONL, as Alpaca has them: dicts with instruction, input (may be missing) and output."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{file}: not found; expected a JSON list or JSONL of objects with instruction, input and output") from None
+    except UnicodeDecodeError as e:
+        raise InputError(f"{file}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
+    except OSError as e:
+        raise InputError(f"{file}: cannot be read ({e.strerror})") from None
+    try:
+        if text.lstrip().startswith("["):
+            rows = [(f"row {i}", row) for i, row in enumerate(json.loads(text))]
+        else:
+            rows = [(f"line {i}", json.loads(line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    except ValueError as e:
+        raise InputError(f"{file}: is neither a JSON list nor JSONL ({e})") from None
+    for where, row in rows:
+        for name in ("instruction", "input", "output"):
+            value = row.get(name, "" if name == "input" else None) if isinstance(row, dict) else None
+            if not isinstance(value, str) or (name != "input" and not value.strip()):
+                raise InputError(f"{file}: {where}: {name} is {value!r}, expected text; rows are objects with instruction, input and output")
+    if not rows:
+        raise InputError(f"{file}: has no rows")
+    return [dict(instruction=row["instruction"].strip(), input=row.get("input", "").strip(), output=row["output"].strip()) for _, row in rows[:limit]]
+
+
+def split(rows, hold_out):
+    """Training rows, and held-out rows in the order of the file: `hold_out` of them, or below 1 this share of them, at random but always the same."""
+    n = int(hold_out) if hold_out >= 1 else max(1, round(hold_out * len(rows)))
+    if n >= len(rows):
+        raise InputError(f"--hold-out is {hold_out}, but there are {len(rows)} rows: hold out fewer")
+    held = set(np.random.default_rng(0).permutation(len(rows))[:n].tolist())
+    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
+
+
+def encode_prompt(tokenizer, text):
+    """Token ids with what the tokenizer puts before a text (LLaMA's <s>), and without what it may put behind it."""
+    encoding = tokenizer.encode(text)
+    ids, special = list(encoding.ids), list(encoding.special_tokens_mask)
+    end = tokenizer.encode(text, add_special_tokens=False).ids
+    while special and special[-1] and ids[-1:] != end[-1:]:
+        ids.pop(), special.pop()
+    return ids
+
+
+def encode(tokenizer, rows, template, end_id, max_length, vocab_size):
+    """[Example] of the rows. Prompt and response are tokenised apart, so that no token spans both. What is longer than max_length loses the end of
+    its response; a row whose prompt leaves no room for a response is left out, which is said in a printed line."""
+    ending = TEMPLATES[template][2]
+    examples = []
+    for row in rows:
+        prompt = encode_prompt(tokenizer, fill(template, row["instruction"], row["input"]))
+        response = tokenizer.encode(row["output"] + ending, add_special_tokens=False).ids
+        if response[-1:] != [end_id]:
+            response = response + [end_id]
+        if len(prompt) < max_length:
+            examples.append(Example(prompt, response[:max_length - len(prompt)]))
+    highest = max((max(e.prompt + e.response) for e in examples), default=0)
+    if highest >= vocab_size:
+        raise InputError(f"tokenizer.json gives token id {highest}, but the model's vocab_size is {vocab_size}: they do not belong together")
+    if len(examples) < len(rows):
+        print(f"{len(rows) - len(examples)} of {len(rows)} rows are left out: their prompts fill all of --max-length {max_length}")
+    if not examples:
+        raise InputError(f"--max-length is {max_length}, and no prompt leaves room for a response: give more")
+    return examples

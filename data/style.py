@@ -1,0 +1,86 @@
+"""
+Zero-shot style transfer, Table 2 of the paper: what is asked of the model, the files of Yelp and GYAFC, and sentences for a classifier of styles.
+
+    python -m data.style DIR/yelp OUT        # OUT/train.tsv and dev.tsv, then: python train_glue.py --task OUT --model bert-base-uncased --method lora
+
+Yelp (Li et al. 2018): DIR holds test.neg, test.pos (a sentence a line, lower-cased, tokenised), references ref*.neg2pos, ref*.pos2neg (a line for each line of
+the source), and for the classifier train*.neg, train*.pos, dev.neg, dev.pos. GYAFC (Rao and Tetreault 2018): DIR is one of its domains, such as
+Entertainment_Music, as it is unpacked: test/informal with test/formal.ref0 .. ref3, and test/formal with test/informal.ref0 .. ref3.
+"""
+
+import random
+import re
+import sys
+from pathlib import Path
+
+from data import InputError
+
+PROMPTS = {  # direction: the instruction; the sentence is its input
+    "neg2pos": "Rewrite the following sentence so that its sentiment becomes positive. Change as few words as possible and keep the topic.",
+    "pos2neg": "Rewrite the following sentence so that its sentiment becomes negative. Change as few words as possible and keep the topic.",
+    "informal2formal": "Rewrite the following sentence in a formal style. Keep its meaning.",
+    "formal2informal": "Rewrite the following sentence in an informal style. Keep its meaning.",
+}
+GYAFC = ("GYAFC is licensed: ask its authors for it (github.com/raosudha89/GYAFC-corpus, which needs Yahoo's L6 corpus), "
+         "unpack it, and give one of its domains, such as DIR/GYAFC_Corpus/Entertainment_Music")
+
+
+def read_lines(file, hint=""):
+    """The lines of a text file; of a line with tabs the last column."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{file}: cannot be read ({e.strerror if isinstance(e, OSError) else 'not UTF-8'}){hint}") from None
+    if not any(line.strip() for line in lines):
+        raise InputError(f"{file}: is empty, expected a sentence a line")
+    return [line.removesuffix("\r").split("\t")[-1].strip() for line in lines]
+
+
+def read_task(folder, direction):
+    """Source sentences, and for each file of references its lines."""
+    source, target = direction.split("2")
+    formality = "formal" in direction
+    file = Path(folder) / "test" / source if formality else Path(folder) / f"test.{source}"
+    sources = read_lines(file, f"; {GYAFC}" if formality else "; see data/style.py for the files that are expected")
+    references = sorted((Path(folder) / "test").glob(f"{target}.ref*") if formality else Path(folder).glob(f"ref*.{direction}"))
+    references = {file.name: read_lines(file) for file in references}
+    for name, lines in references.items():
+        if len(lines) != len(sources):
+            raise InputError(f"{folder}/{name}: has {len(lines)} lines, but {file} has {len(sources)}: they belong line to line")
+    return sources, list(references.values())
+
+
+def tidy(answer, direction):
+    """The sentence in a model's answer: its first line without quotation marks; for Yelp in that data's form, lower-cased, with spaces around
+    punctuation and before 's, n't and the like."""
+    text = next((line.strip() for line in answer.split("\n") if line.strip()), "").strip("\"'“”` ")
+    if "formal" in direction:
+        return text
+    text = re.sub(r"([.,!?;:()\"$%&/-])", r" \1 ", text.lower().replace("’", "'"))
+    text = re.sub(r"(n't|'(?:s|m|re|ve|ll|d))\b", r" \1", text)
+    return " ".join(text.split())
+
+
+def classifier_data(folder, out):
+    """train.tsv and dev.tsv with the columns sentence and label (neg, pos) from a folder of Yelp's."""
+    tables = {}
+    for split in ("train", "dev"):
+        rows = []
+        for style in ("neg", "pos"):
+            files = sorted(Path(folder).glob(f"{split}*.{style}"))
+            if not files:
+                raise InputError(f"{folder}/{split}*.{style}: not found; expected sentences of that style, one a line")
+            rows += [f"{line}\t{style}\n" for file in files for line in read_lines(file) if line]
+        random.Random(0).shuffle(rows)  # so that --limit-train takes of both
+        tables[split] = "sentence\tlabel\n" + "".join(rows)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for split, text in tables.items():
+        (Path(out) / f"{split}.tsv").write_text(text, encoding="utf-8")
+        print(f"{out}/{split}.tsv: {text.count(chr(10)) - 1} sentences")
+
+
+if __name__ == "__main__":
+    try:
+        classifier_data(*sys.argv[1:])
+    except (InputError, TypeError) as e:
+        sys.exit(f"error: {e}" if isinstance(e, InputError) else "usage: python -m data.style DIR/yelp OUT")

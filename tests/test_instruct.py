@@ -1,0 +1,236 @@
+"""Instruction tuning, from a JSON file to answers. Most runs are a few steps of the demo; one is the demo as a user sees it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+import salora as sl
+import train_instruct
+from data import InputError
+from data.instruct import Example, encode, fill, load_instructions, split
+from data.make_demo import make_instructions
+from model import load_decoder, stop_ids
+from train_instruct import DEMO, collate, evaluate, token_losses
+
+ROOT = Path(train_instruct.__file__).parent
+SHORT = ["--limit-train", "96", "--limit-dev", "20", "--epochs", "2", "--log-every", "1", "--generate", "2"]
+
+
+def run(out, *flags):
+    train_instruct.main([*SHORT, "--out", str(out), *map(str, flags)])
+    return json.loads((out / "result.json").read_text())
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    out = tmp_path_factory.mktemp("short") / "run"
+    return out, run(out)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_decoder(DEMO / "llama"), Tokenizer.from_file(str(DEMO / "llama" / "tokenizer.json"))
+
+
+# ---- the demo as a user sees it
+
+
+def test_demo_learns_to_follow_instructions(tmp_path):
+    text = subprocess.run([sys.executable, ROOT / "train_instruct.py", "--out", tmp_path / "r"], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert result["metrics"]["exact_match"] >= 0.75 and result["kept_density"] <= 0.5
+    assert all(e["before"] != e["reference"] for e in result["examples"]) and sum(e["after"] == e["reference"] for e in result["examples"]) >= 2
+    for words in ("before: ", "after: ", "reference: ", "budget 0.5", "W^U", "perplexity", "adapter/"):
+        assert words in text, words
+    adapter = ["--adapter", tmp_path / "r" / "adapter"]
+    ask = [sys.executable, ROOT / "train_instruct.py", "generate", "--instruction", result["examples"][0]["instruction"], "--input", result["examples"][0]["input"]]
+    tuned, merged, plain = (subprocess.run([*ask, *more], capture_output=True, text=True, check=True).stdout for more in (adapter, [*adapter, "--merge"], []))
+    assert tuned == merged == result["examples"][0]["after"] + "\n" != plain
+
+
+def test_demo_instructions_are_what_the_script_makes():
+    assert (DEMO / "instruct.jsonl").read_text() == make_instructions()
+
+
+# ---- files of a run
+
+
+def test_result_and_log_have_the_fields_of_the_other_script(short):
+    out, result = short
+    assert {"task", "model", "method", "seed", "metric", "score", "metrics", "best_score", "trainable_params", "kept_params", "head_params", "budget", "density",
+            "kept_density", "ranks", "steps", "seconds", "examples_per_second", "peak_memory_mb", "settings"} <= set(result)
+    d, kv, inner = 128, 64, 384
+    assert result["trainable_params"] == 8 * 4 * (2 * 2 * d + 2 * (d + kv) + 2 * (d + inner)) and result["head_params"] == 0
+    assert result["kept_params"] <= result["trainable_params"] // 2 and result["steps"] == 12 and result["metric"] == "loss"
+    assert result["score"] == result["metrics"]["loss"] == result["history"][-1]["loss"] and result["best_score"] <= result["score"]
+    lines = log(out)
+    assert [line["step"] for line in lines] == list(range(12))
+    assert all({"step", "epoch", "loss", "task_loss", "lr", "density", "lambda", "orth_a", "orth_b", "tokens_per_second"} == set(line) for line in lines)
+    rows = [line.split("\t") for line in (out / "predictions.tsv").read_text().splitlines()]
+    assert rows[0] == ["index", "label", "prediction"] and [row[0] for row in rows[1:]] == ["0", "1"]
+
+
+def test_score_is_the_mean_loss_of_the_held_out_response_tokens(short):
+    out, result = short
+    model = sl.load(load_decoder(DEMO / "llama"), out / "adapter").eval()
+    tokenizer = Tokenizer.from_file(str(DEMO / "llama" / "tokenizer.json"))
+    total = count = 0
+    for row in split(load_instructions(DEMO / "instruct.jsonl"), 0.05)[1][:20]:
+        prompt = tokenizer.encode(fill("alpaca", row["instruction"], row["input"])).ids
+        ids = torch.tensor([prompt + tokenizer.encode(row["output"], add_special_tokens=False).ids + [2]])
+        with torch.no_grad():
+            losses = F.cross_entropy(model(ids)[0, :-1], ids[0, 1:], reduction="none")[len(prompt) - 1:]
+        total, count = total + losses.sum().item(), count + len(losses)
+    assert result["score"] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_resumed_run_ends_in_the_same_bytes(tmp_path, monkeypatch):
+    run(tmp_path / "whole", "--epochs", 3)
+    calls = []
+
+    def die(*args):
+        calls.append(0)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(train_instruct, "evaluate", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", "--epochs", 3)
+    monkeypatch.setattr(train_instruct, "evaluate", evaluate)
+    run(tmp_path / "cut", "--epochs", 3, "--resume")
+    for name in ("predictions.tsv", "checkpoint/state.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_accumulated_small_batches_equal_one_large_batch(tmp_path, short):
+    run(tmp_path / "r", "--batch-size", 4, "--accumulate", 4)
+    for a, b in zip(log(short[0]), log(tmp_path / "r")):
+        assert a["task_loss"] == pytest.approx(b["task_loss"], abs=1e-4) and a["density"] == pytest.approx(b["density"], abs=1e-4)
+
+
+def test_lora_chatml_prompt_loss_and_bfloat16_run_too(tmp_path):
+    result = run(tmp_path / "r", "--method", "lora", "--template", "chatml", "--train-on-prompt", "--dtype", "bfloat16", "--checkpoint-activations", "--targets", "q", "g")
+    assert result["kept_params"] == result["trainable_params"] == 8 * 4 * (2 * 128 + 128 + 384) and result["budget"] is None
+    assert load_file(tmp_path / "r" / "adapter" / "adapter_model.safetensors")["base_model.model.model.layers.0.mlp.gate_proj.lora_A.weight"].dtype == torch.float32
+
+
+# ---- tokens and losses
+
+
+def test_template_is_alpacas_to_the_letter():
+    text = fill("alpaca", "Add.", "1 and 2")
+    assert text == ("Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately "
+                    "completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n")
+    assert fill("alpaca", "Go.").endswith("appropriately completes the request.\n\n### Instruction:\nGo.\n\n### Response:\n")
+    assert "Instruction:\nSay {input}.\n\n### Input:\n{instruction}\n" in fill("alpaca", "Say {input}.", "{instruction}")  # braces in the data are text
+    assert fill("chatml", "Add.", "1") == "<|im_start|>user\nAdd.\n\n1<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_no_token_of_a_response_is_lost_and_it_ends_unless_it_was_cut(demo, capsys):
+    _, tokenizer = demo
+    rows = [dict(instruction="Deny it.", input="A man sleeps.", output="A man does not sleep."), dict(instruction="word " * 100, input="", output="x")]
+    whole, = encode(tokenizer, rows[:1], "alpaca", 2, 512, 1024)
+    assert whole.prompt == tokenizer.encode(fill("alpaca", "Deny it.", "A man sleeps.")).ids and whole.prompt[0] == 1
+    assert whole.response == tokenizer.encode("A man does not sleep.", add_special_tokens=False).ids + [2]
+    n = len(whole)
+    cut, = encode(tokenizer, rows, "alpaca", 2, n - 2, 1024)
+    assert cut.prompt == whole.prompt and cut.response == whole.response[:-2] and "1 of 2 rows are left out" in capsys.readouterr().out
+
+
+def test_targets_are_the_response_and_nothing_else():
+    examples = [Example([1, 5, 6], [7, 8, 2]), Example([1, 9], [4])]
+    ids, targets = collate(examples, "cpu")
+    assert ids.tolist() == [[1, 5, 6, 7, 8, 2], [1, 9, 4, 0, 0, 0]]
+    assert targets.tolist() == [[-100, -100, 7, 8, 2, -100], [-100, 4, -100, -100, -100, -100]]
+    assert collate(examples, "cpu", on_prompt=True)[1].tolist() == [[5, 6, 7, 8, 2, -100], [9, 4, -100, -100, -100, -100]]
+
+
+@pytest.mark.parametrize("chunk", [3, 1024])
+def test_loss_in_chunks_is_the_loss_with_its_gradient(demo, chunk):
+    model, _ = demo
+    x = torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([[-100, 3, 4, 5, 6, 7], [-100, -100, 9, 10, 11, -100]])
+    grads = []
+    for compute in (lambda y: token_losses(model, y, targets, chunk).sum(), lambda y: F.cross_entropy(model.lm_head(y).flatten(0, 1), targets.flatten(), reduction="sum")):
+        y = x.clone().requires_grad_()
+        loss = compute(y)
+        grads.append((loss.detach(), torch.autograd.grad(loss, y)[0]))
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_json_and_jsonl_with_or_without_an_input(tmp_path):
+    rows = [dict(instruction="a", input="b", output="c\u2028d"), dict(instruction=" e ", output="f")]
+    for name, text in dict(json=json.dumps(rows, ensure_ascii=False, indent=1), jsonl="\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n").items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert load_instructions(tmp_path / name) == [dict(instruction="a", input="b", output="c\u2028d"), dict(instruction="e", input="", output="f")]
+
+
+def test_held_out_rows_are_the_same_for_every_seed_and_never_trained_on():
+    rows = load_instructions(DEMO / "instruct.jsonl")
+    (train, held), again = split(rows, 0.05), split(rows, 0.05)
+    assert (train, held) == again and len(held) == 150 and len(train) == 2850 and not {json.dumps(r) for r in train} & {json.dumps(r) for r in held}
+    assert len(split(rows, 7)[1]) == 7
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("content,words", [
+    ("", "has no rows"), ("[]", "has no rows"), ("[{]", "neither a JSON list nor JSONL"), ('{"instruction": "a"}', "line 1: output is None"),
+    ('[{"instruction": "a", "output": 3}]', "row 0: output is 3"), ('["a"]', "row 0: instruction is None"), ('{"instruction": " ", "output": "a"}', "line 1: instruction is ' '"),
+    (b"\xff\xfe", "byte 0 is not UTF-8"), (None, "not found")])
+def test_data_that_does_not_fit(tmp_path, content, words):
+    file = tmp_path / "data.json"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=re.escape(words)) as e:
+        load_instructions(file)
+    assert str(file) in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--model", "x"], "--data is not given"), (["--data", "x"], "--model is not given"), (["--model", "./nowhere", "--data", DEMO / "instruct.jsonl"], "--model ./nowhere: no such folder"),
+    (["--method", "ft"], "invalid choice: 'ft'"), (["--targets", "x"], "invalid choice: 'x'"), (["--hold-out", "5000"], "--hold-out is 5000.0, but there are 3000 rows"),
+    (["--max-length", "1000"], "--max-length is 1000, but"), (["--max-length", "20"], "no prompt leaves room"), (["--r", "65"], "--r is 65, but the narrowest"), (["--generate", "-1"], "--generate is -1"),
+    (["--model", DEMO / "model", "--data", DEMO / "instruct.jsonl"], "model_type is 'roberta', expected llama"), (["generate"], "--instruction"),
+    (["generate", "--instruction", "a", "--adapter", "./nowhere"], "--adapter ./nowhere: "), (["generate", "--instruction", "a", "--top-p", "0"], "--top-p is 0.0"),
+    (["generate", "--instruction", "a", "--max-new-tokens", "9999"], "--max-new-tokens is 9999; with the prompt of"), (["generate", "--instruction", "a", "--device", "tpu"], "--device is 'tpu'")])
+def test_bad_flags_end_in_one_line_and_status_2(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        train_instruct.command(list(map(str, flags)))
+    captured = capsys.readouterr()
+    assert e.value.code == 2 and words in captured.err and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- generation
+
+
+def test_streamed_text_is_the_answer(short, capsys):
+    out, result = short
+    for flags in ([], ["--merge"]):
+        train_instruct.command(["generate", "--adapter", str(out / "adapter"), "--instruction", result["examples"][1]["instruction"],
+                                "--input", result["examples"][1]["input"], "--max-new-tokens", "128", *flags])
+        assert capsys.readouterr().out.strip() == result["examples"][1]["after"]
+
+
+def test_answers_do_not_depend_on_the_batch(demo):
+    model, tokenizer = demo
+    prompts = [tokenizer.encode(text).ids for text in ("The old boy sleeps. (past)", "Many", "A dog sees the king. (negation) A")]
+    together = train_instruct.answer(model, tokenizer, prompts, stop_ids(DEMO / "llama"), 20)
+    assert together == [train_instruct.answer(model, tokenizer, [p], stop_ids(DEMO / "llama"), 20)[0] for p in prompts]
+    assert together[0].endswith("The old boy slept.") and together[2].startswith("dog does not see the king.")

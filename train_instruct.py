@@ -1,0 +1,415 @@
+"""
+Tunes a LLaMA on instructions with SaLoRA or LoRA, and lets it answer.
+
+    python train_instruct.py                                              # offline demo, about two minutes on two CPU cores
+    python train_instruct.py --model DIR --data alpaca.json --out runs/NAME
+    python train_instruct.py generate --model DIR --adapter runs/NAME/adapter --instruction ".." [--input ".."]
+    python train_instruct.py style --model DIR --adapter runs/NAME/adapter --data DIR/yelp --direction neg2pos    # style transfer, then its scores
+    python train_instruct.py score --outputs FILE --sources FILE --references FILE.. --classifier RUN --lm FILE.arpa
+
+DIR is a folder in Hugging Face layout (config.json, model.safetensors or its shards, tokenizer.json), --data a JSON list or JSONL of objects with
+instruction, input and output. A run leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import salora as sl
+import train_glue
+import training
+from data import InputError, metrics
+from data.batching import batch_order, load_tokenizer, tokenize
+from data.download import model_folder
+from data.instruct import TEMPLATES, encode, encode_prompt, fill, load_instructions, split
+from data.style import PROMPTS, read_lines, read_task, tidy
+from model import DECODER_LINEARS, DecoderConfig, load_decoder, load_encoder, read_config, read_json, stop_ids
+from training import PROCESSES, RANK
+
+DEMO = Path(__file__).parent / "data" / "demo"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(training.fail(message))
+
+    arg = training.flag_group(parser, "what to train, on what")
+    arg("--model", help="folder in Hugging Face layout, or a hub name (default: the built-in one of the demo)")
+    arg("--data", help="JSON or JSONL file of instructions (default: the built-in one of the demo)")
+    arg("--template", choices=list(TEMPLATES), default="alpaca", help="how an instruction becomes a prompt: as Alpaca did, or as a turn of a chat")
+    arg("--train-on-prompt", action="store_true", default=False, help="train on the tokens of the prompt too, not on those of the response alone")
+    arg("--limit-train", type=int, metavar="N", help="use only the first N training rows (default: all)")
+    arg("--limit-dev", type=int, metavar="N", help="use only the first N held-out rows (default: all)")
+    arg("--hold-out", type=float, metavar="N", default=0.05, help="random rows, always the same, that are not trained on but scored; below 1: this share of them")
+    arg("--max-length", type=int, default=512, help="prompt and response are cut to this many tokens")
+    arg("--generate", type=int, metavar="N", default=8, help="held-out rows that are answered after training, for predictions.tsv")
+    training.method_flags(parser, ("salora", "lora"), DECODER_LINEARS)
+    training.run_flags(parser, epochs="3", lr="3e-4; for demo 3e-3", batch_size=16, dtype="bfloat16; for demo float32", out="runs/DATA-METHOD")
+    args = parser.parse_args(argv)
+
+    demo = args.model is None and args.data is None
+    training.need(demo or args.model and args.data, "--data" if args.model else "--model", "not given", "both --model and --data (or neither, for the demo)")
+    if demo:
+        args.model, args.data, args.threads = str(DEMO / "llama"), str(DEMO / "instruct.jsonl"), args.threads or 1
+    args.lr, args.epochs = args.lr or (3e-3 if demo else 3e-4), args.epochs or 3
+    args.dtype = args.dtype or ("float32" if demo else "bfloat16")
+    training.settle(args)
+    training.at_least(args, 0, "generate")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loss and answers
+
+
+def collate(examples, device, on_prompt=False):
+    """input_ids and targets (b, t), padded on the right: the target of a position is the token behind it, -100 where none is asked for."""
+    t = max(map(len, examples))
+    ids = torch.tensor([e.prompt + e.response + [0] * (t - len(e)) for e in examples])
+    targets = torch.full_like(ids, -100)
+    for i, e in enumerate(examples):
+        start = 0 if on_prompt else len(e.prompt) - 1
+        targets[i, start:len(e) - 1] = ids[i, start + 1:len(e)]
+    return ids.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
+def token_losses(model, x, targets, chunk=1024):
+    """Cross-entropy in float32 of every position of hidden states x (b, t, d) that has a target: (n,). The vocabulary is wide: no more than `chunk`
+    positions have their logits in memory at a time, in the backward pass too, which computes them again."""
+    asked = targets != -100
+    x, targets = x[asked], targets[asked]  # (n, d), (n,)
+
+    def losses(x, targets):
+        return F.cross_entropy(model.lm_head(x).float(), targets, reduction="none")
+
+    if not torch.is_grad_enabled():
+        return torch.cat([losses(*part) for part in zip(x.split(chunk), targets.split(chunk))])
+    return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in zip(x.split(chunk), targets.split(chunk))])
+
+
+@torch.no_grad()
+def evaluate(model, examples, device, batch_size=32):
+    """Summed loss and number of response tokens of each example: (n, 2) on the CPU; each process computes its share of the batches."""
+    training_mode = model.training
+    model.eval()
+    sums = torch.zeros(len(examples), 2, device=device)
+    for batch in batch_order([len(e) for e in examples], batch_size)[RANK::PROCESSES]:
+        ids, targets = collate([examples[i] for i in batch], device)
+        count = (targets != -100).sum(1)
+        losses = token_losses(model, model.hidden(ids), targets).split(count.tolist())
+        sums[batch] = torch.stack([torch.stack([part.sum() for part in losses]), count.float()], 1)
+    if PROCESSES > 1:
+        dist.all_reduce(sums)
+    model.train(training_mode)
+    return sums.cpu()
+
+
+def answer(model, tokenizer, prompts, stop, max_new_tokens, batch_size=16, **sampling):
+    """Texts that the model gives to prompts (lists of token ids)."""
+    training_mode, texts = model.training, []
+    model.eval()
+    for i in range(0, len(prompts), batch_size):
+        rows = [[] for _ in prompts[i:i + batch_size]]
+        for tokens in model.generate(prompts[i:i + batch_size], max_new_tokens, stop, **sampling):
+            for row, token in zip(rows, tokens):
+                if token is not None and token not in stop:
+                    row.append(token)
+        texts += [tokenizer.decode(row).strip() for row in rows]
+    model.train(training_mode)
+    return texts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one run
+
+
+def train(args, seed, out):
+    """One run: trains with one seed, writes its files into `out`, returns what is in result.json (in the first process)."""
+    settings = {k: v for k, v in vars(args).items() if k not in training.NOT_OF_A_RUN} | dict(seed=seed)
+
+    # ---- data, and what the model's sizes allow
+    rows, held = split(load_instructions(args.data), args.hold_out)
+    rows, held = rows[:args.limit_train], held[:args.limit_dev]
+    folder = model_folder(args.model)
+    config, tokenizer, stop = read_config(folder, DecoderConfig), load_tokenizer(folder), stop_ids(folder)
+    if args.max_length > config.max_length:
+        raise InputError(f"--max-length is {args.max_length}, but {args.model} has positions for {config.max_length} tokens")
+    training.check_sizes(args, config)
+    end_id = min(stop) if tokenizer.token_to_id("<|im_end|>") not in stop else tokenizer.token_to_id("<|im_end|>")
+    examples, dev = (encode(tokenizer, part, args.template, end_id, args.max_length, config.vocab_size) for part in (rows, held))
+    lengths = [len(e) for e in examples]
+    asked = [len(e) - 1 if args.train_on_prompt else len(e.response) for e in examples]  # tokens that are trained on
+    plan = training.schedule(args, len(examples), args.epochs)
+
+    # ---- model and method
+    torch.manual_seed(seed)
+    device = training.own_device(args)
+    model = load_decoder(folder, getattr(torch, args.dtype), device)
+    model.checkpoint_activations = args.checkpoint_activations
+    lowrank = training.install(args, model, plan.steps, seed)
+    trainable_params = training.count_trainable(model)
+    settings |= dict(gate_lr=plan.gate_lr, processes=PROCESSES)
+    if args.method == "salora":
+        settings["selection"] = lowrank.selection
+    training.announce(settings, f"{args.method} on {args.data}: {len(examples)} training rows, {sum(asked):,} tokens of them trained on; {plan.steps} steps of "
+                                f"{plan.rows_per_step}; {trainable_params:,} parameters to train")
+    shown = [encode_prompt(tokenizer, fill(args.template, row["instruction"], row["input"])) for row in held[:args.generate]]
+    before = answer(model, tokenizer, shown[:3], stop, 40) if RANK == 0 else []
+
+    # ---- training
+    hidden = torch.compile(model.hidden, dynamic=True) if args.compile else model.hidden
+
+    def loss_of(rows):
+        ids, targets = collate([examples[j] for j in rows], device, args.train_on_prompt)
+        return token_losses(model, hidden(ids), targets).sum()
+
+    def evaluate_dev():
+        sums = evaluate(model, dev, device)
+        loss = (sums[:, 0].sum() / sums[:, 1].sum()).item()
+        return sums, dict(loss=loss, perplexity=math.exp(min(loss, 700)))
+
+    _, scores, history, seconds = training.fit(args, plan, settings, out, model, lowrank, lengths, asked, loss_of, evaluate_dev)
+
+    # ---- results; result.json comes last: with it the run counts as finished
+    if RANK:
+        return None
+    answers = answer(model, tokenizer, shown, stop, 128)
+    lines = ["index\tlabel\tprediction"] + [f"{i}\t{escape(row['output'])}\t{escape(text)}" for i, (row, text) in enumerate(zip(held, answers))]
+    training.write_text(out / "predictions.tsv", "\n".join(lines) + "\n")
+    sl.save(model, out / "adapter", base_model_name_or_path=str(args.model), task_type="CAUSAL_LM")
+    if answers:
+        scores |= dict(exact_match=sum(row["output"] == text for row, text in zip(held, answers)) / len(answers))
+    result = dict(
+        task=Path(args.data).stem, model=args.model, method=args.method, seed=seed, metric="loss", score=scores["loss"], metrics=scores,
+        best_score=min(h["loss"] for h in history), dev_rows=[len(dev)], examples=[
+            dict(instruction=row["instruction"], input=row["input"], reference=row["output"], before=b, after=a) for row, b, a in zip(held, before, answers)])
+    result |= training.common_result(args, plan, settings, model, lowrank, trainable_params, 0, len(examples), history, seconds)
+    training.write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def escape(text):
+    """On one line of a TSV file."""
+    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def report(args, result, out):
+    """The end of a run, for a person."""
+    for example in result["examples"]:
+        print(f"\n{example['instruction']} {example['input']}\n  before:    {escape(example['before'])[:150]}\n  after:     {escape(example['after'])[:150]}\n"
+              f"  reference: {escape(example['reference'])[:150]}")
+    print(f"\nloss {result['score']:.4f} (perplexity {result['metrics']['perplexity']:.2f}) on {result['dev_rows'][0]} held-out rows after {result['steps']} steps, "
+          f"{result['seconds']:.0f} s" + f"; {result['metrics']['exact_match']:.0%} of {min(args.generate, result['dev_rows'][0])} answers are the reference" * (args.generate > 0))
+    training.report_ranks(args, result, DECODER_LINEARS, at=2)
+    print(f"\n{out}/: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# answering an instruction
+
+
+def subcommand(name, description):
+    parser = argparse.ArgumentParser(prog=f"train_instruct.py {name}", description=description)
+    parser.error = lambda message: sys.exit(training.fail(message))
+    return parser, training.flag_group(parser, "flags")
+
+
+def model_flags(parser, arg):
+    arg("--model", help="folder in Hugging Face layout, or a hub name (default: the built-in one of the demo)")
+    arg("--adapter", help="folder of an adapter, as a run leaves it (default: none)")
+    arg("--merge", action="store_true", default=False, help="add the adapter into the weights first: the same text, faster")
+    arg("--template", choices=list(TEMPLATES), help="as in training (default: that of the adapter's run, else alpaca)")
+    arg("--max-new-tokens", type=int, default=256, help="an answer ends here if not before")
+    arg("--temperature", type=float, default=0.0, help="0 takes the likeliest token; above, tokens are drawn")
+    arg("--top-p", type=float, default=1.0, help="draw from the smallest set of tokens whose probabilities reach this")
+    arg("--seed", type=int, default=0, help="of the draw")
+    training.machine_flags(parser, dtype="float32")
+
+
+def open_model(args):
+    """The model that model_flags name, ready to answer; its tokenizer, the ids that end a text, and the template of its prompts."""
+    training.at_least(args, 1, "max_new_tokens", "threads")
+    training.at_least(args, 0, "temperature", "seed")
+    training.need(0 < args.top_p <= 1, "--top-p", args.top_p, "a share in (0, 1]")
+    device = training.find_device(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder = model_folder(args.model or str(DEMO / "llama"))
+    tokenizer, stop = load_tokenizer(folder), stop_ids(folder)
+    model = load_decoder(folder, getattr(torch, args.dtype or "float32"), device).eval()
+    if args.adapter:
+        training.load_adapter(model, args.adapter)
+        if args.merge:
+            sl.merge(model)
+    return model, tokenizer, stop, args.template or template_of(args.adapter)
+
+
+def check_room(args, model, prompts):
+    longest = max(map(len, prompts))
+    if longest + args.max_new_tokens > model.config.max_length:
+        raise InputError(f"--max-new-tokens is {args.max_new_tokens}; with the prompt of {longest} tokens the model has positions for "
+                         f"{max(model.config.max_length - longest, 0)} more")
+
+
+def generate(argv):
+    parser, arg = subcommand("generate", "Answers an instruction, token by token as they come.")
+    arg("--instruction", required=True, help="what to do")
+    arg("--input", default="", help="what to do it with")
+    model_flags(parser, arg)
+    args = parser.parse_args(argv)
+    model, tokenizer, stop, template = open_model(args)
+    prompt = encode_prompt(tokenizer, fill(template, args.instruction, args.input))
+    check_room(args, model, [prompt])
+    ids, printed = [], ""
+    for token, in model.generate([prompt], args.max_new_tokens, stop, args.temperature, args.top_p, args.seed):
+        if token not in stop:
+            ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # half a character
+            print(text[len(printed):], end="", flush=True)
+            printed = text
+    print()
+
+
+def template_of(adapter):
+    """The template of the run that an adapter lies in."""
+    file = Path(adapter or "") / ".." / "result.json"
+    return read_json(file)["settings"].get("template", "alpaca") if adapter and file.is_file() else "alpaca"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# style transfer and its scores
+
+
+def style(argv):
+    parser, arg = subcommand("style", "Rewrites the test sentences of Yelp or GYAFC in the other style, zero-shot (prompts: data/style.py), and scores them.")
+    arg("--data", required=True, help="folder of Yelp's files, or of one of GYAFC's domains")
+    arg("--direction", required=True, choices=list(PROMPTS), help="from one style to the other")
+    arg("--limit", type=int, metavar="N", help="only the first N sentences (default: all)")
+    arg("--out", help="folder for the outputs and scores (default: runs/style-DIRECTION, with a number behind it if that is taken)")
+    arg("--batch-size", type=int, default=16, help="sentences at a time")
+    score_flags(arg)
+    model_flags(parser, arg)
+    parser.set_defaults(max_new_tokens=64)
+    args = parser.parse_args(argv)
+    training.at_least(args, 1, "limit", "batch_size")
+    sources, references = read_task(args.data, args.direction)
+    sources, references = sources[:args.limit], [lines[:args.limit] for lines in references]
+    target = args.direction.split("2")[1]
+    scorers = open_scorers(args, target)
+    out = Path(args.out) if args.out else training.free_folder(f"runs/style-{args.direction}")
+    if (out / "scores.json").exists():
+        raise InputError(f"--out {out} holds a finished run: give another folder")
+    model, tokenizer, stop, template = open_model(args)
+    prompts = [encode_prompt(tokenizer, fill(template, PROMPTS[args.direction], sentence)) for sentence in sources]
+    check_room(args, model, prompts)
+    answers = answer(model, tokenizer, prompts, stop, args.max_new_tokens, args.batch_size, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+    outputs = [tidy(text, args.direction) for text in answers]
+    training.make_folder(out)
+    training.write_text(out / f"outputs.{args.direction}", "\n".join(outputs) + "\n")
+    training.write_text(out / "answers.jsonl", "".join(json.dumps(dict(source=a, answer=b, output=c)) + "\n" for a, b, c in zip(sources, answers, outputs)))
+    scores = scores_of(outputs, sources, references, scorers)
+    training.write_text(out / "scores.json", json.dumps(dict(direction=args.direction, sentences=len(outputs), **scores, settings=vars(args)), indent=1) + "\n")
+    show(scores, len(outputs))
+    print(f"{out}/: outputs.{args.direction}, answers.jsonl, scores.json")
+
+
+def score(argv):
+    parser, arg = subcommand("score", "Scores sentences that somebody or something has transferred to another style.")
+    arg("--outputs", required=True, help="file of the transferred sentences, one a line")
+    arg("--sources", help="file of the sentences they were made from, line by line")
+    arg("--references", nargs="+", default=[], help="files of human transfers, line by line; of a line with tabs the last column counts")
+    arg("--target", help="label of the style that was to be reached (default: what stands behind the 2 at the end of --outputs, as in .neg2pos)")
+    score_flags(arg)
+    training.machine_flags(parser, dtype="float32")
+    args = parser.parse_args(argv)
+    outputs = read_lines(args.outputs)
+    others = {file: read_lines(file) for file in [*args.references, *([args.sources] if args.sources else [])]}
+    for file, lines in others.items():
+        if len(lines) != len(outputs):
+            raise InputError(f"{file}: has {len(lines)} lines, but {args.outputs} has {len(outputs)}: they belong line to line")
+    found = re.search(r"\w2(\w+)$", Path(args.outputs).name)
+    target = args.target or (found and found[1])
+    if args.classifier and not target:
+        raise InputError(f"--target is not given, and {args.outputs} does not end in a direction such as .neg2pos")
+    training.find_device(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    scores = scores_of(outputs, others.get(args.sources), [others[file] for file in args.references], open_scorers(args, target))
+    show(scores, len(outputs))
+    print(json.dumps(scores))
+
+
+def score_flags(arg):
+    arg("--classifier", help="for ACC: folder of a train_glue.py run, with an adapter, on sentences labelled with their style (python -m data.style)")
+    arg("--lm", metavar="FILE", help="for PPL: an n-gram model in ARPA or KenLM's binary form; needs the kenlm module")
+
+
+def open_scorers(args, target):
+    """{name of a score: function of the outputs} for --classifier and --lm."""
+    scorers = {}
+    if args.classifier:
+        run = Path(args.classifier)
+        settings, labels = (read_json(run / "result.json").get(name) for name in ("settings", "labels"))
+        if not labels or target not in labels:
+            raise InputError(f"--classifier {run}: its labels are {labels}, expected {target!r} among them")
+        if not (run / "adapter").is_dir():
+            raise InputError(f"--classifier {run}: has no adapter/ (method {settings['method']}); train it with --method lora or salora")
+
+        def accuracy(outputs):
+            device, folder = training.find_device(args), model_folder(settings["model"])
+            model = load_encoder(folder, len(labels), torch.float32).to(device)
+            training.load_adapter(model, run / "adapter")
+            tokens = tokenize(load_tokenizer(folder), [(text,) for text in outputs], settings["max_length"], model.config.vocab_size)
+            return 100 * float((train_glue.evaluate(model, tokens, model.config.pad_token_id, device).argmax(1) == labels.index(target)).mean())
+
+        scorers["ACC"] = accuracy
+    if args.lm:
+        try:
+            import kenlm
+        except ImportError:
+            raise InputError("--lm needs the kenlm module: pip install kenlm (its source package builds with cmake and Boost)") from None
+        if not Path(args.lm).is_file():
+            raise InputError(f"--lm {args.lm}: no such file; lmplz -o 5 < sentences > FILE.arpa makes one")
+        lm = kenlm.Model(str(args.lm))
+        # per token, each sentence's end counted as one: 10 ^ (- sum of log10 probabilities / number of tokens)
+        scorers["PPL"] = lambda outputs: 10 ** (-sum(lm.score(text) for text in outputs) / sum(len(text.split()) + 1 for text in outputs))
+    return scorers
+
+
+def scores_of(outputs, sources, references, scorers):
+    """ACC: percent that the classifier takes for the target style; BLEU against the references, and self-BLEU against the sources, of 13a tokens; PPL."""
+    scores = {name: scorer(outputs) for name, scorer in scorers.items()}
+    if references:
+        scores["BLEU"] = metrics.bleu(outputs, references)
+    if sources:
+        scores["self-BLEU"] = metrics.bleu(outputs, [sources])
+    return scores
+
+
+def show(scores, count):
+    print(f"{count} sentences: " + ", ".join(f"{name} {scores[name]:.2f}" for name in ("ACC", "BLEU", "self-BLEU", "PPL") if name in scores))
+
+
+def main(argv):
+    if argv and argv[0] in ("generate", "style", "score"):
+        return globals()[argv[0]](argv[1:])
+    args = parse_args(argv)
+    root = Path(args.out) if args.out else training.free_folder(f"runs/{Path(args.data).stem}-{args.method}")
+    training.run_all(args, root, train, report)
+
+
+def command(argv=None):
+    training.command(main, argv)
+
+
+if __name__ == "__main__":
+    command()
