@@ -1,7 +1,7 @@
 """
-Made the files in tests/fixtures with other people's code: transformers 5.23.0 (torch 2.13.0), PEFT 0.21.2, scikit-learn 1.9.1, SciPy 1.17.1.
+Made the files in tests/fixtures with other people's code: transformers 5.23.0 (torch 2.13.0), PEFT 0.21.2, scikit-learn 1.9.1, SciPy 1.17.1, sacrebleu 2.6.0.
 
-    pip install transformers==5.23.0 peft==0.21.2 scikit-learn==1.9.1 scipy==1.17.1
+    pip install transformers==5.23.0 peft==0.21.2 scikit-learn==1.9.1 scipy==1.17.1 sacrebleu==2.6.0
     python tests/make_fixtures.py [MINILM_FOLDER SMOLLM2_FOLDER]
 
 roberta/, bert/    a tiny random model saved by transformers; expected.safetensors: inputs, last hidden states, logits
@@ -11,6 +11,7 @@ minilm.safetensors the same for the real all-MiniLM-L6-v2 (with MINILM_FOLDER), 
 smollm2.safetensors, smollm2.json   the real SmolLM2-135M-Instruct, float32: every 499th logit of two rows; greedy continuations of 20 prompts
 peft.safetensors   PEFT's LoRA layer: weights, input, output; PEFT's AdaLoRA on two layers, 30 steps of given gradients: the singular values
                    after every step, which triplets stay, the regulariser, an output
+bleu.json          sentences with sacrebleu's score
 metrics.json       labels and predictions with scikit-learn's and SciPy's scores
 """
 
@@ -163,6 +164,22 @@ def metrics():
     (FIXTURES / "metrics.json").write_text(json.dumps(cases))
 
 
+def bleu():
+    import sacrebleu
+    rng, words, cases = np.random.default_rng(5), "the a food was is n't 's good, bad. 1,000 3-4 (really) \"great\" &amp; $5 U.S. wow!".split(), []
+    for n, references in ((40, 1), (40, 4), (3, 2), (1, 1)):
+        source = [rng.choice(words, rng.integers(1, 14)) for _ in range(n)]
+
+        def changed(share):
+            return [" ".join(np.where(rng.random(len(s)) < share, rng.choice(words, len(s)), s)[:rng.integers(1, 15)]) for s in source]
+
+        case = dict(outputs=changed(0.1), references=[changed(0.2) for _ in range(references)])
+        cases.append(case | dict(bleu=sacrebleu.corpus_bleu(*case.values(), force=True).score))
+    for outputs, reference in ((["a b"], ["a b c d"]), (["x"], ["a b c d e"]), (["a b c d", "e f g h"], ["a x c y", "e q g h"])):
+        cases.append(dict(outputs=outputs, references=[reference], bleu=sacrebleu.corpus_bleu(outputs, [reference]).score))
+    (FIXTURES / "bleu.json").write_text(json.dumps(cases, indent=0))
+
+
 if __name__ == "__main__":
     tiny("roberta")
     tiny("bert")
@@ -172,6 +189,7 @@ if __name__ == "__main__":
     llama("llama-linear", num_key_value_heads=1, rope_parameters=dict(rope_type="linear", rope_theta=1000.0, factor=2.0))
     peft()
     metrics()
+    bleu()
     if len(sys.argv) > 1:
         minilm(sys.argv[1])
         smollm2(sys.argv[2])

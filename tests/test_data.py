@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import InputError, download, glue, metrics
+from data import InputError, download, glue, metrics, style
 from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.glue import HERE, TASKS, load_task, score
 from data.make_demo import make_data
@@ -319,6 +319,44 @@ def test_demo_data_is_what_its_script_makes():
 
 
 def test_demo_is_small_balanced_and_has_no_dev_sentence_in_train():
-    assert sum(p.stat().st_size for p in (HERE / "demo").rglob("*") if p.is_file()) < 4 << 20
+    assert sum(p.stat().st_size for p in (HERE / "demo").rglob("*") if p.is_file()) < 5 << 20
     _, train, (dev,) = load_task("demo")
     assert len(dev.labels) == 1000 and 0.5 < np.mean(dev.labels) < 0.7 and not set(train.texts) & set(dev.texts)
+
+
+# ---- style transfer
+
+
+def test_bleu_is_sacrebleus():
+    for case in json.loads((FIXTURES / "bleu.json").read_text()):
+        assert metrics.bleu(case["outputs"], case["references"]) == pytest.approx(case["bleu"], abs=1e-9)
+
+
+@pytest.mark.parametrize("answer,direction,expected", [
+    ('"The food isn\'t good, I\'d say."\nNote: changed.', "pos2neg", "the food is n't good , i 'd say ."), ("\n\n  GREAT (really)!  ", "neg2pos", "great ( really ) !"),
+    ('"I am very pleased."', "informal2formal", "I am very pleased."), ("", "neg2pos", "")])
+def test_answers_are_brought_into_the_form_of_the_data(answer, direction, expected):
+    assert style.tidy(answer, direction) == expected
+
+
+def test_yelp_and_gyafc_files_belong_line_to_line(tmp_path):
+    (tmp_path / "test").mkdir()
+    for name, text in {"test.neg": "bad .\nworse .\n", "ref0.neg2pos": "good .\nbetter .\n", "ref_li.neg2pos.tsv": "", "ref1.neg2pos": "bad .\tfine .\nworse .\tok .\n",
+                       "test/informal": "hi u\n", "test/formal.ref0": "Hello.\n", "test/formal.ref1": "Good day.\n"}.items():
+        (tmp_path / name).write_text(text)
+    assert style.read_task(tmp_path, "neg2pos") == (["bad .", "worse ."], [["good .", "better ."], ["fine .", "ok ."]])
+    assert style.read_task(tmp_path, "informal2formal") == (["hi u"], [["Hello."], ["Good day."]])
+    (tmp_path / "ref0.neg2pos").write_text("good .\n")
+    with pytest.raises(InputError, match="ref0.neg2pos: has 1 lines, but .*test.neg has 2"):
+        style.read_task(tmp_path, "neg2pos")
+    with pytest.raises(InputError, match="GYAFC is licensed: ask its authors"):
+        style.read_task(tmp_path, "formal2informal")
+
+
+def test_sentences_for_a_classifier_of_styles(tmp_path):
+    for name in ("train_sub.neg", "train_sub.pos", "dev.neg", "dev.pos"):
+        (tmp_path / name).write_text("".join(f"{name} {i} .\n" for i in range(5)))
+    style.classifier_data(tmp_path, tmp_path / "out")
+    task, train, dev = load_task(str(tmp_path / "out"))
+    assert task.labels == ("neg", "pos") and sorted(train.labels) == [0] * 5 + [1] * 5 and train.labels != sorted(train.labels) and len(dev[0].texts) == 10
+    assert all(("neg" in text) == (label == 0) for (text,), label in zip(train.texts, train.labels))
