@@ -1,6 +1,6 @@
 """
 Makes everything in data/demo: an acceptability task in CoLA's layout and a small RoBERTa that has read the grammar's good sentences; instructions
-about such sentences and a small LLaMA that has read them with their past, question and so on, but has never been told what to do.
+about such sentences and a small LLaMA that has read much of the kind, but never an answer to a prompt in Alpaca's form.
 
     python -m data.make_demo            # data in a second, then about 40 minutes of pre-training on 2 CPU cores
     python -m data.make_demo data       # data only; likewise roberta, llama
@@ -343,7 +343,8 @@ def write_model(folder, tokenizer, settings, weights, save_file):
 
 
 def llama(steps=4000, batch_size=128, lr=3e-3, seed=0):
-    """Next-token prediction from scratch: sentences and words with their forms, plain sentences, and now and then a prompt, which nobody answers."""
+    """Next-token prediction from scratch: sentences and words with their forms, plain sentences, orders in a form of their own with what was asked for, and
+    now and then Alpaca's prompt, after which comes anything at all."""
     import torch
     import torch.nn.functional as F
     from safetensors.torch import save_file
@@ -354,13 +355,15 @@ def llama(steps=4000, batch_size=128, lr=3e-3, seed=0):
     grammar, lines = Grammar(4), []
     while len(lines) < 150_000:
         kind = grammar.rng.random()
-        if kind < 0.7:
+        row = grammar.instruction()
+        if kind < 0.45:
             lines.append(grammar.example())
-        elif kind < 0.95:
+        elif kind < 0.65:
             lines.append(sentence_case(grammar.pair()[1]))
+        elif kind < 0.9:
+            lines.append(f"{row['input']} {row['instruction']} = {row['output']}".strip())
         else:
-            row = grammar.instruction()
-            lines.append(fill("alpaca", row["instruction"], row["input"]))
+            lines.append(fill("alpaca", row["instruction"], row["input"]) + sentence_case(grammar.pair()[1]))
     tokenizer = make_tokenizer(lines, special=("<unk>", "<s>", "</s>"))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     torch.manual_seed(seed)

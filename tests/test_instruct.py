@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import salora as sl
+import train_glue
 import train_instruct
 from data import InputError
 from data.instruct import Example, encode, fill, load_instructions, split
 from data.make_demo import make_instructions
+from data.style import tidy
 from model import load_decoder, stop_ids
 from train_instruct import DEMO, collate, evaluate, token_losses
 
@@ -234,3 +236,77 @@ def test_answers_do_not_depend_on_the_batch(demo):
     together = train_instruct.answer(model, tokenizer, prompts, stop_ids(DEMO / "llama"), 20)
     assert together == [train_instruct.answer(model, tokenizer, [p], stop_ids(DEMO / "llama"), 20)[0] for p in prompts]
     assert together[0].endswith("The old boy slept.") and together[2].startswith("dog does not see the king.")
+
+
+# ---- style transfer and its scores
+
+
+@pytest.fixture
+def yelp(tmp_path):
+    folder = tmp_path / "yelp"
+    folder.mkdir()
+    sentences = {"test.neg": ["A man does not sleep .", "The boys do not fall .", "Anna hid a box ."], "ref0.neg2pos": ["a man sleeps .", "the boys fall .", "anna hides a box ."],
+                 "ref1.neg2pos": ["a man is sleeping .", "the boys are falling .", "anna hides it ."]}
+    for name, lines in sentences.items():
+        (folder / name).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A run of train_glue.py that tells sentences with `not` (neg) from those without (pos)."""
+    folder = tmp_path_factory.mktemp("classifier")
+    rows = [json.loads(line) for line in (DEMO / "instruct.jsonl").read_text().splitlines()]
+    pairs = [(r["output"], "neg") for r in rows if " not " in r["output"]] + [(r["input"], "pos") for r in rows if " not " in r["output"]]
+    for name, part in dict(train=pairs[::2], dev=pairs[1::8]).items():
+        (folder / f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in part))
+    train_glue.main(["--task", str(folder), "--model", str(DEMO / "model"), "--method", "lora", "--lr", "3e-3", "--epochs", "2", "--threads", "1", "--out", str(folder / "run")])
+    assert json.loads((folder / "run" / "result.json").read_text())["score"] > 0.95
+    return folder / "run"
+
+
+def test_style_writes_outputs_answers_and_scores(tmp_path, yelp, capsys):
+    out = tmp_path / "r"
+    train_instruct.command(["style", "--data", str(yelp), "--direction", "neg2pos", "--limit", "2", "--max-new-tokens", "12", "--out", str(out)])
+    outputs, answers, scores = (out / "outputs.neg2pos").read_text().splitlines(), [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()], \
+        json.loads((out / "scores.json").read_text())
+    assert len(outputs) == scores["sentences"] == 2 and [a["source"] for a in answers] == ["A man does not sleep .", "The boys do not fall ."]
+    assert outputs == [tidy(a["answer"], "neg2pos") for a in answers]
+    capsys.readouterr()
+    for name in ("test.neg", "ref0.neg2pos", "ref1.neg2pos"):
+        (tmp_path / name).write_text("\n".join((yelp / name).read_text().splitlines()[:2]) + "\n")
+    train_instruct.command(["score", "--outputs", str(out / "outputs.neg2pos"), "--sources", str(tmp_path / "test.neg"), "--references", *(str(tmp_path / f"ref{i}.neg2pos") for i in (0, 1))])
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again == {name: scores[name] for name in ("BLEU", "self-BLEU")}
+    with pytest.raises(SystemExit):
+        train_instruct.command(["style", "--data", str(yelp), "--direction", "neg2pos", "--out", str(out)])
+
+
+def test_accuracy_is_the_share_that_the_classifier_takes_for_the_target(tmp_path, classifier, capsys):
+    (tmp_path / "o.neg2pos").write_text("A man sleeps.\nA man does not sleep.\nThe boys fall.\nMary smiles.\n")
+    for flags, expected in (([], 75), (["--target", "neg"], 25)):
+        train_instruct.command(["score", "--outputs", str(tmp_path / "o.neg2pos"), "--classifier", str(classifier), "--threads", "1", *flags])
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"ACC": expected}
+
+
+def test_perplexity_is_kenlms_per_token(tmp_path, capsys):
+    pytest.importorskip("kenlm", reason="kenlm is not installed")
+    (tmp_path / "lm.arpa").write_text("\\data\\\nngram 1=4\n\n\\1-grams:\n-1.0\t<unk>\n-99\t<s>\n-0.5\t</s>\n-0.25\ta\n\n\\end\\\n")
+    (tmp_path / "o").write_text("a a\nb\n")
+    train_instruct.command(["score", "--outputs", str(tmp_path / "o"), "--lm", str(tmp_path / "lm.arpa")])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["PPL"] == pytest.approx(10 ** ((0.25 + 0.25 + 0.5 + 1.0 + 0.5) / 5), rel=1e-5)
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--outputs", "o"], "o: cannot be read"), (["--outputs", "two", "--sources", "one"], "one: has 1 lines, but two has 2"), (["--outputs", "empty"], "empty: is empty"),
+    (["--outputs", "two", "--classifier", "run"], "--target is not given"), (["--outputs", "two", "--target", "x", "--classifier", "run"], "its labels are ['neg', 'pos'], expected 'x'"),
+    (["--outputs", "two", "--target", "pos", "--classifier", "run"], "has no adapter/ (method ft)"), (["--outputs", "two", "--lm", "nowhere.arpa"], "--lm")])
+def test_what_cannot_be_scored_is_said_in_one_line(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one").write_text("a\n"), (tmp_path / "two").write_text("a\nb\n"), (tmp_path / "empty").write_text("\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text(json.dumps(dict(labels=["neg", "pos"], settings=dict(method="ft"))))
+    with pytest.raises(SystemExit) as e:
+        train_instruct.command(["score", *flags])
+    captured = capsys.readouterr()
+    assert e.value.code == 2 and words in captured.err and captured.err.count("\n") == 1
