@@ -152,7 +152,9 @@ def estimate(cells):
         epochs = min(s.epochs or epochs, (s.max_steps or rows) * s.batch_size * s.accumulate / rows)
         total += cell.missing() * (epochs * train + max(epochs, 1) * dev / 3)
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(cells[0].command("--max-steps", "10", "--window", "0", "1", "--limit-dev", "8", "--out", folder), capture_output=True, check=True)
+        done = subprocess.run(cells[0].command("--max-steps", "10", "--window", "0", "1", "--limit-dev", "8", "--out", folder), capture_output=True, text=True)
+        if done.returncode:  # so will the run itself
+            raise InputError(f"{cells[0].task}, {cells[0].label}: {done.stderr.strip().removeprefix('error: ')}")
         last = json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])
     return total / last["tokens_per_second"]
 

@@ -342,7 +342,7 @@ def write_model(folder, tokenizer, settings, weights, save_file):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def llama(steps=4000, batch_size=128, lr=3e-3, seed=0):
+def llama(steps=3000, batch_size=128, lr=3e-3, seed=0):
     """Next-token prediction from scratch: sentences and words with their forms, plain sentences, orders in a form of their own with what was asked for, and
     now and then Alpaca's prompt, after which comes anything at all."""
     import torch

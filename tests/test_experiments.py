@@ -103,6 +103,13 @@ def test_pictures_are_drawn_where_matplotlib_is(tmp_path, here, capsys):
         assert "no pictures, for which matplotlib is needed" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
 
 
+def test_a_first_cell_that_cannot_run_stops_the_experiment_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        go("table1", tmp_path, "--methods", "lora --r 999", "--seeds", "0")
+    text = capsys.readouterr().err
+    assert e.value.code == 2 and text.count("\n") == 1 and text.startswith("error: demo, LoRA r 999: --r is 999, but the narrowest")
+
+
 def test_a_failed_cell_is_told_and_the_others_are_done(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         go("table1", tmp_path, "--methods", "head", "lora --r 999", "--seeds", "0")
