@@ -50,17 +50,18 @@ def parse_args(argv=None):
     arg("--limit-dev", type=int, metavar="N", help="use only the first N held-out rows (default: all)")
     arg("--hold-out", type=float, metavar="N", default=0.05, help="random rows, always the same, that are not trained on but scored; below 1: this share of them")
     arg("--max-length", type=int, default=512, help="prompt and response are cut to this many tokens")
-    arg("--generate", type=int, metavar="N", default=8, help="held-out rows that are answered after training, for predictions.tsv")
+    arg("--generate", type=int, metavar="N", help="held-out rows that are answered after training, for predictions.tsv (default: 8; for demo 100)")
     training.method_flags(parser, ("salora", "lora"), DECODER_LINEARS)
-    training.run_flags(parser, epochs="3", lr="3e-4; for demo 3e-3", batch_size=16, dtype="bfloat16; for demo float32", out="runs/DATA-METHOD")
+    training.run_flags(parser, epochs="3", lr="3e-4; for demo 5e-3", batch_size=16, dtype="bfloat16; for demo float32", out="runs/DATA-METHOD")
     args = parser.parse_args(argv)
 
     demo = args.model is None and args.data is None
     training.need(demo or args.model and args.data, "--data" if args.model else "--model", "not given", "both --model and --data (or neither, for the demo)")
     if demo:
         args.model, args.data, args.threads = str(DEMO / "llama"), str(DEMO / "instruct.jsonl"), args.threads or 1
-    args.lr, args.epochs = args.lr or (3e-3 if demo else 3e-4), args.epochs or 3
+    args.lr, args.epochs = args.lr or (5e-3 if demo else 3e-4), args.epochs or 3
     args.dtype = args.dtype or ("float32" if demo else "bfloat16")
+    args.generate = (100 if demo else 8) if args.generate is None else args.generate
     training.settle(args)
     training.at_least(args, 0, "generate")
     return args

@@ -52,7 +52,7 @@ def demo():
 def test_demo_learns_to_follow_instructions(tmp_path):
     text = subprocess.run([sys.executable, ROOT / "train_instruct.py", "--out", tmp_path / "r"], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
     result = json.loads((tmp_path / "r" / "result.json").read_text())
-    assert result["metrics"]["exact_match"] >= 0.75 and result["kept_density"] <= 0.5
+    assert result["metrics"]["exact_match"] >= 0.8 and result["kept_density"] <= 0.5
     assert all(e["before"] != e["reference"] for e in result["examples"]) and sum(e["after"] == e["reference"] for e in result["examples"]) >= 2
     for words in ("before: ", "after: ", "reference: ", "budget 0.5", "W^U", "perplexity", "adapter/"):
         assert words in text, words
