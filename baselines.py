@@ -188,7 +188,3 @@ class AdaLoRA:
     def orthogonality(self):
         """As SaLoRA's: squared."""
         return sl.orthogonality(self.layers)
-
-    def kept_params(self):
-        """Number of adapter parameters now in the model."""
-        return sum(p.numel() for m in self.layers for p in m.parameters(recurse=False))

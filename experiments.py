@@ -44,9 +44,8 @@ FIELDS = ("task", "method", "seed", "metric", "score", "lr", "trainable_params",
 
 
 def parse_args(name, argv):
-    parser = argparse.ArgumentParser(prog=f"train_glue.py {name}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.error = lambda message: sys.exit(training.fail(message))
+    parser = training.new_parser(prog=f"train_glue.py {name}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                 allow_abbrev=False)
 
     def arg(*flags, help, **kw):
         parser.add_argument(*flags, **kw, help=f"{help} (default: %(default)s)")
@@ -124,9 +123,9 @@ class Cell:
 def run_cells(tasks, methods, common, args):
     """{(task, name of the method): [result ..]}, after running what is not finished."""
     cells = [Cell(task, method, common, args) for task in tasks for method in methods]
-    todo = [cell for cell in cells if cell.missing()]
+    todo = {cell: runs for cell in cells if (runs := cell.missing())}
     if todo:
-        print(f"{sum(map(Cell.missing, todo))} runs to do, about {clock(estimate(todo) / args.jobs)} on this machine", flush=True)
+        print(f"{sum(todo.values())} runs to do, about {clock(estimate(todo) / args.jobs)} on this machine", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         failed = list(pool.map(Cell.run, todo)).count(False)
     if failed:
@@ -134,27 +133,28 @@ def run_cells(tasks, methods, common, args):
     return {(cell.task, cell.label): cell.results() for cell in cells}
 
 
-def estimate(cells):
-    """Seconds that the missing runs of the cells take one after the other, from the speed of ten steps of the first. A token of an
+def estimate(todo):
+    """Seconds that the runs of {cell: how many} take one after the other, from the speed of ten steps of the first. A token of an
     evaluation costs a third of one of training."""
     lengths, total = {}, 0.0
-    for cell in cells:
+    for cell, runs in todo.items():
         s = cell.settings
         key = s.task, s.data, s.limit_train, s.limit_dev, s.model
         if key not in lengths:
             folder = model_folder(s.model)
             with contextlib.redirect_stdout(io.StringIO()):  # the run itself will say what the reader has to say
                 task, train, dev = load_task(s.task, s.data, s.limit_train, s.limit_dev)
-            count = [sum(len(ids) for ids, _ in tokenize(load_tokenizer(folder), rows.texts, s.max_length or 128, read_config(folder).vocab_size))
-                     for rows in (train, *dev)]
+            tokenizer, vocab_size = load_tokenizer(folder), read_config(folder).vocab_size
+            count = [sum(len(ids) for ids, _ in tokenize(tokenizer, rows.texts, s.max_length or 128, vocab_size)) for rows in (train, *dev)]
             lengths[key] = task.epochs, len(train.texts), count[0], sum(count[1:])
         epochs, rows, train, dev = lengths[key]
         epochs = min(s.epochs or epochs, (s.max_steps or rows) * s.batch_size * s.accumulate / rows)
-        total += cell.missing() * (epochs * train + max(epochs, 1) * dev / 3)
+        total += runs * (epochs * train + max(epochs, 1) * dev / 3)
+    first = next(iter(todo))
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(cells[0].command("--max-steps", "10", "--window", "0", "1", "--limit-dev", "8", "--out", folder), capture_output=True, text=True)
+        done = subprocess.run(first.command("--max-steps", "10", "--window", "0", "1", "--limit-dev", "8", "--out", folder), capture_output=True, text=True)
         if done.returncode:  # so will the run itself
-            raise InputError(f"{cells[0].task}, {cells[0].label}: {done.stderr.strip().removeprefix('error: ')}")
+            raise InputError(f"{first.task}, {first.label}: {done.stderr.strip().removeprefix('error: ')}")
         last = json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])
     return total / last["tokens_per_second"]
 

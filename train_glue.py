@@ -14,7 +14,6 @@ A run leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads 
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -37,9 +36,7 @@ EXPERIMENTS = ("table1", "ablation", "efficiency", "ranks", "sweep", "components
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(training.fail(message))
-
+    parser = training.new_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = training.flag_group(parser, "what to train, on what")
     arg("--task", default="demo", help=f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv")
     arg("--model", help="folder in Hugging Face layout, or a hub name (default: roberta-base; for demo the built-in one)")
@@ -82,7 +79,7 @@ def parse_args(argv=None):
 
 def evaluate(model, rows, pad_id, device, batch_size=128):
     """Logits (n, num_labels) in the order of `rows`, float32 numpy; each process computes its share of the batches."""
-    training = model.training
+    training_mode = model.training
     logits = torch.zeros(len(rows), model.num_labels, device=device)
     model.eval()
     with torch.inference_mode():
@@ -90,14 +87,12 @@ def evaluate(model, rows, pad_id, device, batch_size=128):
             logits[batch] = model(*collate([rows[i] for i in batch], pad_id, device)).float()
     if PROCESSES > 1:
         dist.all_reduce(logits)
-    model.train(training)
+    model.train(training_mode)
     return logits.cpu().numpy()
 
 
 def train(args, seed, out):
     """One run: trains with one seed, writes its files into `out`, returns what is in result.json (in the first process)."""
-    settings = {k: v for k, v in vars(args).items() if k not in training.NOT_OF_A_RUN} | dict(seed=seed)
-
     # ---- data, and what the model's sizes allow
     task, train_rows, dev_sets = load_task(args.task, args.data, args.limit_train, args.limit_dev, args.hold_out)
     folder = model_folder(args.model)
@@ -111,7 +106,6 @@ def train(args, seed, out):
     tokens = tokenize(tokenizer, train_rows.texts, max_length, config.vocab_size)
     dev_tokens = [tokenize(tokenizer, rows.texts, max_length, config.vocab_size) for rows in dev_sets]
     lengths, pad_id = [len(ids) for ids, _ in tokens], config.pad_token_id
-
     plan = training.schedule(args, len(tokens), task.epochs if args.epochs is None else args.epochs)
 
     # ---- model and method
@@ -125,9 +119,7 @@ def train(args, seed, out):
             module.float().requires_grad_(True)
     head_params = sum(p.numel() for module in model.head for p in module.parameters())
     trainable_params = training.count_trainable(model, head_params)
-    settings |= dict(epochs=plan.epochs, gate_lr=plan.gate_lr, max_length=max_length, processes=PROCESSES)
-    if args.method == "salora":
-        settings["selection"] = lowrank.selection
+    settings = training.settings_of(args, seed, plan, lowrank) | dict(max_length=max_length)
     training.announce(settings, f"{args.method} on {args.task}: {len(tokens)} training rows, {plan.steps} steps of {plan.rows_per_step}; "
                                 f"{trainable_params:,} parameters to train and {head_params:,} in the head")
 

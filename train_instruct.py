@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from data import InputError, metrics
 from data.batching import batch_order, load_tokenizer, tokenize
 from data.download import model_folder
 from data.instruct import TEMPLATES, encode, encode_prompt, fill, load_instructions, split
-from data.style import PROMPTS, read_lines, read_task, tidy
+from data.style import PROMPTS, read_beside, read_lines, read_task, tidy
 from model import DECODER_LINEARS, DecoderConfig, load_decoder, load_encoder, read_config, read_json, stop_ids
 from training import PROCESSES, RANK
 
@@ -38,9 +37,7 @@ DEMO = Path(__file__).parent / "data" / "demo"
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(training.fail(message))
-
+    parser = training.new_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = training.flag_group(parser, "what to train, on what")
     arg("--model", help="folder in Hugging Face layout, or a hub name (default: the built-in one of the demo)")
     arg("--data", help="JSON or JSONL file of instructions (default: the built-in one of the demo)")
@@ -134,8 +131,6 @@ def answer(model, tokenizer, prompts, stop, max_new_tokens, batch_size=16, **sam
 
 def train(args, seed, out):
     """One run: trains with one seed, writes its files into `out`, returns what is in result.json (in the first process)."""
-    settings = {k: v for k, v in vars(args).items() if k not in training.NOT_OF_A_RUN} | dict(seed=seed)
-
     # ---- data, and what the model's sizes allow
     rows, held = split(load_instructions(args.data), args.hold_out)
     rows, held = rows[:args.limit_train], held[:args.limit_dev]
@@ -157,9 +152,7 @@ def train(args, seed, out):
     model.checkpoint_activations = args.checkpoint_activations
     lowrank = training.install(args, model, plan.steps, seed)
     trainable_params = training.count_trainable(model)
-    settings |= dict(gate_lr=plan.gate_lr, processes=PROCESSES)
-    if args.method == "salora":
-        settings["selection"] = lowrank.selection
+    settings = training.settings_of(args, seed, plan, lowrank)
     training.announce(settings, f"{args.method} on {args.data}: {len(examples)} training rows, {sum(asked):,} tokens of them trained on; {plan.steps} steps of "
                                 f"{plan.rows_per_step}; {trainable_params:,} parameters to train")
     shown = [encode_prompt(tokenizer, fill(args.template, row["instruction"], row["input"])) for row in held[:args.generate]]
@@ -218,8 +211,7 @@ def report(args, result, out):
 
 
 def subcommand(name, description):
-    parser = argparse.ArgumentParser(prog=f"train_instruct.py {name}", description=description)
-    parser.error = lambda message: sys.exit(training.fail(message))
+    parser = training.new_parser(prog=f"train_instruct.py {name}", description=description)
     return parser, training.flag_group(parser, "flags")
 
 
@@ -237,12 +229,10 @@ def model_flags(parser, arg):
 
 def open_model(args):
     """The model that model_flags name, ready to answer; its tokenizer, the ids that end a text, and the template of its prompts."""
-    training.at_least(args, 1, "max_new_tokens", "threads")
+    training.at_least(args, 1, "max_new_tokens")
     training.at_least(args, 0, "temperature", "seed")
     training.need(0 < args.top_p <= 1, "--top-p", args.top_p, "a share in (0, 1]")
-    device = training.find_device(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = training.use_machine(args)
     folder = model_folder(args.model or str(DEMO / "llama"))
     tokenizer, stop = load_tokenizer(folder), stop_ids(folder)
     model = load_decoder(folder, getattr(torch, args.dtype or "float32"), device).eval()
@@ -333,18 +323,14 @@ def score(argv):
     training.machine_flags(parser, dtype="float32")
     args = parser.parse_args(argv)
     outputs = read_lines(args.outputs)
-    others = {file: read_lines(file) for file in [*args.references, *([args.sources] if args.sources else [])]}
-    for file, lines in others.items():
-        if len(lines) != len(outputs):
-            raise InputError(f"{file}: has {len(lines)} lines, but {args.outputs} has {len(outputs)}: they belong line to line")
+    references = [read_beside(file, outputs, args.outputs) for file in args.references]
+    sources = read_beside(args.sources, outputs, args.outputs) if args.sources else None
     found = re.search(r"\w2(\w+)$", Path(args.outputs).name)
     target = args.target or (found and found[1])
     if args.classifier and not target:
         raise InputError(f"--target is not given, and {args.outputs} does not end in a direction such as .neg2pos")
-    training.find_device(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    scores = scores_of(outputs, others.get(args.sources), [others[file] for file in args.references], open_scorers(args, target))
+    training.use_machine(args)
+    scores = scores_of(outputs, sources, references, open_scorers(args, target))
     show(scores, len(outputs))
     print(json.dumps(scores))
 

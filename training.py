@@ -39,6 +39,13 @@ RECIPES = {  # what the two recipes set, unless a flag says otherwise
 # flags
 
 
+def new_parser(**kw):
+    """An ArgumentParser whose errors are one line, as all others are."""
+    parser = argparse.ArgumentParser(**kw)
+    parser.error = lambda message: sys.exit(fail(message))
+    return parser
+
+
 def flag_group(parser, title):
     """parser.add_argument of a group, which adds the default to the help sentence."""
     add = parser.add_argument_group(title).add_argument
@@ -144,6 +151,14 @@ def find_device(args):
     return device
 
 
+def use_machine(args):
+    """find_device(), after --threads has been put to use."""
+    at_least(args, 1, "threads")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return find_device(args)
+
+
 def need(ok, name, found, expected):
     if not ok:
         raise InputError(f"{name} is {found}, expected {expected}")
@@ -208,7 +223,7 @@ def load_checkpoint(folder, optimizer, lowrank, device, settings):
     for name, value in settings.items():
         found = progress["settings"].get(name)
         if found != value and name not in ("log_every", "threads"):
-            raise InputError(f"--resume: --{name.replace('_', '-')} is {value}, but {folder} was written with {found}: "
+            raise InputError(f"--resume: {flag(name)} is {value}, but {folder} was written with {found}: "
                              "give the run's own flags")
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = load_file(folder / "state.safetensors")
@@ -264,6 +279,15 @@ def install(args, model, steps, seed):
                          straight_through=args.straight_through, fold_gates=args.fold_gates, seed=seed)
     return baselines.install(model, args.method, paths, steps, args.r, args.alpha, args.budget, args.beta, args.window,
                              getattr(args, "bottleneck", None), getattr(args, "virtual_tokens", None))
+
+
+def settings_of(args, seed, plan, lowrank):
+    """Every flag of a run as it was resolved, for result.json and the check of --resume."""
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_OF_A_RUN}
+    settings |= dict(seed=seed, epochs=plan.epochs, gate_lr=plan.gate_lr, processes=PROCESSES)
+    if args.method == "salora":
+        settings["selection"] = lowrank.selection
+    return settings
 
 
 def announce(settings, line):
@@ -475,7 +499,7 @@ def finished(args, out):
     for name, value in vars(args).items():
         found = result["settings"].get(name, value)
         if value is not None and found != value and name not in (*NOT_OF_A_RUN, "seed", "threads", "log_every"):
-            raise InputError(f"--out {out} holds a finished run with --{name.replace('_', '-')} {found}, not {value}: give another folder")
+            raise InputError(f"--out {out} holds a finished run with {flag(name)} {found}, not {value}: give another folder")
     return result
 
 

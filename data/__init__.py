@@ -1,5 +1,28 @@
 """Everything between a file and a tensor: tasks and readers (glue.py), downloads (download.py), batches (batching.py), scores (metrics.py)."""
 
 
+from pathlib import Path
+
+import numpy as np
+
+
 class InputError(ValueError):
     """Bad input from outside: a file, a folder, a flag. Its one line says what was found, what was expected and what to do."""
+
+
+def read_text(file, encoding="utf-8", hint=""):
+    """A text file, its line ends as they are. hint: what is added where it is not found."""
+    try:
+        return Path(file).read_bytes().decode(encoding)
+    except FileNotFoundError:
+        raise InputError(f"{file}: not found{hint}") from None
+    except UnicodeDecodeError as e:
+        raise InputError(f"{file}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
+    except OSError as e:
+        raise InputError(f"{file}: cannot be read ({e.strerror})") from None
+
+
+def draw_rows(n, count):
+    """The numbers of n rows in two parts, each in order: those that stay, and `count` that are held out, at random but always the same."""
+    order = np.random.default_rng(0).permutation(n)
+    return sorted(order[count:].tolist()), sorted(order[:count].tolist())

@@ -8,9 +8,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from data import InputError, metrics
+from data import InputError, draw_rows, metrics, read_text
 from data.download import download_task
 
 HERE = Path(__file__).parent
@@ -57,14 +55,7 @@ TASKS = {
 
 def read_table(file, header):
     """Column names (numbers without a header) and the rows as (line number, cells)."""
-    try:
-        text = Path(file).read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{file}: not found") from None
-    except UnicodeDecodeError as e:
-        raise InputError(f"{file}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
-    except OSError as e:
-        raise InputError(f"{file}: cannot be read ({e.strerror})") from None
+    text = read_text(file, "utf-8-sig")
     lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]  # not splitlines: a text may hold U+2028
     if lines[-1] == [""]:
         lines.pop()
@@ -145,9 +136,8 @@ def load_task(name, data=None, limit_train=None, limit_dev=None, hold_out=None):
     hold_out = int(hold_out) if hold_out >= 1 else min(math.ceil(hold_out * len(rows.labels)), 3000)
     if hold_out >= len(rows.labels):
         raise InputError(f"--hold-out is {hold_out}, but {folder / 'train.tsv'} has {len(rows.labels)} rows: hold out fewer")
-    order = np.random.default_rng(0).permutation(len(rows.labels))
-    held, rest = sorted(order[:hold_out])[:limit_dev], sorted(order[hold_out:])[:limit_train]
-    train, dev = (Rows([rows.texts[i] for i in part], [rows.labels[i] for i in part]) for part in (rest, held))
+    rest, held = draw_rows(len(rows.labels), hold_out)
+    train, dev = (Rows([rows.texts[i] for i in part], [rows.labels[i] for i in part]) for part in (rest[:limit_train], held[:limit_dev]))
     return task, train, [dev]
 
 

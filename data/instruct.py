@@ -5,11 +5,8 @@ Instruction data: from {instruction, input, output} rows to tokens of a prompt a
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-
-from data import InputError
+from data import InputError, draw_rows, read_text
 
 TEMPLATES = {  # prompt with an input, prompt without one, what ends a response besides the end-of-text token
     "alpaca": (
@@ -38,16 +35,9 @@ def fill(template, instruction, input=""):
     return re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], text)
 
 
-def load_instructions(file, limit=None):
+def load_instructions(file):
     """Rows of a JSON list or of JSONL, as Alpaca has them: dicts with instruction, input (may be missing) and output."""
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{file}: not found; expected a JSON list or JSONL of objects with instruction, input and output") from None
-    except UnicodeDecodeError as e:
-        raise InputError(f"{file}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
-    except OSError as e:
-        raise InputError(f"{file}: cannot be read ({e.strerror})") from None
+    text = read_text(file, hint="; expected a JSON list or JSONL of objects with instruction, input and output")
     try:
         if text.lstrip().startswith("["):
             rows = [(f"row {i}", row) for i, row in enumerate(json.loads(text))]
@@ -62,7 +52,7 @@ def load_instructions(file, limit=None):
                 raise InputError(f"{file}: {where}: {name} is {value!r}, expected text; rows are objects with instruction, input and output")
     if not rows:
         raise InputError(f"{file}: has no rows")
-    return [dict(instruction=row["instruction"].strip(), input=row.get("input", "").strip(), output=row["output"].strip()) for _, row in rows[:limit]]
+    return [dict(instruction=row["instruction"].strip(), input=row.get("input", "").strip(), output=row["output"].strip()) for _, row in rows]
 
 
 def split(rows, hold_out):
@@ -70,8 +60,7 @@ def split(rows, hold_out):
     n = int(hold_out) if hold_out >= 1 else max(1, round(hold_out * len(rows)))
     if n >= len(rows):
         raise InputError(f"--hold-out is {hold_out}, but there are {len(rows)} rows: hold out fewer")
-    held = set(np.random.default_rng(0).permutation(len(rows))[:n].tolist())
-    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
+    return tuple([rows[i] for i in part] for part in draw_rows(len(rows), n))
 
 
 def encode_prompt(tokenizer, text):

@@ -321,10 +321,8 @@ def pretrain(lines, tokenizer, steps=4000, batch_size=192, lr=2e-3, seed=0):
 
 
 def roberta(without):
-    from safetensors.torch import save_file
-    from tokenizers import processors
-
     import torch
+    from tokenizers import processors
     lines = corpus(200_000, without)
     tokenizer = make_tokenizer(lines)
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)  # <s> .. </s> around a sentence
@@ -332,10 +330,11 @@ def roberta(without):
     settings = dict(architectures=["RobertaForMaskedLM"], hidden_act="gelu", **vars(config))
     settings.update(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, classifier_dropout=0.1, torch_dtype="float16")
     weights = {key: value.to(torch.float16).contiguous() for key, value in model.state_dict().items() if key.startswith("roberta.")}
-    write_model(FOLDER / "model", tokenizer, settings, weights, save_file)
+    write_model(FOLDER / "model", tokenizer, settings, weights)
 
 
-def write_model(folder, tokenizer, settings, weights, save_file):
+def write_model(folder, tokenizer, settings, weights):
+    from safetensors.torch import save_file
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -347,7 +346,6 @@ def llama(steps=3000, batch_size=128, lr=3e-3, seed=0):
     now and then Alpaca's prompt, after which comes anything at all."""
     import torch
     import torch.nn.functional as F
-    from safetensors.torch import save_file
     from tokenizers import processors
 
     from data.instruct import fill
@@ -386,7 +384,7 @@ def llama(steps=3000, batch_size=128, lr=3e-3, seed=0):
             print(f"step {step}/{steps}: loss {loss.item():.3f}", flush=True)
     settings = dict(architectures=["LlamaForCausalLM"], hidden_act="silu", bos_token_id=1, eos_token_id=2, torch_dtype="float16", **vars(config))
     weights = {key: value.to(torch.float16).contiguous() for key, value in model.state_dict().items() if key != "lm_head.weight"}
-    write_model(FOLDER / "llama", tokenizer, settings, weights, save_file)
+    write_model(FOLDER / "llama", tokenizer, settings, weights)
 
 
 def main(parts):

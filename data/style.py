@@ -36,6 +36,14 @@ def read_lines(file, hint=""):
     return [line.removesuffix("\r").split("\t")[-1].strip() for line in lines]
 
 
+def read_beside(file, lines, owner):
+    """read_lines(file), which belong line to line to `lines`, those of the file `owner`."""
+    own = read_lines(file)
+    if len(own) != len(lines):
+        raise InputError(f"{file}: has {len(own)} lines, but {owner} has {len(lines)}: they belong line to line")
+    return own
+
+
 def read_task(folder, direction):
     """Source sentences, and for each file of references its lines."""
     source, target = direction.split("2")
@@ -43,11 +51,7 @@ def read_task(folder, direction):
     file = Path(folder) / "test" / source if formality else Path(folder) / f"test.{source}"
     sources = read_lines(file, f"; {GYAFC}" if formality else "; see data/style.py for the files that are expected")
     references = sorted((Path(folder) / "test").glob(f"{target}.ref*") if formality else Path(folder).glob(f"ref*.{direction}"))
-    references = {file.name: read_lines(file) for file in references}
-    for name, lines in references.items():
-        if len(lines) != len(sources):
-            raise InputError(f"{folder}/{name}: has {len(lines)} lines, but {file} has {len(sources)}: they belong line to line")
-    return sources, list(references.values())
+    return sources, [read_beside(reference, sources, file) for reference in references]
 
 
 def tidy(answer, direction):
