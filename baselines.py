@@ -136,6 +136,8 @@ class AdaLoRA:
     def penalty(self):
         """beta times the mean over the matrices of |MM' - I|: a scalar."""
         live = [m for m in self.layers if m.rank]
+        if not live:
+            return torch.zeros(())
         stacks = sl.stack_by_shape([m.lora_A for m in live] + [m.lora_B.mT for m in live])  # (count, r, n) each
         norms = [(m @ m.mT - torch.eye(m.shape[1], device=m.device)).flatten(1).norm(dim=1) for m in stacks]
         return self.beta * torch.cat(norms).mean()

@@ -546,13 +546,13 @@ def load_encoder(folder, num_labels, dtype=torch.float32):
 
 def stop_ids(folder):
     """The token ids that end a text, from the folder's generation_config.json, else its config.json: a set."""
-    for name in ("generation_config.json", "config.json"):
-        if (Path(folder) / name).is_file():
-            ids = read_json(Path(folder) / name).get("eos_token_id")
-            if isinstance(ids, int):
-                return {ids}
-            if isinstance(ids, list) and ids and all(isinstance(i, int) for i in ids):
-                return set(ids)
+    first = Path(folder) / "generation_config.json"
+    for file in [first] * first.is_file() + [Path(folder) / "config.json"]:
+        ids = read_json(file).get("eos_token_id")
+        if isinstance(ids, int):
+            return {ids}
+        if isinstance(ids, list) and ids and all(isinstance(i, int) for i in ids):
+            return set(ids)
     raise InputError(f"{folder}/config.json: eos_token_id is {ids!r}, expected the id, or a list of ids, that end a text")
 
 

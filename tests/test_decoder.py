@@ -162,6 +162,9 @@ def test_end_of_text_ids_come_from_the_folder(folder):
     edit_config(folder, eos_token_id=None)
     with pytest.raises(InputError, match="eos_token_id is None"):
         stop_ids(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match="config.json: not found"):
+        stop_ids(folder)
 
 
 @pytest.mark.parametrize("changes,words", [

@@ -165,6 +165,11 @@ def test_adalora_ends_at_its_budget_of_triplets_and_leaves_an_adapter(tmp_path):
     assert ranks(load(plain, tmp_path / "r" / "adapter")) == {path: r for path, r in result["ranks"].items() if r}
 
 
+def test_adalora_with_nothing_kept_is_the_pretrained_model_with_a_new_head(tmp_path):
+    result = run(tmp_path / "r", "--method", "adalora", "--budget", 0.001)
+    assert set(result["ranks"].values()) == {0} and result["kept_params"] == 0 and log(tmp_path / "r")[-1]["orth_a"] == 0
+
+
 def test_learning_rate_is_chosen_on_held_out_rows_and_reported_on_dev(tmp_path, capsys):
     train_glue.main([*SHORT, "--method", "lora", "--lr-grid", "1e-5", "3e-3", "--hold-out", "70", "--seeds", "0", "1", "--out", str(tmp_path)])
     trials = {lr: json.loads((tmp_path / f"lr{lr}" / "result.json").read_text()) for lr in ("1e-05", "0.003")}
