@@ -11,7 +11,7 @@ start      seconds from the command to the end of the second step of train_glue.
 options    train_glue.py with --compile, --dtype bfloat16, --checkpoint-activations, --accumulate
 processes  train_glue.py in one process, and in two under torchrun, on the same global batch
 size       milliseconds of a step on random models by rank, targets, length and width
-memory     a paper estimate for RoBERTa-large and LLaMA-7B; nothing is run
+memory     a paper estimate for RoBERTa-large, SmolLM2-135M and LLaMA-7B; nothing is run
 """
 
 import argparse
@@ -35,6 +35,7 @@ from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.glue import HERE, load_task
 from model import Encoder, EncoderConfig, load_encoder, read_config
 from salora import SaLoRA
+from training import markdown
 
 ROOT = Path(__file__).parent
 
@@ -215,9 +216,16 @@ def kept_by_encoder_layer(d, i, size, mask=1):
     return (8 * d + 2 * i) * size + 2 * d * mask
 
 
-def kept_by_llama_layer(d, kv, i, size):
-    """Both norms' inputs and outputs, q, attention; k, v; gate, SiLU, up and their product."""
-    return (6 * d + 2 * kv + 4 * i) * size
+def kept_by_llama_layer(d, i, size):
+    """Both norms' inputs, in float32; their outputs, q, k and v (of all heads), attention; gate, SiLU, up and their product."""
+    return 2 * d * 4 + (6 * d + 4 * i) * size
+
+
+MODELS = {
+    "RoBERTa-large": dict(weights=355e6, d=1024, kv=1024, i=4096, layers=24, vocab=0, batches=[(32, 128)]),
+    "SmolLM2-135M": dict(weights=134.5e6, d=576, kv=192, i=1536, layers=30, vocab=49152, batches=[(16, 256)]),
+    "LLaMA-7B": dict(weights=6.738e9, d=4096, kv=4096, i=11008, layers=32, vocab=32000, batches=[(4, 512), (16, 512)]),
+}
 
 
 def bench_memory(args):
@@ -225,23 +233,22 @@ def bench_memory(args):
         frozen       weights x size of the dtype
         adapter      16 for each parameter: float32 weight, gradient and two moments of AdamW; SaLoRA's stacks in the window: 12 more
         activations  tokens x layers x what a layer keeps; recomputed (--checkpoint-activations): x of each layer, and all of one
-        logits       LLaMA only: tokens x vocabulary x (dtype + float32), unless computed in chunks"""
-    gb = 2**30
-    models = {"RoBERTa-large": dict(weights=355e6, d=1024, kv=1024, i=4096, layers=24, vocab=0, batch=32, length=128),
-              "LLaMA-7B": dict(weights=6.74e9, d=4096, kv=4096, i=11008, layers=32, vocab=32000, batch=4, length=512)}
-    table = []
-    for name, m in models.items():
-        for dtype, size in (("float32", 4), ("bfloat16", 2)):
-            for recompute in (False, True):
-                d, tokens = m["d"], m["batch"] * m["length"]
-                adapter = 8 * m["layers"] * (2 * (d + d) + 2 * (d + m["kv"]) + 2 * (d + m["i"]))
-                kept = kept_by_llama_layer(d, m["kv"], m["i"], size) if m["vocab"] else kept_by_encoder_layer(d, m["i"], size)
-                activations = tokens * (m["layers"] * d * size + kept if recompute else m["layers"] * kept)
-                parts = dict(frozen=m["weights"] * size, adapter=28 * adapter, activations=activations, logits=tokens * m["vocab"] * (size + 4))
-                total = sum(parts.values()) / gb
-                table.append({"model": name, "batch": f"{m['batch']} x {m['length']}", "dtype": dtype, "recompute": "yes" if recompute else "no",
-                              **{f"{key} GB": round(value / gb, 2) for key, value in parts.items()}, "total GB": round(total, 1),
-                              **{f"{card} GB card": "fits" if total < 0.9 * card else "no" for card in (24, 80)}})
+        logits       LLaMA only, of one chunk of 1024 tokens: in the dtype, and in float32 themselves, their log-softmax and its gradient"""
+    gb, table = 2**30, []
+    for name, m in MODELS.items():
+        for batch, length in m["batches"]:
+            for dtype, size in (("float32", 4), ("bfloat16", 2)):
+                for recompute in (False, True):
+                    d, tokens = m["d"], batch * length
+                    adapter = 8 * m["layers"] * (2 * (d + d) + 2 * (d + m["kv"]) + 2 * (d + m["i"]))
+                    kept = kept_by_llama_layer(d, m["i"], size) if m["vocab"] else kept_by_encoder_layer(d, m["i"], size)
+                    activations = tokens * (m["layers"] * d * size + kept if recompute else m["layers"] * kept)
+                    logits = min(tokens, 1024) * m["vocab"] * (size + 12)
+                    parts = dict(frozen=m["weights"] * size, adapter=28 * adapter, activations=activations, logits=logits)
+                    total = sum(parts.values()) / gb
+                    table.append({"model": name, "batch": f"{batch} x {length}", "dtype": dtype, "recompute": "yes" if recompute else "no",
+                                  **{f"{key} GB": round(value / gb, 2) for key, value in parts.items()}, "total GB": round(total, 1),
+                                  **{f"{card} GB card": "fits" if total < 0.9 * card else "no" for card in (24, 80)}})
     return table
 
 
@@ -251,10 +258,7 @@ BENCHES = dict(step=bench_step, loop=bench_loop, start=bench_start, options=benc
 
 
 def print_table(name, table):
-    columns = list(table[0])
-    print(f"\n{name}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in table:
-        print(f"| {' | '.join(str(row[c]) for c in columns)} |")
+    print(f"\n{name}\n\n{markdown(list(table[0]), [row.values() for row in table])}")
 
 
 def main():

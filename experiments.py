@@ -184,10 +184,6 @@ def mean_ranks(results):
             for tail in LINEARS.values()]
 
 
-def markdown(head, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
-
-
 def span(values, form="{:,}"):
     low, high = form.format(min(values)), form.format(max(values))
     return low if low == high else f"{low} to {high}"
@@ -206,7 +202,7 @@ def score_table(results):
         density = [r["density"] for r in runs if r["density"] is not None]
         rows.append([label, *(f"**{c}**" if b else c for c, b in zip(cells, best)), f"{100 * overall[label]:.2f}",
                      span([r["trainable_params"] for r in runs]), span([r["kept_params"] for r in runs]), span(density, "{:.3f}") if density else ""])
-    return markdown(["method", *tasks, "mean", "trained", "kept", "density"], rows)
+    return training.markdown(["method", *tasks, "mean", "trained", "kept", "density"], rows)
 
 
 def as_csv(results):
@@ -292,7 +288,7 @@ def efficiency(args, common):
     values = {"peak memory (MB)": lambda r: r["peak_memory_mb"], "time of a step (ms)": lambda r: 1000 * r["seconds"] / r["steps"]}
     panels = {f"{task}: {what}": {name_of(m): [(b, *mean_std(map(value, results[task, name_of(f"{m} --batch-size {b}")]))) for b in args.batch_sizes]
                                   for m in args.methods} for task in names(args.tasks) for what, value in values.items()}
-    text = "\n".join(f"{title}\n\n" + markdown(["method", *(f"batch {b}" for b in args.batch_sizes)], [
+    text = "\n".join(f"{title}\n\n" + training.markdown(["method", *(f"batch {b}" for b in args.batch_sizes)], [
         [label, *(f"{mean:.0f}" for _, mean, _ in points)] for label, points in lines.items()]) for title, lines in panels.items())
     return results, text, {"efficiency.png": (curves, panels, "batch size")}
 
@@ -304,7 +300,7 @@ def ranks(args, common):
     alone = [f"lora --targets {letter}" for letter in LINEARS] + [f"lora --layers {' '.join(layers[i:i + third])}" for i in range(0, len(layers), third)]
     results = run_cells(args.tasks, ["salora", "lora", *alone], common, args)
     maps = {task: mean_ranks(results[task, "SaLoRA"]) for task in names(args.tasks)}
-    text = score_table(results) + "".join(f"\n{task}: mean rank over the seeds, {base.r} at the start\n\n" + markdown(["", *layers], [
+    text = score_table(results) + "".join(f"\n{task}: mean rank over the seeds, {base.r} at the start\n\n" + training.markdown(["", *layers], [
         [f"W^{letter.upper()}", *(f"{rank:.1f}" for rank in row)] for letter, row in zip(LINEARS, rows)]) for task, rows in maps.items())
     alone = {key: runs for key, runs in results.items() if key[1] != "SaLoRA"}
     return results, text, {"ranks.png": (heat, maps, base.r), "alone.png": (dots, alone)}
@@ -336,7 +332,7 @@ def components(args, common):
             rows.append([task, what, *(f"{value:.4f}" for value in (y[0], min(y), max(y), y[-1]))])
         panels[f"{task}: density"]["budget"] = [(entry["step"], run["budget"], 0.0) for entry in log]
     band = [share * run["steps"] for share in run["settings"]["window"]]
-    return results, markdown(["task", "", "first", "smallest", "largest", "last"], rows), {"components.png": (curves, panels, "step", band)}
+    return results, training.markdown(["task", "", "first", "smallest", "largest", "last"], rows), {"components.png": (curves, panels, "step", band)}
 
 
 def main(name, argv):

@@ -29,7 +29,7 @@ from data import InputError, metrics
 from data.batching import batch_order, load_tokenizer, tokenize
 from data.download import model_folder
 from data.instruct import TEMPLATES, encode, encode_prompt, fill, load_instructions, split
-from data.style import PROMPTS, read_beside, read_lines, read_task, tidy
+from data.style import PROMPTS, read_beside, read_lines, read_task, task_files, tidy
 from model import DECODER_LINEARS, DecoderConfig, load_decoder, load_encoder, read_config, read_json, stop_ids
 from training import PROCESSES, RANK
 
@@ -201,7 +201,9 @@ def report(args, result, out):
         print(f"\n{example['instruction']} {example['input']}\n  before:    {escape(example['before'])[:150]}\n  after:     {escape(example['after'])[:150]}\n"
               f"  reference: {escape(example['reference'])[:150]}")
     print(f"\nloss {result['score']:.4f} (perplexity {result['metrics']['perplexity']:.2f}) on {result['dev_rows'][0]} held-out rows after {result['steps']} steps, "
-          f"{result['seconds']:.0f} s" + f"; {result['metrics']['exact_match']:.0%} of {min(args.generate, result['dev_rows'][0])} answers are the reference" * (args.generate > 0))
+          f"{result['seconds']:.0f} s")
+    if "exact_match" in result["metrics"]:
+        print(f"{result['metrics']['exact_match']:.0%} of {min(args.generate, result['dev_rows'][0])} answers are the reference")
     training.report_ranks(args, result, DECODER_LINEARS, at=2)
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT)")
 
@@ -314,25 +316,43 @@ def style(argv):
 
 
 def score(argv):
-    parser, arg = subcommand("score", "Scores sentences that somebody or something has transferred to another style.")
-    arg("--outputs", required=True, help="file of the transferred sentences, one a line")
-    arg("--sources", help="file of the sentences they were made from, line by line")
-    arg("--references", nargs="+", default=[], help="files of human transfers, line by line; of a line with tabs the last column counts")
-    arg("--target", help="label of the style that was to be reached (default: what stands behind the 2 at the end of --outputs, as in .neg2pos)")
+    parser, arg = subcommand("score", "Scores sentences that somebody or something has transferred to another style. With several files of outputs: a table.")
+    arg("--outputs", required=True, nargs="+", metavar="FILE", help="files of transferred sentences, one a line")
+    arg("--data", help="folder of Yelp's files, or of one of GYAFC's domains: sources and references are its own, by the direction at the end of an "
+                       "--outputs, as in .neg2pos; a file is not scored against itself")
+    arg("--sources", metavar="FILE", help="sentences they were made from, line by line")
+    arg("--references", nargs="+", default=[], metavar="FILE", help="human transfers, line by line; of a line with tabs the last column counts")
+    arg("--target", help="label of the style that was to be reached (default: what stands behind the 2 in the direction)")
+    arg("--out", help="folder for table.md and scores.json (default: none, only printed)")
     score_flags(arg)
     training.machine_flags(parser, dtype="float32")
     args = parser.parse_args(argv)
-    outputs = read_lines(args.outputs)
-    references = [read_beside(file, outputs, args.outputs) for file in args.references]
-    sources = read_beside(args.sources, outputs, args.outputs) if args.sources else None
-    found = re.search(r"\w2(\w+)$", Path(args.outputs).name)
-    target = args.target or (found and found[1])
-    if args.classifier and not target:
-        raise InputError(f"--target is not given, and {args.outputs} does not end in a direction such as .neg2pos")
+    training.need(not (args.data and (args.sources or args.references)), "--data", "given", "either --data, or --sources and --references")
     training.use_machine(args)
-    scores = scores_of(outputs, sources, references, open_scorers(args, target))
-    show(scores, len(outputs))
-    print(json.dumps(scores))
+    scorers, scores = {}, {}  # one classifier and one language model for all files of a direction
+    for file in args.outputs:
+        outputs = read_lines(file)
+        found = re.search(r"\.((\w+)2(\w+))$", file)
+        target = args.target or (found and found[3])
+        if args.classifier and not target:
+            raise InputError(f"--target is not given, and {file} does not end in a direction such as .neg2pos")
+        if args.data:
+            if not found or found[1] not in PROMPTS:
+                raise InputError(f"--outputs {file}: does not end in a direction ({', '.join('.' + direction for direction in PROMPTS)}), which --data needs")
+            args.sources, args.references = task_files(args.data, found[1])
+        references = [read_beside(r, outputs, file) for r in args.references if Path(r).resolve() != Path(file).resolve()]
+        sources = read_beside(args.sources, outputs, file) if args.sources else None
+        if target not in scorers:
+            scorers[target] = open_scorers(args, target)
+        scores[file] = dict(sentences=len(outputs), **scores_of(outputs, sources, references, scorers[target]))
+    names = [name for name in ("ACC", "BLEU", "self-BLEU", "PPL") if any(name in row for row in scores.values())]
+    table = training.markdown(["outputs", "sentences", *names], [[file, row["sentences"], *(f"{row[n]:.2f}" if n in row else "" for n in names)] for file, row in scores.items()])
+    if args.out:
+        training.make_folder(Path(args.out))
+        training.write_text(Path(args.out) / "table.md", table)
+        training.write_text(Path(args.out) / "scores.json", json.dumps(scores, indent=1) + "\n")
+    print(table)
+    print(json.dumps(scores if len(scores) > 1 else {name: value for name, value in scores[file].items() if name != "sentences"}))
 
 
 def score_flags(arg):
@@ -363,10 +383,13 @@ def open_scorers(args, target):
         try:
             import kenlm
         except ImportError:
-            raise InputError("--lm needs the kenlm module: pip install kenlm (its source package builds with cmake and Boost)") from None
+            raise InputError("--lm needs the kenlm module: pip install kenlm (it is built with cmake)") from None
         if not Path(args.lm).is_file():
             raise InputError(f"--lm {args.lm}: no such file; lmplz -o 5 < sentences > FILE.arpa makes one")
-        lm = kenlm.Model(str(args.lm))
+        try:
+            lm = kenlm.Model(str(args.lm))
+        except OSError as e:
+            raise InputError(f"--lm {args.lm}: kenlm cannot read it ({str(e).split(') ')[-1]})") from None
         # per token, each sentence's end counted as one: 10 ^ (- sum of log10 probabilities / number of tokens)
         scorers["PPL"] = lambda outputs: 10 ** (-sum(lm.score(text) for text in outputs) / sum(len(text.split()) + 1 for text in outputs))
     return scorers

@@ -195,6 +195,11 @@ def write_text(file, text):
     os.replace(beside, file)
 
 
+def markdown(head, rows):
+    """A table."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 

@@ -3,8 +3,8 @@ Zero-shot style transfer, Table 2 of the paper: what is asked of the model, the 
 
     python -m data.style DIR/yelp OUT        # OUT/train.tsv and dev.tsv, then: python train_glue.py --task OUT --model bert-base-uncased --method lora
 
-Yelp (Li et al. 2018): DIR holds test.neg, test.pos (a sentence a line, lower-cased, tokenised), references ref*.neg2pos, ref*.pos2neg (a line for each line of
-the source), and for the classifier train*.neg, train*.pos, dev.neg, dev.pos. GYAFC (Rao and Tetreault 2018): DIR is one of its domains, such as
+Yelp (Li et al. 2018): DIR holds test.neg, test.pos (a sentence a line, lower-cased, tokenised), references ref0.neg2pos, ref0.pos2neg and on (a line for each line
+of the source), and for the classifier train*.neg, train*.pos, dev.neg, dev.pos. GYAFC (Rao and Tetreault 2018): DIR is one of its domains, such as
 Entertainment_Music, as it is unpacked: test/informal with test/formal.ref0 .. ref3, and test/formal with test/informal.ref0 .. ref3.
 """
 
@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from data import InputError
+from data import InputError, read_text
 
 PROMPTS = {  # direction: the instruction; the sentence is its input
     "neg2pos": "Rewrite the following sentence so that its sentiment becomes positive. Change as few words as possible and keep the topic.",
@@ -27,10 +27,7 @@ GYAFC = ("GYAFC is licensed: ask its authors for it (github.com/raosudha89/GYAFC
 
 def read_lines(file, hint=""):
     """The lines of a text file; of a line with tabs the last column."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{file}: cannot be read ({e.strerror if isinstance(e, OSError) else 'not UTF-8'}){hint}") from None
+    lines = read_text(file, hint=hint).removesuffix("\n").split("\n")
     if not any(line.strip() for line in lines):
         raise InputError(f"{file}: is empty, expected a sentence a line")
     return [line.removesuffix("\r").split("\t")[-1].strip() for line in lines]
@@ -44,13 +41,18 @@ def read_beside(file, lines, owner):
     return own
 
 
+def task_files(folder, direction):
+    """The file of source sentences, and the files of references: those with a number, or the single one."""
+    source, target = direction.split("2")
+    if "formal" in direction:
+        return Path(folder) / "test" / source, sorted((Path(folder) / "test").glob(f"{target}.ref*"))
+    return Path(folder) / f"test.{source}", sorted(Path(folder).glob(f"ref[0-9].{direction}")) or sorted(Path(folder).glob(f"ref.{direction}"))
+
+
 def read_task(folder, direction):
     """Source sentences, and for each file of references its lines."""
-    source, target = direction.split("2")
-    formality = "formal" in direction
-    file = Path(folder) / "test" / source if formality else Path(folder) / f"test.{source}"
-    sources = read_lines(file, f"; {GYAFC}" if formality else "; see data/style.py for the files that are expected")
-    references = sorted((Path(folder) / "test").glob(f"{target}.ref*") if formality else Path(folder).glob(f"ref*.{direction}"))
+    file, references = task_files(folder, direction)
+    sources = read_lines(file, f"; {GYAFC}" if "formal" in direction else "; see data/style.py for the files that are expected")
     return sources, [read_beside(reference, sources, file) for reference in references]
 
 

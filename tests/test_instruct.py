@@ -124,7 +124,8 @@ def test_accumulated_small_batches_equal_one_large_batch(tmp_path, short):
 
 
 def test_lora_chatml_prompt_loss_and_bfloat16_run_too(tmp_path):
-    result = run(tmp_path / "r", "--method", "lora", "--template", "chatml", "--train-on-prompt", "--dtype", "bfloat16", "--checkpoint-activations", "--targets", "q", "g")
+    result = run(tmp_path / "r", "--method", "lora", "--template", "chatml", "--train-on-prompt", "--dtype", "bfloat16", "--checkpoint-activations", "--targets", "q", "g", "--generate", 0)
+    assert result["examples"] == [] and (tmp_path / "r" / "predictions.tsv").read_text() == "index\tlabel\tprediction\n"
     assert result["kept_params"] == result["trainable_params"] == 8 * 4 * (2 * 128 + 128 + 384) and result["budget"] is None
     assert load_file(tmp_path / "r" / "adapter" / "adapter_model.safetensors")["base_model.model.model.layers.0.mlp.gate_proj.lora_A.weight"].dtype == torch.float32
 
@@ -289,16 +290,38 @@ def test_accuracy_is_the_share_that_the_classifier_takes_for_the_target(tmp_path
         assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"ACC": expected}
 
 
+def test_several_outputs_make_a_table_and_none_is_scored_against_itself(tmp_path, yelp, classifier, capsys):
+    files = [str(yelp / name) for name in ("test.neg", "ref0.neg2pos", "ref1.neg2pos")]
+    (tmp_path / "o.neg2pos").write_text("a man sleeps .\nthe boys fall .\nanna hid a box .\n")
+    outputs = [str(tmp_path / "o.neg2pos"), files[1]]
+    train_instruct.command(["score", "--outputs", *outputs, "--data", str(yelp), "--classifier", str(classifier), "--threads", "1", "--out", str(tmp_path / "r")])
+    *table, last = capsys.readouterr().out.splitlines()
+    scores = json.loads(last)
+    assert scores == json.loads((tmp_path / "r" / "scores.json").read_text()) and list(scores) == outputs
+    assert (tmp_path / "r" / "table.md").read_text() == "\n".join(line for line in table if line.startswith("|")) + "\n"
+    assert f"| {outputs[1]} | 3 | {scores[outputs[1]]['ACC']:.2f} | {scores[outputs[1]]['BLEU']:.2f} |" in "\n".join(table)
+    for file, references in ((outputs[0], files[1:]), (outputs[1], files[2:])):  # the reference ref0 is left out for ref0 itself
+        train_instruct.command(["score", "--outputs", file, "--sources", files[0], "--references", *references, "--classifier", str(classifier), "--threads", "1"])
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) | dict(sentences=3) == scores[file]
+    assert scores[outputs[1]]["BLEU"] < 100
+
+
 def test_perplexity_is_kenlms_per_token(tmp_path, capsys):
     pytest.importorskip("kenlm", reason="kenlm is not installed")
-    (tmp_path / "lm.arpa").write_text("\\data\\\nngram 1=4\n\n\\1-grams:\n-1.0\t<unk>\n-99\t<s>\n-0.5\t</s>\n-0.25\ta\n\n\\end\\\n")
+    arpa = "\\data\\\nngram 1=4\nngram 2=2\n\n\\1-grams:\n-1.0\t<unk>\t0\n-99\t<s>\t-0.125\n-0.5\t</s>\t0\n-0.25\ta\t0\n\n\\2-grams:\n-0.0625\ta a\n-0.75\t<s> a\n\n\\end\\\n"
+    (tmp_path / "lm.arpa").write_text(arpa)
     (tmp_path / "o").write_text("a a\nb\n")
     train_instruct.command(["score", "--outputs", str(tmp_path / "o"), "--lm", str(tmp_path / "lm.arpa")])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["PPL"] == pytest.approx(10 ** ((0.25 + 0.25 + 0.5 + 1.0 + 0.5) / 5), rel=1e-5)
+    log10 = (-0.75 - 0.0625 - 0.5) + (-0.125 - 1.0 - 0.5)  # <s> a a </s>; <s> backs off to the unknown b, then </s>
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["PPL"] == pytest.approx(10 ** (-log10 / 5), rel=1e-5)
+    (tmp_path / "lm.arpa").write_text(arpa[:90])
+    with pytest.raises(SystemExit):
+        train_instruct.command(["score", "--outputs", str(tmp_path / "o"), "--lm", str(tmp_path / "lm.arpa")])
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: --lm {tmp_path}/lm.arpa: kenlm cannot read it (")
 
 
 @pytest.mark.parametrize("flags,words", [
-    (["--outputs", "o"], "o: cannot be read"), (["--outputs", "two", "--sources", "one"], "one: has 1 lines, but two has 2"), (["--outputs", "empty"], "empty: is empty"),
+    (["--outputs", "o"], "o: not found"), (["--outputs", "two", "--data", "."], "two: does not end in a direction"), (["--outputs", "two", "--data", ".", "--sources", "one"], "--data is given"), (["--outputs", "two", "--sources", "one"], "one: has 1 lines, but two has 2"), (["--outputs", "empty"], "empty: is empty"),
     (["--outputs", "two", "--classifier", "run"], "--target is not given"), (["--outputs", "two", "--target", "x", "--classifier", "run"], "its labels are ['neg', 'pos'], expected 'x'"),
     (["--outputs", "two", "--target", "pos", "--classifier", "run"], "has no adapter/ (method ft)"), (["--outputs", "two", "--lm", "nowhere.arpa"], "--lm")])
 def test_what_cannot_be_scored_is_said_in_one_line(flags, words, tmp_path, monkeypatch, capsys):
