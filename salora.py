@@ -18,7 +18,14 @@ triplet (row of A, gate, column of B), has a random gate g in [0, 1] that can be
 In a window of the run the gates are drawn and learned; at its end the triplets that lost are cut out of the tensors.
 Before and after it the layer is plain LoRA. In the paper's window A and B are trained through the drawn gates; here, unless
 straight_through=False, they are trained with gates of 1, and the draw decides the gradient of log theta alone: noise that
-halves the update, just when most is learned, costs more than it teaches. Five lines of a training loop know of it:
+halves the update, just when most is learned, costs more than it teaches.
+
+Adapters have PEFT's format. From the shell, with models in Hugging Face's layout:
+
+    python salora.py merge --model DIR --adapter DIR --out DIR    # a plain model folder, with an adapter in its weights
+    python salora.py show ADAPTER                                 # ranks, parameters and budget of one
+
+Five lines of a training loop know of it:
 
     salora = SaLoRA(model, targets=["up", "down"], r=8, budget=0.5)
     optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-3, gate_lr=0.2))
@@ -32,14 +39,20 @@ halves the update, just when most is learned, costs more than it teaches. Five l
     save(model, "adapter")
 """
 
+import argparse
 import json
 import math
 import os
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+__all__ = ["SaLoRA", "average_gradients", "ranks", "rank_map", "merge", "save", "load", "merge_folder", "show"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the hard-concrete gate (Louizos et al. 2018): a sigmoid stretched to (gamma, zeta) and clipped to [0, 1]
@@ -80,7 +93,7 @@ class SaLoRALinear(nn.Module):
         self.base = base
         self.lora_A = nn.Parameter(torch.randn(r, k, device=device) / math.sqrt(k))  # (r, k), rows of about unit norm
         self.lora_B = nn.Parameter(torch.zeros(r, d, device=device).mT)  # (d, r), column by column in memory: a faster backward
-        self.scale = scale  # alpha / r with the first r: it stays when the rank falls
+        self.r, self.scale = r, scale  # at the start: the scale alpha / r stays when the rank falls
         self.row = None  # inside the window, without straight_through: SaLoRA.log_theta and the number of this layer's row in it
         self.drawn = None  # inside a step of it: A and B diag(g), slices of what SaLoRA.draw computed for many layers at once
 
@@ -132,17 +145,20 @@ class SaLoRALinear(nn.Module):
                     optimizer.state[new] = state
 
 
-def find_linears(model, targets):
-    """{module path: nn.Linear} for the paths that equal a target or end in "." + it. ValueError: one matches nothing."""
-    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    found = {}
+def linears_of(model):
+    return {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def find(linears, targets):
+    """Of {module path: anything}, in its order, those whose path equals a target or ends in "." + it. ValueError: one matches nothing."""
+    found = set()
     for target in targets:
         hits = [path for path in linears if path == target or path.endswith("." + target)]
         if not hits:
             names = ", ".join(sorted({path.split(".")[-1] for path in linears})) or "(there are none)"
             raise ValueError(f"target {target!r} matches no nn.Linear of the model; their names end in: {names}")
-        found.update((path, linears[path]) for path in hits)
-    return {path: m for path, m in linears.items() if path in found}  # in the model's order
+        found.update(hits)
+    return {path: m for path, m in linears.items() if path in found}
 
 
 def replace(model, path, module):
@@ -159,8 +175,8 @@ def adapt(model, targets, r, alpha=None, kind=SaLoRALinear):
     """Freezes `model` and puts a layer of that kind around every target; returns these layers. ValueError: a target that matches
     nothing, an r that does not fit, a model that has adapters already."""
     if adapters(model):
-        raise ValueError("the model has adapters already: merge them first")
-    linears = find_linears(model, [targets] if isinstance(targets, str) else targets)
+        raise ValueError("the model has adapters already: merge them first, or go on with them (targets=None)")
+    linears = find(linears_of(model), [targets] if isinstance(targets, str) else targets)
     if not linears:
         raise ValueError("targets is empty")
     for path, m in linears.items():
@@ -181,7 +197,8 @@ class SaLoRA:
     """Puts a SaLoRALinear around every target in `model` (in place, everything else is frozen) and steers their gates.
     Bring the model to its device and dtype first; unfreeze what else should learn, such as a new head, afterwards.
 
-        targets           names of nn.Linear modules: full paths, or their last parts ("query", "attention.output.dense")
+        targets           names of nn.Linear modules: full paths, or their last parts ("query", "attention.output.dense"). None: go
+                          on with the adapters that load() has put in, with their r and scale; gates need one r for all of them
         r, alpha          the rank at the start; the update is scaled by alpha/r (alpha = r unless given)
         budget            b, the share of adapter parameters to keep, in (0, 1]
         beta              weight of R_orth: of its mean over the 2K matrices A and B, or of its sum (orth_reduction="sum",
@@ -196,7 +213,8 @@ class SaLoRA:
         fold_gates        multiply a kept gate's value into B; the default sets it to 1
         seed              of the gates' own random generator: equal seeds draw equal gates whatever else is random
 
-    ValueError: a target that matches nothing, a setting out of its range, a model that has adapters already."""
+    ValueError: a target that matches nothing, a setting out of its range, a model that has adapters already, or has none to go
+    on with."""
 
     def __init__(self, model, targets, r=8, alpha=None, budget=0.5, beta=0.01, window=(0.2, 0.5), orth_reduction="mean",
                  price=None, selection=None, straight_through=True, fold_gates=False, seed=0):
@@ -207,8 +225,13 @@ class SaLoRA:
             raise ValueError(f"window is {window}, expected two fractions of the run, 0 <= start < end <= 1")
         if orth_reduction not in ("mean", "sum") or selection not in ("budget", "paper"):
             raise ValueError(f"orth_reduction {orth_reduction!r} is mean or sum, selection {selection!r} is budget or paper")
+        layers = list(adapters(model).values()) if targets is None else adapt(model, targets, r, alpha)
+        found = {m.rank for m in layers}
+        if not found or window is not None and len(found) > 1:
+            raise ValueError(f"the adapters have ranks {min(found)} to {max(found)}, and gates need one for all: go on with window=None" if found else
+                             "targets is None, and the model has no adapters to go on with")
         self.widths = {}  # width n: the layers with k = n, whose A has it, and those with d = n, whose B' has it
-        for m in adapt(model, targets, r, alpha):
+        for m in layers:
             self.widths.setdefault(m.lora_B.shape[0], ([], []))[1].append(m)
             self.widths.setdefault(m.lora_A.shape[1], ([], []))[0].append(m)
         self.model, self.layers = model, [m for _, of_b in self.widths.values() for m in of_b]
@@ -221,7 +244,7 @@ class SaLoRA:
 
         # All gates in one tensor: one draw and one update for the whole model, however many layers it has.
         device = self.layers[0].lora_A.device
-        self.log_theta = nn.Parameter(torch.zeros(len(self.layers), r, device=device))  # (K, r), a row for each of self.layers
+        self.log_theta = nn.Parameter(torch.zeros(len(self.layers), max(found), device=device))  # (K, r), a row for each of self.layers
         self.lam = nn.Parameter(torch.zeros((), device=device))  # lambda, the Lagrange multiplier
         self.size = torch.tensor([m.lora_A.shape[1] + m.lora_B.shape[0] for m in self.layers], device=device)  # (K,) d + k
         self.initial_params = self.kept_params()
@@ -436,87 +459,261 @@ def within(name, modules):
     return any(f".{m}." in f".{name}" for m in modules or ())
 
 
-def save(model, folder, modules_to_save=(), **config):
+def save(model, folder, modules_to_save=(), budget=None, **config):
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads: gate and scale are folded into B; modules of
-    rank 0, which PEFT does not know, are left out. modules_to_save: attributes whose parameters go along whole (a head:
-    "classifier"). config: further entries, such as base_model_name_or_path or task_type. ValueError: a module to save that
-    is not there."""
+    rank 0, which PEFT does not know, are left out; if all are of rank 0, the smallest stays with one triplet of zeros. modules_to_save: names of modules whose parameters go along whole (a head:
+    "classifier"). budget: for show(), which also finds the ranks at the start and those of 0. config: further entries, such as
+    base_model_name_or_path or task_type. ValueError: a module to save that is not there."""
     from safetensors.torch import save_file
-    live = {path: m for path, m in adapters(model).items() if m.rank}
-    tensors = {}
-    for path, layer in live.items():
-        a, b = layer.matrices()
-        tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = a, layer.scale * b
+    layers, tensors, table = adapters(model), {}, {}  # table {path: rank}, longer paths first: PEFT takes the first pattern that fits the end of a path
+    for path in sorted(layers, key=len, reverse=True):
+        a, b = layers[path].matrices()
+        if layers[path].rank:
+            tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = a, layers[path].scale * b
+            table[path] = layers[path].rank
+    if layers and not table:
+        path, layer = min(layers.items(), key=lambda item: item[1].base.weight.numel())
+        d, k = layer.base.weight.shape
+        tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"], table[path] = torch.zeros(1, k), torch.zeros(d, 1), 1
     for m in modules_to_save:
         inside = {name: p for name, p in model.named_parameters() if within(name, [m])}
         if not inside:
             raise ValueError(f"modules_to_save names {m!r}, and the model has no parameters in a module of that name")
         tensors |= inside
     tensors = {f"base_model.model.{name}": t.detach().float().cpu().contiguous() for name, t in tensors.items()}
-    # PEFT takes the first pattern that fits the end of a path, so longer paths come first
-    table = {path: live[path].rank for path in sorted(live, key=len, reverse=True)}
     r = max(table.values(), default=1)
     pattern = table if set(table.values()) != {r} else {}
     settings = dict(
-        peft_type="LORA", r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=pattern, target_modules=list(live),
+        peft_type="LORA", r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=pattern, target_modules=[path for path in layers if path in table],
         modules_to_save=list(modules_to_save) or None, bias="none", lora_dropout=0.0, fan_in_fan_out=False, inference_mode=True,
         **config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights, text = folder / "adapter_model.safetensors.new", folder / "adapter_config.json.new"
-    save_file(tensors, weights, metadata={"format": "pt"})
+    known = dict(r=max((m.r for m in layers.values()), default=0), budget=budget, ranks=ranks(model))
+    save_file(tensors, weights, metadata={"format": "pt", "salora": json.dumps(known)})  # of which PEFT does not warn, as it does of new settings
     text.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     for file in (weights, text):  # written beside, then renamed: never half a file
         os.replace(file, file.with_suffix(""))
 
 
-def load(model, folder):
-    """Puts the adapter of a folder into `model` (in place; A, B and the saved modules are trainable, the rest is frozen) and
-    returns the model. Strict: ValueError names a key that is missing, unexpected or misshapen, or a setting that is not
-    implemented."""
-    from safetensors.torch import load_file
-    folder = Path(folder)
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = load_file(folder / "adapter_model.safetensors")
-    plain = dict(peft_type=["LORA"], bias=["none"], fan_in_fan_out=[False], use_dora=[False], use_rslora=[False],
-                 init_lora_weights=[True, False, "gaussian"])  # the other ways to start change the base weights
-    for key, known in plain.items():
-        if settings.get(key, known[0]) not in known:
-            raise ValueError(f"{folder}/adapter_config.json: {key} is {settings[key]!r}, only {known[0]!r} is implemented")
+IMPLEMENTED = dict(  # what an adapter_config.json may say
+    peft_type=["LORA"], bias=["none"], fan_in_fan_out=[False],
+    init_lora_weights=[True, False, "gaussian", "orthogonal", "eva"])  # the other ways to start change the base weights
+READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "modules_to_save"}
+OF_NO_EFFECT = {"base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "revision", "peft_version", "lora_dropout", "megatron_core",
+                "qalora_group_size", "runtime_config", "eva_config"}
 
-    def pattern(name, path):  # as PEFT writes it: the end of a module path -> value
-        table = settings.get(name) or {}
-        return table.get(path) or next((v for end, v in table.items() if path.endswith("." + end)), None)
 
-    targets = settings.get("target_modules")
-    if not isinstance(targets, list):
-        raise ValueError(f"{folder}/adapter_config.json: target_modules is {targets!r}, expected a list of module paths")
-    linears = find_linears(model, targets) if targets else {}
+def read_json(file):
+    """The object in a JSON file. ValueError: there is none in it."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{file}: cannot be read as JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def open_tensors(file):
+    """The tensors of a file, not yet read. ValueError: it is no safetensors file."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as e:
+        raise ValueError(f"{file}: not a readable safetensors file ({e})") from None
+
+
+def read_adapter(folder):
+    """(settings, {name: tensor}, the metadata's entries) of a folder in PEFT's LoRA format; names as in the model. ValueError: something
+    that is not implemented."""
+    file = Path(folder) / "adapter_config.json"
+    settings = read_json(file)
+    for key, value in {"peft_type": None, **settings}.items():
+        if value not in IMPLEMENTED.get(key, [None, False, [], {}]) and key not in READ | OF_NO_EFFECT:
+            raise ValueError(f"{file}: {key} is {value!r}, " + (f"only {IMPLEMENTED[key][0]!r} is implemented" if key in IMPLEMENTED else "which is not implemented"))
+    for key, kind in dict(r=int, lora_alpha=(int, float), rank_pattern=dict, alpha_pattern=dict, target_modules=(list, str), modules_to_save=list).items():
+        value = settings.get(key)
+        numbers = value.values() if isinstance(value, dict) else [value] if key in ("r", "lora_alpha") else []
+        if not (isinstance(value, kind) or value is None and key.endswith(("pattern", "save"))) or any(isinstance(n, bool) or not 0 < n < math.inf for n in numbers):
+            raise ValueError(f"{file}: {key} is {value!r}, expected {'positive numbers' if numbers else kind}")
+    with open_tensors(Path(folder) / "adapter_model.safetensors") as f:
+        return settings, {key.removeprefix("base_model.model."): f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
+
+
+def fits(pattern, path, end=False):
+    """Does a pattern of an adapter_config.json, a regular expression, fit a module path, or its end? ValueError: it is none, or one that could
+    take forever, as a stranger might send it: with backreferences, a repeated group, many groups or repetitions."""
+    bare = re.sub(r"\\\D|\[[^\]]*\]", "x", pattern)
+    if len(pattern) > 1000 or "\\" in bare or re.search(r"\)[*+?{]", bare) or len(re.findall(r"(?<!\()[*+?{]", bare)) > 3 or bare.count("(") > 3:
+        raise ValueError(f"the pattern {pattern[:60]!r} is too intricate: name the modules instead")
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})" if end else pattern, path) is not None
+    except re.error as e:
+        raise ValueError(f"the pattern {pattern[:60]!r} is no regular expression ({e})") from None
+
+
+def match(settings, tensors, linears, saved):
+    """{module path: (r, scale)} of the layers that an adapter changes. linears {module path: (d, k)}: those there are; saved {name: shape}: the
+    parameters that are replaced whole. ValueError names a tensor that is missing, unexpected or misshapen, or a setting that fits nothing."""
+    targets = settings["target_modules"]
+    whole = settings.get("modules_to_save")  # no adapter in there, even if a target says so
+    free = {path: size for path, size in linears.items() if not within(f"{path}.weight", whole)}
+    if isinstance(targets, str):
+        chosen = {path: size for path, size in free.items() if fits(targets, path)}
+        if not chosen:
+            raise ValueError(f"target_modules {targets!r} matches no nn.Linear of the model")
+    else:
+        chosen = find(free, [target for target in targets if not within(f"{target}.weight", whole)])
+
+    def pattern(name, path, default):  # the first that fits counts
+        return next((value for end, value in (settings.get(name) or {}).items() if fits(end, path, end=True)), default)
+
     for name in ("rank_pattern", "alpha_pattern"):
         for end in settings.get(name) or {}:
-            if not any(path == end or path.endswith("." + end) for path in linears):
-                raise ValueError(f"{folder}/adapter_config.json: {name} names {end!r}, which is no target module")
-    params = dict(model.named_parameters())
-    wanted = {}
-    for path, m in linears.items():
-        r = pattern("rank_pattern", path) or settings["r"]
-        wanted[f"{path}.lora_A.weight"], wanted[f"{path}.lora_B.weight"] = (r, m.in_features), (m.out_features, r)
-    for name, param in params.items():
-        if within(name, settings.get("modules_to_save")):
-            wanted[name] = tuple(param.shape)
-    found = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
-    for key in wanted | found:
-        if key not in found or key not in wanted or tuple(found[key].shape) != wanted[key]:
-            expected, got = wanted.get(key, "nothing"), list(found[key].shape) if key in found else "nothing"
-            raise ValueError(f"{folder}/adapter_model.safetensors: {key}: expected {expected}, found {got}")
+            if not any(fits(end, path, end=True) for path in chosen):
+                raise ValueError(f"{name} names {end!r}, which is no target module")
+    wanted, layers = dict(saved), {}
+    for path, (d, k) in chosen.items():
+        r, alpha = pattern("rank_pattern", path, settings["r"]), pattern("alpha_pattern", path, settings["lora_alpha"])
+        wanted[f"{path}.lora_A.weight"], wanted[f"{path}.lora_B.weight"] = (r, k), (d, r)
+        layers[path] = r, alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
+    for key in wanted | tensors:
+        if key not in tensors or key not in wanted or tuple(tensors[key].shape) != tuple(wanted[key]):
+            got = list(tensors[key].shape) if key in tensors else "nothing"
+            expected = list(wanted[key]) if key in wanted else "nothing"
+            raise ValueError(f"adapter_model.safetensors: {key}: expected {expected}, found {got}")
+    return layers
+
+
+def load(model, folder):
+    """Puts the adapter of a folder in PEFT's LoRA format into `model` (in place; A, B and the saved modules are trainable, the rest is frozen) and
+    returns the model. Strict: ValueError names a key that is missing, unexpected or misshapen, or a setting that is not implemented; the
+    model is then as it was."""
+    settings, tensors, _ = read_adapter(folder)
+    linears, params = linears_of(model), dict(model.named_parameters())
+    saved = {name: p.shape for name, p in params.items() if within(name, settings.get("modules_to_save"))}
+    try:
+        layers = match(settings, tensors, {path: (m.out_features, m.in_features) for path, m in linears.items()}, saved)
+    except ValueError as e:
+        raise ValueError(f"{folder}: {e}") from None
     model.requires_grad_(False)
     with torch.no_grad():
-        for path, m in linears.items():
-            r = found[f"{path}.lora_A.weight"].shape[0]
-            layer = SaLoRALinear(m, r, (pattern("alpha_pattern", path) or settings["lora_alpha"]) / r)
-            layer.lora_A.copy_(found.pop(f"{path}.lora_A.weight"))
-            layer.lora_B.copy_(found.pop(f"{path}.lora_B.weight"))
+        for path, (r, scale) in layers.items():
+            layer = SaLoRALinear(linears[path], r, scale)
+            layer.lora_A.copy_(tensors[f"{path}.lora_A.weight"])
+            layer.lora_B.copy_(tensors[f"{path}.lora_B.weight"])
             replace(model, path, layer)
-        for name, value in found.items():
-            params[name].requires_grad_(True).copy_(value)
+        for name in saved:
+            params[name].requires_grad_(True).copy_(tensors[name])
     return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from the shell: a model folder with the adapter in its weights; what an adapter holds
+
+
+def merge_folder(model, adapter, out):
+    """Writes the folder `out`: a model folder in Hugging Face's layout (config.json, model.safetensors or its shards with their index, tokenizer)
+    with an adapter in its weights. Each sum is taken in float32 and stored in the dtype of the weight. The modules that the adapter saved whole (a
+    head) come along, and config.json then says how many labels there are. ValueError: `out` is there already, or adapter and model do not
+    fit together; nothing is left behind."""
+    from safetensors.torch import save_file
+    model, out = Path(model), Path(out)
+    if out.exists():
+        raise ValueError(f"{out}: is there already, give another folder")
+    settings, tensors, _ = read_adapter(adapter)
+    config, index_file = read_json(model / "config.json"), model / "model.safetensors.index.json"
+    index = read_json(index_file) if index_file.is_file() else None
+    files, shapes = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"], {}
+    for file in files:
+        with open_tensors(model / file) as f:
+            shapes |= {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
+
+    # a checkpoint of the bare model lacks the first part of all names
+    saved = {name: t for name, t in tensors.items() if within(name, settings.get("modules_to_save"))}
+    touched = [*saved, *(name.replace(".lora_A.", ".") for name in tensors if ".lora_A." in name)]
+    prefix = next((name.split(".")[0] + "." for name in touched if name not in shapes and name.partition(".")[2] in shapes), "")
+    named = {key: key if key.startswith(prefix) else prefix + key for key in shapes}
+    linears = {named[key].removesuffix(".weight"): shape for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2}
+    try:
+        layers = match(settings, tensors, linears, {name: t.shape for name, t in saved.items()})
+    except ValueError as e:
+        raise ValueError(f"{adapter}: {e}") from None
+
+    beside = out.with_name(out.name + ".new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for file in files:
+        merged = {}
+        with open_tensors(model / file) as f:
+            for key in f.keys():
+                weight, name = f.get_tensor(key), named[key]
+                path = name.removesuffix(".weight")
+                if path in layers:
+                    a, b = tensors[f"{path}.lora_A.weight"].float(), tensors[f"{path}.lora_B.weight"].float()
+                    weight = (weight.float() + layers[path][1] * b @ a).to(weight.dtype)
+                merged[name] = saved.pop(name).to(weight.dtype) if name in saved else weight
+        if file == files[-1]:
+            merged |= {name: t.to(weight.dtype) for name, t in saved.items()}  # those that the model lacked
+        save_file(merged, beside / file, metadata={"format": "pt"})
+        if index:
+            index["weight_map"] = {name: f for name, f in index["weight_map"].items() if f != file} | dict.fromkeys(merged, file)
+    head = next((t for name, t in tensors.items() if name.endswith(("classifier.weight", "classifier.out_proj.weight", "score.weight"))), None)
+    if settings.get("task_type") == "SEQ_CLS" and head is not None:
+        labels = config.get("id2label") or {}
+        if len(labels) != len(head):
+            labels = {str(i): f"LABEL_{i}" for i in range(len(head))}
+        config |= dict(id2label=labels, label2id={label: int(i) for i, label in labels.items()},
+                       architectures=[re.sub(r"(Model|For\w+)$", "", name) + "ForSequenceClassification" for name in config.get("architectures") or []])
+    (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if index:
+        (beside / index_file.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for file in model.iterdir():  # the tokenizer, and what else is text
+        if file.suffix in (".json", ".txt", ".model", ".jinja") and not (beside / file.name).exists():
+            shutil.copy(file, beside)
+    os.replace(beside, out)
+
+
+def show(adapter):
+    """What an adapter folder in PEFT's LoRA format holds, as text: parameters, budget and the rank of each matrix."""
+    settings, tensors, metadata = read_adapter(adapter)
+    known = json.loads(metadata.get("salora", "{}"))
+    found = {name.removesuffix(".lora_A.weight"): t.shape[0] for name, t in tensors.items() if name.endswith(".lora_A.weight")}
+    table = known.get("ranks") or found
+    r = max(known.get("r") or 0, *table.values(), 0)
+    adapter_params = sum(t.numel() for name, t in tensors.items() if ".lora_" in name)
+    others = sum(t.numel() for t in tensors.values()) - adapter_params
+    lines = [f"{adapter}: adapter of {settings.get('base_model_name_or_path') or 'an unnamed model'}",
+             f"{adapter_params:,} parameters in {len(found)} matrices of rank {min(found.values(), default=0)} to {max(found.values(), default=0)}"
+             + f", {others:,} in {', '.join(settings.get('modules_to_save') or [])}" * (others > 0)]
+    if known:
+        budget = "no budget" if known["budget"] is None else f"budget {known['budget']:g}"
+        lines.append(f"{budget}; rank {r} at the start; {sum(rank == 0 for rank in table.values())} of {len(table)} matrices were left at rank 0")
+    return "\n".join([*lines, "", rank_map(table, max(r, 1))])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Merges a LoRA adapter, of this project or of PEFT, into a model folder; shows what is in one.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("merge", help="write a plain Hugging Face folder with the adapter in its weights")
+    command.add_argument("--model", required=True, metavar="DIR", help="folder with config.json and model.safetensors, or its shards and their index")
+    command.add_argument("--adapter", required=True, metavar="DIR", help="folder with adapter_config.json and adapter_model.safetensors")
+    command.add_argument("--out", required=True, metavar="DIR", help="folder to write, which must not be there yet")
+    command = commands.add_parser("show", help="print the ranks, parameters and budget of an adapter")
+    command.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "show":
+            print(show(args.adapter))
+        else:
+            merge_folder(args.model, args.adapter, args.out)
+            print(f"{args.out}/: {args.model} with {args.adapter} in its weights")
+    except (OSError, ValueError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

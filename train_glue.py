@@ -153,7 +153,7 @@ def train(args, seed, out):
         training.write_text(out / name, "\n".join(lines) + "\n")
     if lowrank:
         head = ["classifier"] if config.model_type == "roberta" else ["classifier", "pooler"]
-        sl.save(model, out / "adapter", head, base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
+        sl.save(model, out / "adapter", head, training.budget_of(args), base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
     if args.method == "prefix":
         model.prefix.finish()
     result = dict(

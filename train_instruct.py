@@ -56,7 +56,7 @@ def parse_args(argv=None):
     training.need(demo or args.model and args.data, "--data" if args.model else "--model", "not given", "both --model and --data (or neither, for the demo)")
     if demo:
         args.model, args.data, args.threads = str(DEMO / "llama"), str(DEMO / "instruct.jsonl"), args.threads or 1
-    args.lr, args.epochs = args.lr or (5e-3 if demo else 3e-4), args.epochs or 3
+    args.lr, args.epochs = args.lr or (5e-3 if demo else 3e-4), 3 if args.epochs is None else args.epochs
     args.dtype = args.dtype or ("float32" if demo else "bfloat16")
     args.generate = (100 if demo else 8) if args.generate is None else args.generate
     training.settle(args)
@@ -178,7 +178,7 @@ def train(args, seed, out):
     answers = answer(model, tokenizer, shown, stop, 128)
     lines = ["index\tlabel\tprediction"] + [f"{i}\t{escape(row['output'])}\t{escape(text)}" for i, (row, text) in enumerate(zip(held, answers))]
     training.write_text(out / "predictions.tsv", "\n".join(lines) + "\n")
-    sl.save(model, out / "adapter", base_model_name_or_path=str(args.model), task_type="CAUSAL_LM")
+    sl.save(model, out / "adapter", budget=training.budget_of(args), base_model_name_or_path=str(args.model), task_type="CAUSAL_LM")
     if answers:
         scores |= dict(exact_match=sum(row["output"] == text for row, text in zip(held, answers)) / len(answers))
     result = dict(

@@ -55,10 +55,12 @@ def flag_group(parser, title):
 def method_flags(parser, methods, letters):
     arg = flag_group(parser, "method")
     arg("--method", choices=methods, default="salora", help="SaLoRA, or what it is compared with: see baselines.py")
-    arg("--r", type=int, default=8, help="rank at the start")
+    arg("--adapter", metavar="DIR", help="go on from this LoRA adapter, of this project or of PEFT, with its own --r, --alpha, --targets and --layers; "
+        "with --epochs 0 only score it (default: start anew)")
+    arg("--r", type=int, help="rank at the start (default: 8)")
     arg("--alpha", type=float, help="the update is scaled by alpha/r (default: r, a scale of 1)")
-    arg("--targets", nargs="+", default=list("qkvoud"), choices=list(letters), help="adapted matrices of each layer: W^Q W^K W^V W^O W^U W^D"
-        + ", and W^G if named" * ("g" in letters))
+    arg("--targets", nargs="+", choices=list(letters), help="adapted matrices of each layer: W^Q W^K W^V W^O W^U W^D"
+        + ", and W^G if named" * ("g" in letters) + " (default: q k v o u d)")
     arg("--layers", type=int, nargs="+", help="numbers of the layers that low-rank methods adapt, from 0 (default: all)")
     arg("--budget", type=float, default=0.5, help="share b of the adapter parameters to keep (adalora: of the triplets)")
     arg("--beta", type=float, help="weight of the orthogonal regulariser (default: 0.01; adalora 0.1)")
@@ -117,8 +119,12 @@ def settle(args):
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.alpha is None:
-        args.alpha = float(args.r)
+    need(args.adapter is None or args.method in ("lora", "salora"), "--adapter", "given", f"no adapter with --method {args.method}; lora and salora can go on from one")
+    if args.adapter is None:
+        args.r, args.targets = 8 if args.r is None else args.r, args.targets or list("qkvoud")
+        args.alpha = float(args.r) if args.alpha is None else args.alpha
+    for name in ("r", "alpha", "targets", "layers"):
+        need(args.adapter is None or getattr(args, name) is None, flag(name), "given", "none with --adapter, which has its own")
 
     need(0 < args.budget <= 1, "--budget", args.budget, "a share in (0, 1]")
     start, end = args.window
@@ -128,11 +134,13 @@ def settle(args):
     at_least(args, 0, "seed", "beta", "weight_decay", "price")
     for name in ("lr", "gate_lr", "alpha", "epochs", "hold_out"):
         value = getattr(args, name)
-        need(value is None or 0 < value < math.inf, flag(name), value, "a positive number")
+        scored = name == "epochs" and value == 0 and (args.adapter or args.method == "head")  # and not trained
+        need(value is None or 0 < value < math.inf or scored, flag(name), value,
+             "a positive number" + ", or 0 with --adapter or --method head, to score what is there" * (name == "epochs"))
     need(0 <= args.warmup < 1, "--warmup", args.warmup, "a share in [0, 1)")
     need(args.seeds is None or len(set(args.seeds)) == len(args.seeds), "--seeds", args.seeds, "different numbers")
     need(args.layers is None or min(args.layers) >= 0 and len(set(args.layers)) == len(args.layers), "--layers", args.layers, "different numbers from 0")
-    need(len(set(args.targets)) == len(args.targets), "--targets", " ".join(args.targets), "each letter once")
+    need(len(set(args.targets or [])) == len(args.targets or []), "--targets", " ".join(args.targets or []), "each letter once")
     need(not args.resume or args.out, "--resume", "given without --out", "the --out of the run to go on with")
     find_device(args)
     need(PROCESSES == 1 or args.device in ("cpu", "cuda"), "--device", args.device, "cpu or cuda under torchrun: each process takes a GPU of its own")
@@ -176,7 +184,7 @@ def flag(name):
 
 def check_sizes(args, config):
     """Refuses ranks and layers that the model does not have, before its weights are read."""
-    if args.r > config.narrowest and args.method in ("salora", "lora", "adalora"):
+    if (args.r or 0) > config.narrowest and args.method in ("salora", "lora", "adalora"):
         raise InputError(f"--r is {args.r}, but the narrowest matrix of {args.model} allows a rank of 1 to {config.narrowest}")
     if max(args.layers or [0]) >= config.num_hidden_layers:
         raise InputError(f"--layers has {max(args.layers)}, but {args.model} has layers 0 to {config.num_hidden_layers - 1}")
@@ -259,7 +267,7 @@ def schedule(args, rows, epochs):
     epoch_steps = math.ceil(rows / rows_per_step)
     steps = min(math.ceil(epochs * epoch_steps), args.max_steps or math.inf)
     window = [step for step in range(steps) if args.window[0] <= step / steps < args.window[1]]
-    if args.method in ("salora", "adalora") and not any(window):
+    if args.method in ("salora", "adalora") and steps and not any(window):
         raise InputError(f"--window {args.window[0]} {args.window[1]} holds none of the {steps} steps after the first, in which B is 0 and no gate "
                          "has a gradient: widen it or train longer")
     gate_lr = min(max(0.2, 32 / max(len(window), 1)), 1.0) if args.gate_lr is None else args.gate_lr
@@ -277,9 +285,15 @@ def own_device(args):
 
 def install(args, model, steps, seed):
     """Puts the method into the model. Returns the SaLoRA or AdaLoRA object that takes part in every step, None if the method has none."""
-    paths = model.target_paths(args.targets, args.layers)
+    paths = None if args.adapter else model.target_paths(args.targets, args.layers)
+    if args.adapter:
+        load_adapter(model, args.adapter)
+        found = set(sl.ranks(model).values())
+        need(found, f"--adapter {args.adapter}: its target_modules", "empty", "at least one matrix to go on with")
+        need(len(found) == 1 or args.method == "lora" or not steps, f"--adapter {args.adapter}: its rank", f"{min(found)} to {max(found)}",
+             "one for all where gates are to be learned; --method lora goes on from it")
     if args.method == "salora":
-        return sl.SaLoRA(model, paths, r=args.r, alpha=args.alpha, budget=args.budget, beta=args.beta, window=args.window,
+        return sl.SaLoRA(model, paths, r=args.r, alpha=args.alpha, budget=args.budget, beta=args.beta, window=args.window if steps else None,
                          orth_reduction=args.orth_reduction, price=args.price, selection=args.selection,
                          straight_through=args.straight_through, fold_gates=args.fold_gates, seed=seed)
     return baselines.install(model, args.method, paths, steps, args.r, args.alpha, args.budget, args.beta, args.window,
@@ -292,6 +306,8 @@ def settings_of(args, seed, plan, lowrank):
     settings |= dict(seed=seed, epochs=plan.epochs, gate_lr=plan.gate_lr, processes=PROCESSES)
     if args.method == "salora":
         settings["selection"] = lowrank.selection
+    if args.adapter:
+        settings["r"] = max(m.r for m in lowrank.layers)
     return settings
 
 
@@ -335,7 +351,7 @@ def fit(args, plan, settings, out, model, lowrank, lengths, weights, loss_of, ev
 
     # ---- the loop
     warmup = math.ceil(args.warmup * steps)
-    restart = plan.window[-1] + 1 if gated and args.rewarm else steps
+    restart = plan.window[-1] + 1 if plan.window and gated and args.rewarm else steps
     batches, outputs, scores = None, None, None
     sums, log_tokens, log_steps, log_start = torch.zeros(2, device=device), 0, 0, time.time()  # sums: loss, task loss since the last line
     model.train()
@@ -414,8 +430,9 @@ def fit(args, plan, settings, out, model, lowrank, lengths, weights, loss_of, ev
                                 dict(step=step, history=history, seconds=seconds, settings=settings))
             log_start = time.time()
 
-    if outputs is None:  # stopped between the last step and here
+    if outputs is None:  # stopped between the last step and here, or no step at all
         outputs, scores = evaluate()
+        history = history or [dict(step=0, epoch=0.0, **scores)]
     return outputs, scores, history, seconds
 
 
@@ -428,10 +445,15 @@ def common_result(args, plan, settings, model, lowrank, trainable_params, head_p
     kept_params = count_trainable(model, head_params)
     return dict(
         trainable_params=trainable_params, kept_params=kept_params, head_params=head_params,
-        budget=args.budget if args.method in ("salora", "adalora") else None, density=lowrank.final_density if lowrank else None,
+        budget=budget_of(args), density=lowrank.final_density if lowrank else None,
         kept_density=kept_params / max(trainable_params, 1), ranks=sl.ranks(model), steps=plan.steps, seconds=round(seconds, 2),
-        examples_per_second=round(rows * plan.steps / plan.epoch_steps / seconds, 1),
+        examples_per_second=round(rows * plan.steps / plan.epoch_steps / seconds, 1) if seconds else None,
         peak_memory_mb=round(peak_memory_mb(next(model.parameters()).device), 1), history=history, settings=settings)
+
+
+def budget_of(args):
+    """The share of parameters that a run steers to, or None."""
+    return args.budget if args.method in ("salora", "adalora") and args.price is None else None
 
 
 def load_adapter(model, folder):
@@ -439,12 +461,12 @@ def load_adapter(model, folder):
     try:
         return sl.load(model, folder)
     except (OSError, ValueError, SafetensorError) as e:
-        raise InputError(f"--adapter {folder}: {e}") from None
+        raise InputError(f"--adapter {folder}: {str(e).removeprefix(f'{folder}: ')}") from None
 
 
 def report_ranks(args, result, linears, at):
     """The budget and the rank map, for a person. linears: {letter: name of the module}; at: where in a path the number of the layer stands."""
-    if args.method == "salora":
+    if args.method == "salora" and result["steps"]:
         goal = f"budget {args.budget:.4g}" if args.price is None else f"price {args.price:.4g}"
         print(f"{goal}: the gates came to a density of {result['density']:.3f}; kept {result['kept_params']:,} of {result['trainable_params']:,} "
               f"adapter parameters ({100 * result['kept_density']:.2f} %)")
@@ -454,7 +476,8 @@ def report_ranks(args, result, linears, at):
         for path, rank in result["ranks"].items():
             layer, name = path.split(".", at + 1)[at:]
             table[f"{layer}.W^{letters[name].upper()}"] = rank
-        print(f"\nrank of each matrix, from {args.r} at the start: layers left to right\n\n{sl.rank_map(table, args.r)}")
+        r = result["settings"]["r"]
+        print(f"\nrank of each matrix, from {r} at the start: layers left to right\n\n{sl.rank_map(table, r)}")
 
 
 def peak_memory_mb(device):

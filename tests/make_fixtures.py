@@ -11,6 +11,8 @@ minilm.safetensors the same for the real all-MiniLM-L6-v2 (with MINILM_FOLDER), 
 smollm2.safetensors, smollm2.json   the real SmolLM2-135M-Instruct, float32: every 499th logit of two rows; greedy continuations of 20 prompts
 peft.safetensors   PEFT's LoRA layer: weights, input, output; PEFT's AdaLoRA on two layers, 30 steps of given gradients: the singular values
                    after every step, which triplets stay, the regulariser, an output
+peft-bert/, peft-llama3/   LoRA adapters that PEFT wrote for bert/ and llama3/: patterns of ranks and alphas, a head; targets by a regular
+                   expression, rslora. expected.safetensors: inputs, logits
 bleu.json          sentences with sacrebleu's score
 metrics.json       labels and predictions with scikit-learn's and SciPy's scores
 """
@@ -143,6 +145,23 @@ def peft():
     save_file({name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in file.items()}, FIXTURES / "peft.safetensors")
 
 
+def peft_adapter(name, auto, inputs, **kw):
+    import transformers as tr
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    folder = FIXTURES / f"peft-{name}"
+    model = get_peft_model(getattr(tr, auto).from_pretrained(FIXTURES / name), LoraConfig(**kw)).eval()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.2)
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text()) | dict(base_model_name_or_path=None)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with torch.no_grad():
+        save_file(dict(inputs, logits=model(**inputs).logits), folder / "expected.safetensors")
+
+
 def metrics():
     from scipy import stats
     from sklearn import metrics as sk
@@ -188,6 +207,12 @@ if __name__ == "__main__":
     llama("llama3", num_key_value_heads=2, head_dim=12, tie_word_embeddings=True, rope_parameters=rope)
     llama("llama-linear", num_key_value_heads=1, rope_parameters=dict(rope_type="linear", rope_theta=1000.0, factor=2.0))
     peft()
+    ids, mask, types = batch(60, 0, [11, 4, 7], torch.Generator().manual_seed(1))
+    peft_adapter("bert", "AutoModelForSequenceClassification", dict(input_ids=ids, attention_mask=mask, token_type_ids=types), task_type="SEQ_CLS", r=4,
+                 lora_alpha=6, target_modules=["query", "attention.output.dense", "intermediate.dense"], rank_pattern={"layer.1.attention.self.query": 2, "intermediate.dense": 3},
+                 alpha_pattern={r"layer\.\d\.attention\.output\.dense": 16}, modules_to_save=["classifier"])
+    peft_adapter("llama3", "AutoModelForCausalLM", dict(input_ids=ids[:1]), task_type="CAUSAL_LM", r=4, lora_alpha=6, use_rslora=True, lora_dropout=0.1,
+                 target_modules=r".*\.(self_attn|mlp)\.(q|down|gate)_proj", rank_pattern={r"layers\.1\..*_proj": 6})
     metrics()
     bleu()
     if len(sys.argv) > 1:

@@ -1,0 +1,220 @@
+"""Adapters come from PEFT, go on in training, and leave as plain model folders. What PEFT itself says of ours: test_oracles.py."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import salora as sl
+import train_glue
+import train_instruct
+from model import load_decoder, load_encoder, read_config
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def model_of(name, folder=None, labels=3):
+    """The tiny model of a fixture, in eval mode, and its inputs, with the logits that PEFT's adapter for it gives."""
+    e = load_file(FIXTURES / f"peft-{name}" / "expected.safetensors")
+    if name == "bert":
+        return load_encoder(folder or FIXTURES / name, labels).eval(), [e["input_ids"], e["attention_mask"], e["token_type_ids"]], e["logits"]
+    return load_decoder(folder or FIXTURES / name).eval(), [e["input_ids"]], e["logits"]
+
+
+def scattered(model, letters="qkvoud", budget=0.4, seed=0):
+    """The model with an adapter of r = 8 that was cut down to uneven ranks, 0 among them."""
+    torch.manual_seed(seed)
+    method = sl.SaLoRA(model, model.target_paths(letters), r=8, budget=budget)
+    with torch.no_grad():
+        method.log_theta.normal_()
+        method.log_theta[3] = -9
+        for layer in method.layers:
+            layer.lora_B.normal_(std=0.3)
+    method.prune()
+    return model
+
+
+# ---- from PEFT
+
+
+@pytest.mark.parametrize("name", ["bert", "llama3"])
+def test_an_adapter_that_peft_wrote_gives_pefts_logits(name):
+    model, inputs, logits = model_of(name)
+    with torch.no_grad():
+        assert (model(*inputs) - logits).abs().max() > 0.1  # it does something
+        assert (sl.load(model, FIXTURES / f"peft-{name}").eval()(*inputs) - logits).abs().max() < 1e-5
+    wanted = {"bert": {2, 3, 4}, "llama3": {4, 6}}[name]
+    assert set(sl.ranks(model).values()) == wanted
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", ".*.*.*.*.*x", "(m|m)(o|o)(d|d)(e|e)(l|l)", r"(\w+\.)\1", "(.*)*", "(?:a?){20}a{20}", "(a", "a" * 2000])
+def test_patterns_of_strangers_are_refused_or_quick(pattern):
+    start = time.time()
+    with pytest.raises(ValueError, match="intricate|regular expression"):
+        sl.fits(pattern, "model.layers.0.self_attn." + "a" * 60, end=True)
+    assert time.time() - start < 1
+
+
+@pytest.mark.parametrize("pattern,fitting", [
+    ("q_proj", True), ("proj", False), ("self_attn.q_proj", True), ("model.layers.1.self_attn.q_proj", True), (r"layers\.\d\..*_proj", True), ("layers.0.self_attn.q_proj", False),
+    (r"^model.layers.1.self_attn.q_proj", True), ("(q|v)_proj", True), (r"layers\.[02]\..*", False), (r"(?!.*mlp).*q_proj", True)])
+def test_patterns_are_read_as_peft_reads_them(pattern, fitting):
+    assert sl.fits(pattern, "model.layers.1.self_attn.q_proj", end=True) == fitting
+
+
+# ---- merging into a folder
+
+
+@pytest.mark.parametrize("name", ["bert", "llama3"])
+def test_merged_folder_is_the_model_with_the_adapter(name, tmp_path):
+    before = {file.name: file.read_bytes() for file in (FIXTURES / name).iterdir()}
+    sl.merge_folder(FIXTURES / name, FIXTURES / f"peft-{name}", tmp_path / "m")
+    model, inputs, logits = model_of(name, tmp_path / "m")
+    with torch.no_grad():
+        assert (model(*inputs) - logits).abs().max() < 1e-4 and not sl.adapters(model)
+    assert before == {file.name: file.read_bytes() for file in (FIXTURES / name).iterdir()}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+    with pytest.raises(ValueError, match="is there already"):
+        sl.merge_folder(FIXTURES / name, FIXTURES / f"peft-{name}", tmp_path / "m")
+
+
+def test_shards_stay_shards_and_the_dtype_stays(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(FIXTURES / "llama", base)
+    (base / "tokenizer.json").write_text("{}"), (base / "pytorch_model.bin").write_text("a pickle")
+    for file in base.glob("model-*"):
+        save_file({key: t.bfloat16() for key, t in load_file(file).items()}, file)
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    sl.save(scattered(load_decoder(base)), tmp_path / "a")
+    sl.merge_folder(base, tmp_path / "a", tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text()) == index
+    assert {p.name for p in (tmp_path / "m").iterdir()} == {p.name for p in base.iterdir()} - {"pytorch_model.bin", "expected.safetensors"}
+    tuned, changed = scattered(load_decoder(base)), 0
+    for path, layer in sl.adapters(tuned).items():
+        key = f"{path}.weight"
+        file = index["weight_map"][key]
+        old, new = load_file(base / file)[key], load_file(tmp_path / "m" / file)[key]
+        update = layer.scale * layer.lora_B @ layer.lora_A
+        assert new.dtype == torch.bfloat16 and torch.equal(new, (old.float() + update).bfloat16())  # summed in float32, rounded once
+        changed += not torch.equal(old, new)
+    assert changed == sum(rank > 0 for rank in sl.ranks(tuned).values()) < 12
+
+
+def test_bare_model_gets_the_head_and_its_names(tmp_path):
+    """all-MiniLM and the like: keys without bert., no head; here with 4 labels."""
+    base = tmp_path / "base"
+    shutil.copytree(FIXTURES / "bert", base)
+    weights = {key.removeprefix("bert."): t for key, t in load_file(base / "model.safetensors").items() if not key.startswith("classifier")}
+    save_file(weights, base / "model.safetensors")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | dict(architectures=["BertModel"])))
+    model = scattered(load_encoder(base, 4)).eval()
+    sl.save(model, tmp_path / "a", ["classifier", "pooler"], task_type="SEQ_CLS")
+    sl.merge_folder(base, tmp_path / "a", tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"] and config["id2label"] == {str(i): f"LABEL_{i}" for i in range(4)} and len(config["label2id"]) == 4
+    assert set(load_file(tmp_path / "m" / "model.safetensors")) == {f"bert.{key}" for key in weights} | {"classifier.weight", "classifier.bias"}
+    ids = torch.randint(5, 60, (2, 9))
+    with torch.no_grad():
+        assert (load_encoder(tmp_path / "m", 4).eval()(ids) - model(ids)).abs().max() < 1e-5
+
+
+def shell(*args):
+    return subprocess.run([sys.executable, sl.__file__, *map(str, args)], capture_output=True, text=True)
+
+
+def test_merge_and_show_from_the_shell(tmp_path):
+    done = shell("merge", "--model", FIXTURES / "llama3", "--adapter", FIXTURES / "peft-llama3", "--out", tmp_path / "m")
+    assert done.returncode == 0 and (tmp_path / "m" / "model.safetensors").is_file() and read_config(tmp_path / "m", train_instruct.DecoderConfig)
+    model = scattered(load_encoder(FIXTURES / "bert", 3))
+    sl.save(model, tmp_path / "a", ["classifier"], budget=0.4, base_model_name_or_path="tiny")
+    text = shell("show", tmp_path / "a").stdout
+    table, kept = sl.ranks(model), sum(p.numel() for m in sl.adapters(model).values() for p in (m.lora_A, m.lora_B))
+    assert f"{kept:,} parameters in {sum(r > 0 for r in table.values())} matrices" in text and "99 in classifier" in text and "adapter of tiny" in text
+    assert f"budget 0.4; rank 8 at the start; {sum(r == 0 for r in table.values())} of 12 matrices" in text and sl.rank_map(table, 8) in text
+    foreign = shell("show", FIXTURES / "peft-llama3").stdout
+    assert "budget" not in foreign and "rank 4 to 6" in foreign and "mlp.down_proj" in foreign
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda base, a: (base / "model.safetensors").unlink(), "model.safetensors"), (lambda base, a: (base / "config.json").write_text("{"), "config.json"),
+    (lambda base, a: (base / "model.safetensors").write_bytes(b"\xff" * 50), "model.safetensors"), (lambda base, a: (a / "adapter_config.json").write_text("[]"), "holds a list"),
+    (lambda base, a: (a / "adapter_config.json").unlink(), "adapter_config.json"), (lambda base, a: (a / "adapter_model.safetensors").write_bytes(b""), "adapter_model.safetensors"),
+    (lambda base, a: shutil.copytree(FIXTURES / "llama3", base, dirs_exist_ok=True), "matches no nn.Linear")])
+def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(change, words, tmp_path):
+    base, a = Path(shutil.copytree(FIXTURES / "bert", tmp_path / "base")), Path(shutil.copytree(FIXTURES / "peft-bert", tmp_path / "a"))
+    change(base, a)
+    done = shell("merge", "--model", base, "--adapter", a, "--out", tmp_path / "m")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and words in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
+
+
+# ---- training goes on from an adapter
+
+
+def test_glue_goes_on_from_an_adapter_scores_it_and_merges_it(tmp_path, capsys):
+    def run(name, *flags):
+        train_glue.main(["--threads", "1", "--limit-train", "320", "--limit-dev", "100", "--log-every", "1", "--out", str(tmp_path / name), *map(str, flags)])
+        return json.loads((tmp_path / name / "result.json").read_text())
+
+    def predictions(name):
+        return [list(map(float, line.split("\t")[3:])) for line in (tmp_path / name / "predictions.tsv").read_text().splitlines()[1:]]
+
+    start = run("start", "--method", "lora", "--r", 4, "--epochs", 1)
+    adapter = ["--adapter", tmp_path / "start" / "adapter"]
+    scored = run("scored", *adapter, "--epochs", 0)
+    assert scored["score"] == start["score"] and scored["steps"] == 0 and scored["trainable_params"] == start["kept_params"]
+    assert torch.allclose(torch.tensor(predictions("scored")), torch.tensor(predictions("start")), atol=1e-5)
+    on = run("on", *adapter, "--epochs", 2, "--seed", 1)
+    first = json.loads((tmp_path / "on" / "log.jsonl").read_text().splitlines()[0])
+    last = json.loads((tmp_path / "start" / "log.jsonl").read_text().splitlines()[-1])
+    assert on["settings"]["r"] == 4 and on["kept_params"] <= on["trainable_params"] // 2 and first["orth_b"] == pytest.approx(last["orth_b"], rel=0.05)
+    assert run("lora", "--adapter", tmp_path / "on" / "adapter", "--method", "lora", "--epochs", 1)["kept_params"] == on["kept_params"]
+    sl.merge_folder(train_glue.HERE / "demo" / "model", tmp_path / "on" / "adapter", tmp_path / "merged")
+    assert run("plain", "--model", tmp_path / "merged", "--method", "head", "--epochs", 0)["score"] == on["score"]
+    assert torch.allclose(torch.tensor(predictions("plain")), torch.tensor(predictions("on")), atol=2e-3)  # the demo is stored in float16
+    assert f"budget 0.5; rank 4 at the start" in shell("show", tmp_path / "on" / "adapter").stdout
+    run("on", *adapter, "--epochs", 2, "--seed", 1, "--resume")
+    assert "finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--adapter", "a", "--r", "4"], "--r is given, expected none with --adapter"), (["--adapter", "a", "--targets", "q"], "--targets is given"),
+    (["--adapter", "a", "--method", "ft"], "--adapter is given, expected no adapter with --method ft"), (["--epochs", "0"], "--epochs is 0.0"),
+    (["--adapter", "nowhere"], "--adapter nowhere: "), (["--adapter", FIXTURES / "peft-llama3"], "matches no nn.Linear")])
+def test_adapters_to_start_from_that_cannot_be_are_one_line(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        train_glue.command(list(map(str, flags)))
+    captured = capsys.readouterr()
+    assert e.value.code == 2 and words in captured.err and captured.err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_gates_need_one_rank(tmp_path, capsys):
+    model = load_encoder(train_glue.HERE / "demo" / "model", 2)
+    sl.save(scattered(model), tmp_path / "a", ["classifier"])
+    with pytest.raises(SystemExit):
+        train_glue.command(["--adapter", str(tmp_path / "a"), "--max-steps", "10", "--out", str(tmp_path / "r")])
+    assert "--method lora goes on from it" in capsys.readouterr().err and not (tmp_path / "r").exists()
+    with pytest.raises(ValueError, match="ranks 1 to .*one for all"):
+        sl.SaLoRA(sl.load(load_encoder(train_glue.HERE / "demo" / "model", 2), tmp_path / "a"), None)
+    with pytest.raises(ValueError, match="no adapters to go on with"):
+        sl.SaLoRA(load_encoder(train_glue.HERE / "demo" / "model", 2), None)
+
+
+def test_instructions_go_on_from_an_adapter_and_score_it(tmp_path):
+    def run(name, *flags):
+        train_instruct.main(["--threads", "1", "--limit-train", "64", "--limit-dev", "20", "--generate", "2", "--out", str(tmp_path / name), *map(str, flags)])
+        return json.loads((tmp_path / name / "result.json").read_text())
+
+    start = run("start", "--epochs", 2)
+    scored = run("scored", "--adapter", tmp_path / "start" / "adapter", "--epochs", 0)
+    assert scored["score"] == pytest.approx(start["score"], abs=1e-6) and scored["examples"][0]["after"] == start["examples"][0]["after"]
+    on = run("on", "--adapter", tmp_path / "start" / "adapter", "--method", "lora", "--epochs", 1)
+    assert on["score"] < start["score"] and on["kept_params"] == start["kept_params"]
