@@ -11,17 +11,20 @@ start      seconds from the command to the end of the second step of train_glue.
 options    train_glue.py with --compile, --dtype bfloat16, --checkpoint-activations, --accumulate
 processes  train_glue.py in one process, and in two under torchrun, on the same global batch
 size       milliseconds of a step on random models by rank, targets, length and width
+llama      peak memory of a training step of the LLaMA in --model, measured, and on paper
 memory     a paper estimate for RoBERTa-large, SmolLM2-135M and LLaMA-7B; nothing is run
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
@@ -33,9 +36,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.glue import HERE, load_task
-from model import Encoder, EncoderConfig, load_encoder, read_config
+from model import Decoder, DecoderConfig, Encoder, EncoderConfig, load_decoder, load_encoder, read_config
 from salora import SaLoRA
-from training import markdown
+from train_instruct import token_losses
+from training import markdown, peak_memory_mb
 
 ROOT = Path(__file__).parent
 
@@ -228,23 +232,26 @@ MODELS = {
 }
 
 
-def bench_memory(args):
+def paper_memory(m, batch, length, size, recompute):
     """Bytes of a step with LoRA or SaLoRA, r = 8 on the six matrices, with attention that does not store length x length:
         frozen       weights x size of the dtype
         adapter      16 for each parameter: float32 weight, gradient and two moments of AdamW; SaLoRA's stacks in the window: 12 more
         activations  tokens x layers x what a layer keeps; recomputed (--checkpoint-activations): x of each layer, and all of one
         logits       LLaMA only, of one chunk of 1024 tokens: in the dtype, and in float32 themselves, their log-softmax and its gradient"""
+    d, layers, tokens = m["d"], m["layers"], batch * length
+    adapter = 8 * layers * (2 * (d + d) + 2 * (d + m["kv"]) + 2 * (d + m["i"]))
+    kept = kept_by_llama_layer(d, m["i"], size) if m["vocab"] else kept_by_encoder_layer(d, m["i"], size)
+    activations = tokens * (layers * d * size + kept if recompute else layers * kept)
+    return dict(frozen=m["weights"] * size, adapter=28 * adapter, activations=activations, logits=min(tokens, 1024) * m["vocab"] * (size + 12))
+
+
+def bench_memory(args):
     gb, table = 2**30, []
     for name, m in MODELS.items():
         for batch, length in m["batches"]:
             for dtype, size in (("float32", 4), ("bfloat16", 2)):
                 for recompute in (False, True):
-                    d, tokens = m["d"], batch * length
-                    adapter = 8 * m["layers"] * (2 * (d + d) + 2 * (d + m["kv"]) + 2 * (d + m["i"]))
-                    kept = kept_by_llama_layer(d, m["i"], size) if m["vocab"] else kept_by_encoder_layer(d, m["i"], size)
-                    activations = tokens * (m["layers"] * d * size + kept if recompute else m["layers"] * kept)
-                    logits = min(tokens, 1024) * m["vocab"] * (size + 12)
-                    parts = dict(frozen=m["weights"] * size, adapter=28 * adapter, activations=activations, logits=logits)
+                    parts = paper_memory(m, batch, length, size, recompute)
                     total = sum(parts.values()) / gb
                     table.append({"model": name, "batch": f"{batch} x {length}", "dtype": dtype, "recompute": "yes" if recompute else "no",
                                   **{f"{key} GB": round(value / gb, 2) for key, value in parts.items()}, "total GB": round(total, 1),
@@ -252,9 +259,42 @@ def bench_memory(args):
     return table
 
 
+def peak_of_a_step(folder, device, dtype, batch, length, recompute):
+    """Peak memory in bytes of a training step of a LLaMA with SaLoRA in its window, in this process, which has done nothing else."""
+    torch.set_num_threads(1)
+    start = 0 if device.startswith("cuda") else peak_memory_mb(torch.device("cpu"))
+    model = load_decoder(folder, getattr(torch, dtype), device).train()
+    model.checkpoint_activations = recompute
+    salora = SaLoRA(model, model.target_paths("qkvoud"), window=(0, 0.5))
+    optimizer = torch.optim.AdamW(salora.param_groups(1e-3), fused=True)
+    ids, targets = torch.randint(model.config.vocab_size, (2, batch, length), device=device)
+    salora.begin_step(0.1, optimizer)
+    (token_losses(model, model.hidden(ids), targets).mean() + salora.penalty()).backward()
+    optimizer.step()
+    return (peak_memory_mb(torch.device(device)) - start) * 2**20
+
+
+def bench_llama(args):
+    """Measured in fresh processes, beside the paper estimate for the same sizes. On a CPU malloc is told to give freed memory back at once, as
+    its heaps would count twice otherwise."""
+    os.environ |= dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    c, table = read_config(args.model, DecoderConfig), []
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in Decoder(c).parameters())
+    m = dict(weights=weights, d=c.hidden_size, kv=c.num_key_value_heads * c.head_dim, i=c.intermediate_size, layers=c.num_hidden_layers, vocab=c.vocab_size)
+    for batch in (4, 8):
+        for dtype, recompute in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                measured = pool.submit(peak_of_a_step, args.model, args.device, dtype, batch, 256, recompute).result()
+            paper = sum(paper_memory(m, batch, 256, getattr(torch, dtype).itemsize, recompute).values())
+            table.append({"batch": f"{batch} x 256", "dtype": dtype, "recompute": "yes" if recompute else "no", "measured MB": round(measured / 2**20),
+                          "on paper MB": round(paper / 2**20), "ratio": round(measured / paper, 2)})
+    return table
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
-BENCHES = dict(step=bench_step, loop=bench_loop, start=bench_start, options=bench_options, processes=bench_processes, size=bench_size, memory=bench_memory)
+BENCHES = dict(step=bench_step, loop=bench_loop, start=bench_start, options=bench_options, processes=bench_processes, size=bench_size, memory=bench_memory, llama=bench_llama)
 
 
 def print_table(name, table):
@@ -268,7 +308,7 @@ def main():
     parser.add_argument("--model", default=str(HERE / "demo" / "model"), help="folder in Hugging Face layout (default: the demo's)")
     parser.add_argument("--data", help="folder in GLUE's layout")
     parser.add_argument("--peers", metavar="PYTHON", help="python that has transformers and peft (loop; needs --task cola)")
-    parser.add_argument("--device", default="cpu", help="for step and size: cpu or cuda (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="for step, size and llama: cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count()), help="CPU threads (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="times each system has its turn; step takes ten times as many (default: 3)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")

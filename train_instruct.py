@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import torch
@@ -349,7 +350,7 @@ def score(argv):
     table = training.markdown(["outputs", "sentences", *names], [[file, row["sentences"], *(f"{row[n]:.2f}" if n in row else "" for n in names)] for file, row in scores.items()])
     if args.out:
         training.make_folder(Path(args.out))
-        training.write_text(Path(args.out) / "table.md", table)
+        training.write_text(Path(args.out) / "table.md", f"    python train_instruct.py score {shlex.join(argv)}\n\n{table}")
         training.write_text(Path(args.out) / "scores.json", json.dumps(scores, indent=1) + "\n")
     print(table)
     print(json.dumps(scores if len(scores) > 1 else {name: value for name, value in scores[file].items() if name != "sentences"}))
@@ -371,11 +372,12 @@ def open_scorers(args, target):
         if not (run / "adapter").is_dir():
             raise InputError(f"--classifier {run}: has no adapter/ (method {settings['method']}); train it with --method lora or salora")
 
+        device, folder = training.find_device(args), model_folder(settings["model"])
+        tokenizer, model = load_tokenizer(folder), load_encoder(folder, len(labels), torch.float32).to(device)
+        training.load_adapter(model, run / "adapter")
+
         def accuracy(outputs):
-            device, folder = training.find_device(args), model_folder(settings["model"])
-            model = load_encoder(folder, len(labels), torch.float32).to(device)
-            training.load_adapter(model, run / "adapter")
-            tokens = tokenize(load_tokenizer(folder), [(text,) for text in outputs], settings["max_length"], model.config.vocab_size)
+            tokens = tokenize(tokenizer, [(text,) for text in outputs], settings["max_length"], model.config.vocab_size)
             return 100 * float((train_glue.evaluate(model, tokens, model.config.pad_token_id, device).argmax(1) == labels.index(target)).mean())
 
         scorers["ACC"] = accuracy
