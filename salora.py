@@ -461,9 +461,9 @@ def within(name, modules):
 
 def save(model, folder, modules_to_save=(), budget=None, **config):
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads: gate and scale are folded into B; modules of
-    rank 0, which PEFT does not know, are left out; if all are of rank 0, the smallest stays with one triplet of zeros. modules_to_save: names of modules whose parameters go along whole (a head:
-    "classifier"). budget: for show(), which also finds the ranks at the start and those of 0. config: further entries, such as
-    base_model_name_or_path or task_type. ValueError: a module to save that is not there."""
+    rank 0, which PEFT does not know, are left out; if all are of rank 0, the smallest stays with one triplet of zeros. Beside them salora.json,
+    for show(): `budget`, all ranks, and the first one. modules_to_save: names of modules whose parameters go along whole (a head: "classifier").
+    config: further entries, such as base_model_name_or_path or task_type. ValueError: a module to save that is not there."""
     from safetensors.torch import save_file
     layers, tensors, table = adapters(model), {}, {}  # table {path: rank}, longer paths first: PEFT takes the first pattern that fits the end of a path
     for path in sorted(layers, key=len, reverse=True):
@@ -489,12 +489,12 @@ def save(model, folder, modules_to_save=(), budget=None, **config):
         **config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights, text = folder / "adapter_model.safetensors.new", folder / "adapter_config.json.new"
     known = dict(r=max((m.r for m in layers.values()), default=0), budget=budget, ranks=ranks(model))
-    save_file(tensors, weights, metadata={"format": "pt", "salora": json.dumps(known)})  # of which PEFT does not warn, as it does of new settings
-    text.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    for file in (weights, text):  # written beside, then renamed: never half a file
-        os.replace(file, file.with_suffix(""))
+    save_file(tensors, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
+    for name, value in (("adapter_config.json", settings), ("salora.json", known)):  # PEFT warns of settings that it does not know, not of files
+        (folder / f"{name}.new").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    for name in ("salora.json", "adapter_model.safetensors", "adapter_config.json"):  # written beside, then renamed: never half a file
+        os.replace(folder / f"{name}.new", folder / name)
 
 
 IMPLEMENTED = dict(  # what an adapter_config.json may say
@@ -526,8 +526,7 @@ def open_tensors(file):
 
 
 def read_adapter(folder):
-    """(settings, {name: tensor}, the metadata's entries) of a folder in PEFT's LoRA format; names as in the model. ValueError: something
-    that is not implemented."""
+    """(settings, {name: tensor}) of a folder in PEFT's LoRA format; names as in the model. ValueError: something that is not implemented."""
     file = Path(folder) / "adapter_config.json"
     settings = read_json(file)
     for key, value in {"peft_type": None, **settings}.items():
@@ -539,7 +538,7 @@ def read_adapter(folder):
         if not (isinstance(value, kind) or value is None and key.endswith(("pattern", "save"))) or any(isinstance(n, bool) or not 0 < n < math.inf for n in numbers):
             raise ValueError(f"{file}: {key} is {value!r}, expected {'positive numbers' if numbers else kind}")
     with open_tensors(Path(folder) / "adapter_model.safetensors") as f:
-        return settings, {key.removeprefix("base_model.model."): f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
+        return settings, {key.removeprefix("base_model.model."): f.get_tensor(key) for key in f.keys()}
 
 
 def fits(pattern, path, end=False):
@@ -591,7 +590,7 @@ def load(model, folder):
     """Puts the adapter of a folder in PEFT's LoRA format into `model` (in place; A, B and the saved modules are trainable, the rest is frozen) and
     returns the model. Strict: ValueError names a key that is missing, unexpected or misshapen, or a setting that is not implemented; the
     model is then as it was."""
-    settings, tensors, _ = read_adapter(folder)
+    settings, tensors = read_adapter(folder)
     linears, params = linears_of(model), dict(model.named_parameters())
     saved = {name: p.shape for name, p in params.items() if within(name, settings.get("modules_to_save"))}
     try:
@@ -623,7 +622,7 @@ def merge_folder(model, adapter, out):
     model, out = Path(model), Path(out)
     if out.exists():
         raise ValueError(f"{out}: is there already, give another folder")
-    settings, tensors, _ = read_adapter(adapter)
+    settings, tensors = read_adapter(adapter)
     config, index_file = read_json(model / "config.json"), model / "model.safetensors.index.json"
     index = read_json(index_file) if index_file.is_file() else None
     files, shapes = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"], {}
@@ -678,8 +677,9 @@ def merge_folder(model, adapter, out):
 
 def show(adapter):
     """What an adapter folder in PEFT's LoRA format holds, as text: parameters, budget and the rank of each matrix."""
-    settings, tensors, metadata = read_adapter(adapter)
-    known = json.loads(metadata.get("salora", "{}"))
+    settings, tensors = read_adapter(adapter)
+    own = Path(adapter) / "salora.json"
+    known = read_json(own) if own.is_file() else {}
     found = {name.removesuffix(".lora_A.weight"): t.shape[0] for name, t in tensors.items() if name.endswith(".lora_A.weight")}
     table = known.get("ranks") or found
     r = max(known.get("r") or 0, *table.values(), 0)

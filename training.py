@@ -3,11 +3,14 @@ What train_glue.py and train_instruct.py share: flags and their checks, the trai
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import math
 import os
 import resource
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -107,9 +110,10 @@ def run_flags(parser, epochs, lr, batch_size, dtype, out):
 
     arg = flag_group(parser, "output")
     arg("--out", help=f"folder of the run (default: {out}, with a number behind it if that is taken)")
-    arg("--resume", action="store_true", default=False, help="go on from --out/checkpoint, written after each epoch")
+    arg("--resume", action="store_true", default=False, help="go on from --out/checkpoint")
     arg("--overwrite", action="store_true", default=False, help="replace a finished run in --out")
     arg("--log-every", type=int, default=10, help="steps from one line of log.jsonl to the next")
+    arg("--save-every", type=int, metavar="N", help="write a checkpoint every N steps too (default: after each epoch, and on Ctrl-C or SIGTERM)")
 
 
 def settle(args):
@@ -129,7 +133,7 @@ def settle(args):
     need(0 < args.budget <= 1, "--budget", args.budget, "a share in (0, 1]")
     start, end = args.window
     need(0 <= start < end <= 1, "--window", f"{start} {end}", "two fractions of the run, 0 <= START < END <= 1")
-    at_least(args, 1, "r", "batch_size", "accumulate", "log_every", "max_steps", "threads", "limit_train", "limit_dev")
+    at_least(args, 1, "r", "batch_size", "accumulate", "log_every", "save_every", "max_steps", "threads", "limit_train", "limit_dev")
     at_least(args, 8, "max_length")
     at_least(args, 0, "seed", "beta", "weight_decay", "price")
     for name in ("lr", "gate_lr", "alpha", "epochs", "hold_out"):
@@ -213,7 +217,8 @@ def markdown(head, rows):
 
 
 def save_checkpoint(folder, optimizer, lowrank, progress):
-    """Everything a run needs to go on, as safetensors and JSON: nothing in it is code."""
+    """Everything a run needs to go on, as safetensors and JSON: nothing in it is code. Written beside and renamed; the last one stays as
+    checkpoint.previous."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = {f"param.{i}": p.detach() for i, p in enumerate(trained)}
     for i, p in enumerate(trained):
@@ -221,25 +226,44 @@ def save_checkpoint(folder, optimizer, lowrank, progress):
     state = lowrank.state_dict() if lowrank else {}
     tensors |= {f"method.{name}": value for name, value in state.items() if torch.is_tensor(value)}
     progress["method"] = {name: value for name, value in state.items() if not torch.is_tensor(value)}
-    beside = folder.with_name("checkpoint.new")
+    beside, previous = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.previous")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    save_file({name: value.contiguous() for name, value in tensors.items()}, beside / "state.safetensors")
-    (beside / "progress.json").write_text(json.dumps(progress))
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        beside.mkdir()
+        save_file({name: value.contiguous() for name, value in tensors.items()}, beside / "state.safetensors")
+        (beside / "progress.json").write_text(json.dumps(progress))
+    except (OSError, SafetensorError):
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(folder, previous)
     os.replace(beside, folder)
 
 
-def load_checkpoint(folder, optimizer, lowrank, device, settings):
-    """The inverse; returns the progress. Pruned tensors come in the shapes they were saved in."""
-    progress = json.loads((folder / "progress.json").read_text())
+def find_checkpoint(out):
+    """(progress, tensors) of the last checkpoint in a run's folder that is whole, or None."""
+    for folder in (out / "checkpoint", out / "checkpoint.previous"):
+        if not folder.is_dir():
+            continue
+        try:
+            progress, tensors = read_json(folder / "progress.json"), load_file(folder / "state.safetensors")
+            if progress.keys() >= {"step", "history", "seconds", "settings", "method", "open_line"}:
+                return progress, tensors
+            reason = "entries of progress.json are missing"
+        except (InputError, OSError, SafetensorError) as e:
+            reason = e
+        print(f"{folder}: not a whole checkpoint ({reason})")
+    return None
+
+
+def load_checkpoint(out, progress, tensors, optimizer, lowrank, device, settings):
+    """The inverse of save_checkpoint, for what find_checkpoint gave. Pruned tensors come in the shapes they were saved in."""
     for name, value in settings.items():
         found = progress["settings"].get(name)
-        if found != value and name not in ("log_every", "threads"):
-            raise InputError(f"--resume: {flag(name)} is {value}, but {folder} was written with {found}: "
-                             "give the run's own flags")
+        if found != value and name not in ("log_every", "save_every", "threads"):
+            raise InputError(f"--resume: {flag(name)} is {value}, but the checkpoint in {out} was written with {found}: give the run's own flags")
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors = load_file(folder / "state.safetensors")
     for name, value in tensors.items():
         kind, *rest = name.split(".")
         if kind in ("param", "state"):
@@ -253,7 +277,42 @@ def load_checkpoint(folder, optimizer, lowrank, device, settings):
     if lowrank:
         state = {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
         lowrank.load_state_dict(progress["method"] | state)
-    return progress
+
+
+class Stopped(Exception):
+    """A signal ended the run, whose state is saved. args: the line to print, the number of the signal."""
+
+
+@contextlib.contextmanager
+def noticed_signals():
+    """A list to which the number of a SIGINT or SIGTERM is added, so that a step can be finished first; a second one interrupts at once."""
+    seen = []
+
+    def note(number, frame):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class FolderLock:
+    """Keeps other processes out of a run's folder for as long as it lives, or the process does."""
+
+    def __init__(self, out):
+        self.handle = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"--out {out}: another run is writing into it; give another folder, or wait") from None
+
+    def __del__(self):
+        os.close(self.handle)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +376,13 @@ def announce(settings, line):
     print(line)
 
 
-def fit(args, plan, settings, out, model, lowrank, lengths, weights, loss_of, evaluate):
+def fit(*args):
+    """run_steps, between whose steps SIGINT and SIGTERM are heard."""
+    with noticed_signals() as stop:
+        return run_steps(*args, stop)
+
+
+def run_steps(args, plan, settings, out, model, lowrank, lengths, weights, loss_of, evaluate, stop):
     """The training loop, which writes log.jsonl and checkpoint/ into `out`. lengths: the tokens of each training row; weights: what it counts in the
     mean loss of a step; loss_of(rows): the summed loss of some rows, given by their numbers; evaluate(): a pair, outputs on the dev rows
     and {metric: value}. Returns evaluate()'s pair for the trained model, the scores after each epoch, and the seconds it took."""
@@ -333,12 +398,17 @@ def fit(args, plan, settings, out, model, lowrank, lengths, weights, loss_of, ev
 
     # ---- the folder: go on where a run was stopped, or start anew
     step, history, seconds, log_file = 0, [], 0.0, out / "log.jsonl"
-    if args.resume and (out / "checkpoint").is_dir():
-        progress = load_checkpoint(out / "checkpoint", optimizer, lowrank, device, settings)
+    if RANK == 0:
+        make_folder(out)
+        plan.lock = FolderLock(out)  # until the results are written
+    saved = find_checkpoint(out) if args.resume else None
+    if saved:
+        progress, tensors = saved
+        load_checkpoint(out, progress, tensors, optimizer, lowrank, device, settings)
         step, history, seconds = progress["step"], progress["history"], progress["seconds"]
         if RANK == 0:
-            lines = log_file.read_text().splitlines(keepends=True)
-            write_text(log_file, "".join(line for line in lines if json.loads(line)["step"] < step))
+            lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
+            write_text(log_file, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step))
         print(f"resumed at step {step} of {steps}")
     else:
         if args.resume:
@@ -354,6 +424,14 @@ def fit(args, plan, settings, out, model, lowrank, lengths, weights, loss_of, ev
     restart = plan.window[-1] + 1 if plan.window and gated and args.rewarm else steps
     batches, outputs, scores = None, None, None
     sums, log_tokens, log_steps, log_start = torch.zeros(2, device=device), 0, 0, time.time()  # sums: loss, task loss since the last line
+    if saved:
+        sums, log_tokens, log_steps = torch.tensor(progress["open_line"][:2], device=device), *progress["open_line"][2:]
+
+    def checkpoint():
+        if RANK == 0:
+            save_checkpoint(out / "checkpoint", optimizer, lowrank, dict(
+                step=step, history=history, seconds=seconds, settings=settings, open_line=[*sums.tolist(), log_tokens, log_steps]))
+
     model.train()
     while step < steps:
         if batches is None or step % epoch_steps == 0:  # the order of an epoch depends on the seed and its number alone
@@ -388,8 +466,8 @@ def fit(args, plan, settings, out, model, lowrank, lengths, weights, loss_of, ev
 
         # ---- a line in log.jsonl now and then
         log_steps, log_tokens = log_steps + 1, log_tokens + sum(lengths[j] for j in batch)
-        epoch_end = (step + 1) % epoch_steps == 0 or step + 1 == steps
-        if step % args.log_every == 0 or epoch_end:
+        epoch_end, save = (step + 1) % epoch_steps == 0 or step + 1 == steps, args.save_every and (step + 1) % args.save_every == 0
+        if step % args.log_every == 0 or epoch_end or save:
             if PROCESSES > 1:
                 dist.all_reduce(sums)
             loss, task_loss = (sums / log_steps).tolist()
@@ -403,6 +481,10 @@ def fit(args, plan, settings, out, model, lowrank, lengths, weights, loss_of, ev
                     orth_a, orth_b = lowrank.orthogonality()
                     entry |= {"density": lowrank.density().item(), "lambda": None if args.method == "adalora" else lowrank.lam.item(),
                               "orth_a": orth_a.item(), "orth_b": orth_b.item()}
+            bad = [f"{name} is {entry[name]}" for name in ("loss", "density", "lambda", "orth_a", "orth_b") if not math.isfinite(entry[name] or 0)]
+            if bad:
+                raise InputError(f"the run came apart: {bad[0]} at step {step}, or in one of the {log_steps - 1} before it, with a learning rate of {entry['lr']:.3g}. Try a "
+                                 f"smaller --lr; checkpoints in {out} are from before that")
             if RANK == 0:
                 with log_file.open("a") as f:
                     f.write(json.dumps(entry) + "\n")
@@ -425,10 +507,16 @@ def fit(args, plan, settings, out, model, lowrank, lengths, weights, loss_of, ev
             history.append(dict(step=step, epoch=round(step / epoch_steps, 4), **scores))
             line = f"epoch {step / epoch_steps:.4g}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
             print(f"\r{line:<100}" if sys.stdout.isatty() else line, flush=True)
-            if RANK == 0:
-                save_checkpoint(out / "checkpoint", optimizer, lowrank,
-                                dict(step=step, history=history, seconds=seconds, settings=settings))
+            checkpoint()
             log_start = time.time()
+        elif save:
+            checkpoint()
+        if stop and step < steps:
+            if PROCESSES == 1:
+                seconds += time.time() - log_start
+                checkpoint()
+            raise Stopped(f"stopped at step {step} of {steps}; the same command with --resume goes on from "
+                          + ("there" if PROCESSES == 1 else "the last checkpoint") + f" ({out})", stop[0])
 
     if outputs is None:  # stopped between the last step and here, or no step at all
         outputs, scores = evaluate()
@@ -504,7 +592,7 @@ def clear_folder(out):
     try:
         for name in ("result.json", "log.jsonl", "predictions.tsv", "predictions_mismatched.tsv"):
             (out / name).unlink(missing_ok=True)
-        for name in ("adapter", "checkpoint"):
+        for name in ("adapter", "checkpoint", "checkpoint.previous", "checkpoint.new"):
             shutil.rmtree(out / name, ignore_errors=True)
     except OSError as e:
         raise InputError(f"--out {out}: cannot be written ({e.strerror})") from None
@@ -526,7 +614,7 @@ def finished(args, out):
     result = read_json(file)
     for name, value in vars(args).items():
         found = result["settings"].get(name, value)
-        if value is not None and found != value and name not in (*NOT_OF_A_RUN, "seed", "threads", "log_every"):
+        if value is not None and found != value and name not in (*NOT_OF_A_RUN, "seed", "threads", "log_every", "save_every"):
             raise InputError(f"--out {out} holds a finished run with {flag(name)} {found}, not {value}: give another folder")
     return result
 
@@ -589,6 +677,19 @@ def command(main, argv):
         main(sys.argv[1:] if argv is None else argv)
     except InputError as e:
         sys.exit(fail(e))
+    except Stopped as e:
+        fail(e.args[0])
+        sys.exit(128 + e.args[1])
+    except KeyboardInterrupt:
+        fail("stopped")
+        sys.exit(128 + signal.SIGINT)
+    except (OSError, SafetensorError) as e:
+        where = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e
+        sys.exit(fail(f"{where}; what was saved before is still there, and --resume goes on from it"))
+    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is one; a CPU's is told by its words alone
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
+            raise
+        sys.exit(fail("out of memory. What helps: a smaller --batch-size with --accumulate, --checkpoint-activations, --dtype bfloat16, a smaller --max-length"))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

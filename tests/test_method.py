@@ -560,7 +560,7 @@ def test_matrices_of_rank_zero_are_left_out_of_the_file(tmp_path):
     (tmp_path / "a" / "notes.txt").write_text("mine")
     save(model, tmp_path / "a")
     save(model, tmp_path / "a")
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "notes.txt"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "salora.json", "notes.txt"}
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"] == ["2"]
     assert torch.allclose(load(mlp(), tmp_path / "a")(torch.ones(1, 10)), model(torch.ones(1, 10)), atol=1e-6)
 

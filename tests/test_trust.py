@@ -1,0 +1,214 @@
+"""Runs that are killed, stopped, starved and run into each other lose nothing. KILLS=200 kills more often than the 20 times of the default."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_glue
+import training
+
+PLAIN = ["--threads", "1", "--limit-train", "224", "--limit-dev", "60", "--epochs", "3", "--log-every", "2"]
+SHORT = [*PLAIN, "--save-every", "2"]
+SCRIPT = [sys.executable, Path(train_glue.__file__)]
+
+
+def in_a_process(flags, limit=None):
+    """A running train_glue.py: a copy of this process, which has read torch already."""
+    def work():
+        os.setsid()
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        train_glue.command(list(map(str, flags)))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def wait_until(condition):
+    end = time.time() + 60
+    while not condition():
+        assert time.time() < end, "it did not come to that"
+        time.sleep(0.01)
+
+
+def end_of(process):
+    process.join(120)
+    return process.exitcode
+
+
+def traces(out):
+    """What a run leaves, without its timings."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return ([{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines],
+            *((out / name).read_bytes() for name in ("predictions.tsv", "adapter/adapter_model.safetensors", "checkpoint/state.safetensors")))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Two seeds without a disturbance: 21 steps each, the window from step 5 to 10, a checkpoint every second step. And how long they took."""
+    out, start = tmp_path_factory.mktemp("whole") / "r", time.time()
+    assert end_of(in_a_process([*SHORT, "--seeds", 0, 1, "--out", out])) == 0
+    return out, time.time() - start
+
+
+def test_killed_at_random_moments_a_run_ends_in_the_same_bytes(whole, tmp_path):
+    reference, seconds = whole
+    rng, kills, runs = random.Random(os.environ.get("KILL_SEED", 0)), 0, 0
+    while kills < int(os.environ.get("KILLS", 20)):
+        out = tmp_path / f"r{runs}"
+        runs += 1
+        while not (out / "summary.json").exists():
+            process = in_a_process([*SHORT, "--seeds", 0, 1, "--out", out, "--resume"])
+            process.join(rng.uniform(0, 0.5 * seconds))
+            if process.is_alive():
+                process.kill()
+                kills += 1
+            assert end_of(process) in (0, -signal.SIGKILL)
+        for seed in ("seed0", "seed1"):
+            assert traces(out / seed) == traces(reference / seed)
+    assert runs >= 2
+
+
+def test_a_kill_while_a_checkpoint_is_renamed_leaves_one(tmp_path, whole, capsys, monkeypatch):
+    """Each place between two calls of the file system."""
+    for place in range(4):
+        out, calls = tmp_path / str(place), []
+
+        def count(function):
+            def counted(*args, **kw):
+                if len(calls) >= 9 + place:  # in the third checkpoint
+                    raise SystemExit
+                calls.append(function)
+                return function(*args, **kw)
+            return counted
+
+        with monkeypatch.context() as m:
+            for name in ("save_file",):
+                m.setattr(training, name, count(getattr(training, name)))
+            m.setattr(training.os, "replace", count(os.replace))
+            with pytest.raises(SystemExit):
+                train_glue.main([*SHORT, "--out", str(out)])
+        train_glue.main([*SHORT, "--out", str(out), "--resume"])
+        assert "resumed at step" in capsys.readouterr().out and traces(out) == traces(whole[0] / "seed0")
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda folder: (folder / "state.safetensors").write_bytes((folder / "state.safetensors").read_bytes()[:-100]), lambda folder: (folder / "progress.json").write_text('{"step": 3'),
+    lambda folder: (folder / "progress.json").write_text("{}"), lambda folder: shutil.rmtree(folder), lambda folder: (folder / "state.safetensors").unlink()])
+def test_a_spoilt_checkpoint_gives_way_to_the_one_before(spoil, whole, tmp_path, capsys):
+    out = tmp_path / "r"
+    process = in_a_process([*SHORT, "--out", out])
+    wait_until((out / "checkpoint.previous").exists)
+    process.kill()
+    end_of(process)
+    if (out / "checkpoint").exists():
+        spoil(out / "checkpoint")
+    train_glue.main([*SHORT, "--out", str(out), "--resume"])
+    assert "resumed at step" in capsys.readouterr().out and traces(out) == traces(whole[0] / "seed0")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_and_says_how_to_go_on(number, whole, tmp_path):
+    out = tmp_path / "r"
+    flags = [*PLAIN, "--out", out]  # nothing but the signal makes it save within an epoch
+    process = subprocess.Popen([*SCRIPT, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) > 1)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "with --resume goes on from there" in error and error.count("\n") == 1
+    step = json.loads((out / "checkpoint" / "progress.json").read_text())["step"]
+    assert f"stopped at step {step} of 21" in error
+    assert end_of(in_a_process([*flags, "--resume"])) == 0
+    plain = tmp_path / "plain"
+    assert end_of(in_a_process([*flags[:-1], plain])) == 0
+    assert traces(out) == traces(plain)
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(whole, tmp_path):
+    out = tmp_path / "r"
+    process = in_a_process([*SHORT, "--out", out])
+    wait_until((out / "checkpoint").exists)
+    process.terminate()
+    assert end_of(process) == 128 + signal.SIGTERM
+    before = {file.name: file.read_bytes() for file in (out / "checkpoint").iterdir()}
+    done = subprocess.run([*SCRIPT, *SHORT, "--out", out, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))  # bytes of a file
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "large" in done.stderr and "--resume goes on" in done.stderr
+    assert before == {file.name: file.read_bytes() for file in (out / "checkpoint").iterdir()} and not (out / "checkpoint.new").exists()
+    assert end_of(in_a_process([*SHORT, "--out", out, "--resume"])) == 0
+    assert traces(out) == traces(whole[0] / "seed0")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), MemoryError()])
+def test_out_of_memory_says_which_flags_help(error, monkeypatch, capsys, tmp_path):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr(train_glue, "load_encoder", fails)
+    with pytest.raises(SystemExit) as e:
+        train_glue.command([*SHORT, "--out", str(tmp_path / "r")])
+    text = capsys.readouterr().err
+    assert e.value.code == 2 and text.count("\n") == 1 and all(flag in text for flag in ("--batch-size", "--accumulate", "--checkpoint-activations", "--dtype bfloat16", "--max-length"))
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_glue, "load_encoder", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_glue.command([*SHORT, "--out", str(tmp_path / "r")])
+
+
+@pytest.mark.parametrize("what", ["loss", "density"])
+def test_a_number_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(what, tmp_path, capsys, monkeypatch):
+    cross_entropy, density, calls = train_glue.F.cross_entropy, train_glue.sl.SaLoRA.density, []
+
+    def broken_loss(*args, **kw):
+        calls.append(0)
+        return cross_entropy(*args, **kw) * (math.nan if len(calls) == 10 else 1)
+
+    if what == "loss":
+        monkeypatch.setattr(train_glue.F, "cross_entropy", broken_loss)
+    else:
+        monkeypatch.setattr(train_glue.sl.SaLoRA, "density", lambda self: density(self) * (math.inf if self.open and self.noise is not None and self.progress > 0.4 else 1))
+    with pytest.raises(SystemExit) as e:
+        train_glue.command([*SHORT, "--out", str(tmp_path / "r")])
+    text = capsys.readouterr().err
+    assert e.value.code == 2 and text.count("\n") == 1 and "the run came apart" in text and "at step 9" in text and "learning rate of" in text
+    progress, tensors = training.find_checkpoint(tmp_path / "r")
+    assert progress["step"] == 8 and all(t.isfinite().all() for t in tensors.values())
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path, capsys):
+    out = tmp_path / "r"
+    first = in_a_process([*SHORT, "--epochs", 30, "--out", out])
+    wait_until((out / "checkpoint").exists)
+    os.kill(first.pid, signal.SIGSTOP)
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    for more in ([], ["--resume"], ["--overwrite"]):
+        with pytest.raises(SystemExit) as e:
+            train_glue.command([*SHORT, "--epochs", "30", "--out", str(out), *more])
+        assert e.value.code == 2 and f"--out {out}: another run is writing into it" in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    first.kill()
+    end_of(first)
+    train_glue.main([*SHORT, "--out", str(out), "--overwrite"])  # the lock went with its process
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as e:
+        train_glue.command([*SHORT, "--out", str(tmp_path / "file" / "r")])
+    assert e.value.code == 2 and f"error: --out {tmp_path}/file/r: cannot be written" in capsys.readouterr().err
