@@ -403,11 +403,16 @@ def read_json(file):
         value = json.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file}: not found; a model folder holds config.json, model.safetensors and tokenizer.json") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{file}: cannot be read as JSON ({e})") from None
     if not isinstance(value, dict):
         raise InputError(f"{file}: holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def most(name):
+    """The largest number of that name in a config.json that is taken for one: beyond, a model would take forever to build."""
+    return 1 if "dropout" in name else 1000 if name.startswith("num_") else 10**8
 
 
 def read_config(folder, kind=EncoderConfig):
@@ -432,8 +437,8 @@ def read_config(folder, kind=EncoderConfig):
                 raise InputError(f"{file}: {f.name} is missing")
             continue
         number = (int, float) if f.type is float else f.type
-        if not isinstance(value, number) or isinstance(value, bool) != (f.type is bool) or (f.type in (int, float) and value < 0):
-            raise InputError(f"{file}: {f.name} is {value!r}, expected a {'non-negative ' * (f.type in (int, float))}{f.type.__name__}")
+        if not isinstance(value, number) or isinstance(value, bool) != (f.type is bool) or (f.type in (int, float) and not 0 <= value <= most(f.name)):
+            raise InputError(f"{file}: {f.name} is {value!r}, expected " + (f"a number from 0 to {most(f.name):g}" if f.type in (int, float) else f"a {f.type.__name__}"))
         known[f.name] = value
     c = kind(**known)
     heads = c.num_attention_heads

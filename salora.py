@@ -509,7 +509,7 @@ def read_json(file):
     """The object in a JSON file. ValueError: there is none in it."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{file}: cannot be read as JSON ({e})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: holds a {type(value).__name__}, expected an object")
@@ -535,8 +535,9 @@ def read_adapter(folder):
     for key, kind in dict(r=int, lora_alpha=(int, float), rank_pattern=dict, alpha_pattern=dict, target_modules=(list, str), modules_to_save=list).items():
         value = settings.get(key)
         numbers = value.values() if isinstance(value, dict) else [value] if key in ("r", "lora_alpha") else []
-        if not (isinstance(value, kind) or value is None and key.endswith(("pattern", "save"))) or any(isinstance(n, bool) or not 0 < n < math.inf for n in numbers):
-            raise ValueError(f"{file}: {key} is {value!r}, expected {'positive numbers' if numbers else kind}")
+        good = isinstance(value, kind) or value is None and key.endswith(("pattern", "save"))
+        if good and any(isinstance(n, (str, bool)) or not 0 < n < math.inf for n in numbers) or isinstance(value, list) and not all(isinstance(n, str) for n in value) or not good:
+            raise ValueError(f"{file}: {key} is {repr(value)[:80]}, expected " + ("positive numbers" if numbers else "names"))
     with open_tensors(Path(folder) / "adapter_model.safetensors") as f:
         return settings, {key.removeprefix("base_model.model."): f.get_tensor(key) for key in f.keys()}
 

@@ -13,13 +13,17 @@ class InputError(ValueError):
 def read_text(file, encoding="utf-8", hint=""):
     """A text file, its line ends as they are. hint: what is added where it is not found."""
     try:
-        return Path(file).read_bytes().decode(encoding)
+        text = Path(file).read_bytes().decode(encoding)
     except FileNotFoundError:
         raise InputError(f"{file}: not found{hint}") from None
     except UnicodeDecodeError as e:
         raise InputError(f"{file}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
     except OSError as e:
         raise InputError(f"{file}: cannot be read ({e.strerror})") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise InputError(f"{file}: line {line} holds a NUL byte: this is no text file, or a damaged one")
+    return text
 
 
 def draw_rows(n, count):

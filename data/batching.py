@@ -8,12 +8,16 @@ from tokenizers import Tokenizer
 
 from data import InputError
 
+LARGEST = 64 << 20  # bytes of a tokenizer.json; those of known models have 1 to 35 MB
+
 
 def load_tokenizer(folder):
     """The Tokenizer of folder/tokenizer.json, without the padding that the file may ask for."""
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"{file}: not found; save the model's fast tokenizer there (vocab.txt or vocab.json and merges.txt are not read)")
+    if file.stat().st_size > LARGEST:
+        raise InputError(f"{file}: has {file.stat().st_size >> 20} MiB, and no tokenizer needs more than {LARGEST >> 20}")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as e:  # the binding raises a bare Exception

@@ -43,7 +43,7 @@ def load_instructions(file):
             rows = [(f"row {i}", row) for i, row in enumerate(json.loads(text))]
         else:
             rows = [(f"line {i}", json.loads(line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{file}: is neither a JSON list nor JSONL ({e})") from None
     for where, row in rows:
         for name in ("instruction", "input", "output"):
