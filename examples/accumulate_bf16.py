@@ -1,6 +1,6 @@
 import torch
 import torch.nn.functional as F
-from salora import SaLoRA, ranks
+from salora import SaLoRA
 
 x, y = torch.randn(4, 64, 32), torch.randint(5, (4, 64))  # four small batches make a step
 model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 5))

@@ -179,7 +179,7 @@ def test_glue_goes_on_from_an_adapter_scores_it_and_merges_it(tmp_path, capsys):
     sl.merge_folder(train_glue.HERE / "demo" / "model", tmp_path / "on" / "adapter", tmp_path / "merged")
     assert run("plain", "--model", tmp_path / "merged", "--method", "head", "--epochs", 0)["score"] == on["score"]
     assert torch.allclose(torch.tensor(predictions("plain")), torch.tensor(predictions("on")), atol=2e-3)  # the demo is stored in float16
-    assert f"budget 0.5; rank 4 at the start" in shell("show", tmp_path / "on" / "adapter").stdout
+    assert "budget 0.5; rank 4 at the start" in shell("show", tmp_path / "on" / "adapter").stdout
     run("on", *adapter, "--epochs", 2, "--seed", 1, "--resume")
     assert "finished already" in capsys.readouterr().out
 

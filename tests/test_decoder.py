@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from data import InputError
-from model import DECODER_LINEARS, Decoder, DecoderConfig, load_decoder, read_config, sample, stop_ids
+from model import DECODER_LINEARS, Decoder, DecoderConfig, load_decoder, sample, stop_ids
 
 FIXTURES = Path(__file__).parent / "fixtures"
 KINDS = ["llama", "llama3", "llama-linear"]  # see make_fixtures.py
@@ -101,7 +101,7 @@ def test_generation_stops_at_the_end_of_text_and_at_the_limit(folder):
 
 
 def test_sampling_depends_on_its_seed_alone_and_greedy_is_its_limit():
-    model, (prompts, greedy) = load_decoder(FIXTURES / "llama3"), cases(FIXTURES / "llama3")
+    model, (prompts, _) = load_decoder(FIXTURES / "llama3"), cases(FIXTURES / "llama3")
     torch.manual_seed(0)
     one = texts(model, prompts, temperature=1.0, seed=3)
     torch.manual_seed(1)
