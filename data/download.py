@@ -1,5 +1,6 @@
 """Downloads: GLUE's archives and Hugging Face models. A file is checked beside its place and then renamed, so it is there whole or not at all."""
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -13,18 +14,29 @@ from data import InputError
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 ARCHIVES = {name: f"{name}.zip" for name in ("CoLA", "SST-2", "STS-B", "MNLI", "RTE", "WNLI")} | {"QQP": "QQP-clean.zip", "QNLI": "QNLIv2.zip"}
+SHA256 = {  # as Hugging Face's datasets library recorded them
+    "CoLA.zip": "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff", "SST-2.zip": "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa",
+    "STS-B.zip": "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85", "QQP-clean.zip": "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0",
+    "MNLI.zip": "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633", "QNLIv2.zip": "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5",
+    "RTE.zip": "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee", "WNLI.zip": "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46",
+    "msr_paraphrase_train.txt": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+    "mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"}
 LIMIT = 2 << 30  # bytes, of an archive and of what it unpacks to; the largest, MNLI, has 0.3 and 1.3 GB
 
 
 def fetch(url, file):
-    """Downloads url to file, with a progress bar; InputError if the server cannot be reached or sends less than it announced."""
+    """Downloads url to file, with a progress bar; InputError if the server cannot be reached, sends less than it announced, or something else."""
     from tqdm import tqdm
+    name, digest = url.rsplit("/", 1)[-1], hashlib.sha256()
     try:
         with urllib.request.urlopen(url, timeout=60) as response, open(file, "wb") as out:
+            if url.startswith("https:") and not response.url.startswith("https:"):
+                raise InputError(f"{url}: was redirected to {response.url}, which is not https; not downloaded")
             size = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as bar:
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=name) as bar:
                 while block := response.read(1 << 20):
                     out.write(block)
+                    digest.update(block)
                     bar.update(len(block))
                     if out.tell() > LIMIT:
                         raise InputError(f"{url}: larger than {LIMIT >> 20} MiB, not downloaded")
@@ -33,6 +45,8 @@ def fetch(url, file):
     found = os.path.getsize(file)
     if size and found != size:
         raise InputError(f"{url}: the download broke off after {found} of {size} bytes; run the command again")
+    if digest.hexdigest() != SHA256.get(name, digest.hexdigest()):
+        raise InputError(f"{url}: has the SHA-256 {digest.hexdigest()}, expected {SHA256[name]}; not used. If you trust another copy, put the files in place by hand (--data)")
 
 
 def unpack(archive, name, folder):

@@ -129,6 +129,9 @@ def archive(name, extra=()):
     return out.getvalue()
 
 
+SHA256 = download.SHA256  # the server's archives are not the real ones
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Serves the files in tmp_path/www as GLUE's archives; a file `cut` is announced whole and sent by half."""
@@ -147,6 +150,7 @@ def server(tmp_path, monkeypatch):
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         for name in ("GLUE_URL", "MRPC_URL"):
             monkeypatch.setattr(download, name, f"http://127.0.0.1:{httpd.server_port}/")
+        monkeypatch.setattr(download, "SHA256", {})
         into = tmp_path / "data"
         into.mkdir()
         monkeypatch.setattr(glue, "HERE", into)
@@ -197,6 +201,24 @@ def test_bad_archive_leaves_nothing_behind(server, content, words):
     with pytest.raises(InputError, match=words):
         load_task("cola")
     assert list(into.iterdir()) == [] and not list(into.parent.rglob("evil.tsv"))
+
+
+def test_an_archive_with_another_checksum_is_not_used(server, monkeypatch):
+    www, into = server
+    (www / "CoLA.zip").write_bytes(archive("CoLA"))
+    monkeypatch.setattr(download, "SHA256", SHA256)
+    with pytest.raises(InputError, match="CoLA.zip: has the SHA-256 [0-9a-f]{64}, expected f212fcd8"):
+        download.download_task("CoLA", into)
+    assert list(into.iterdir()) == [] and set(download.SHA256) == {*download.ARCHIVES.values(), "msr_paraphrase_train.txt", "mrpc_dev_ids.tsv"}
+
+
+def test_https_does_not_become_http(tmp_path, monkeypatch):
+    response = io.BytesIO(b"x")
+    response.url, response.headers = "http://elsewhere/CoLA.zip", {}
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda *args, **kw: response)
+    with pytest.raises(InputError, match="was redirected to http://elsewhere/CoLA.zip, which is not https"):
+        download.fetch(download.GLUE_URL + "CoLA.zip", tmp_path / "x")
+    assert download.GLUE_URL.startswith("https:") and download.MRPC_URL.startswith("https:")
 
 
 def test_archive_that_unpacks_to_too_much_is_refused(server, monkeypatch):
