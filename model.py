@@ -482,6 +482,8 @@ def read_weights(folder, dtype):
         if not isinstance(shards, dict) or not shards:
             raise InputError(f"{index}: has no weight_map")
         files = [folder / name for name in sorted(set(map(str, shards.values())))]
+        if any(file.parent != folder for file in files):
+            raise InputError(f"{index}: names files outside its folder")
     else:
         pickled = " (pytorch_model.bin is a pickle, which is not read: save the model as safetensors)" * (folder / "pytorch_model.bin").is_file()
         raise InputError(f"{folder}: found neither model.safetensors nor model.safetensors.index.json{pickled}")

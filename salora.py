@@ -461,12 +461,13 @@ def within(name, modules):
 
 def save(model, folder, modules_to_save=(), budget=None, **config):
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads: gate and scale are folded into B; modules of
-    rank 0, which PEFT does not know, are left out; if all are of rank 0, the smallest stays with one triplet of zeros. Beside them salora.json,
-    for show(): `budget`, all ranks, and the first one. modules_to_save: names of modules whose parameters go along whole (a head: "classifier").
-    config: further entries, such as base_model_name_or_path or task_type. ValueError: a module to save that is not there."""
+    rank 0, which PEFT does not know, are left out; if all are of rank 0, the smallest stays with one triplet of zeros. Beside
+    them salora.json, for show(): `budget`, all ranks, and the first one. modules_to_save: names of modules whose parameters go
+    along whole (a head: "classifier"). config: further entries, such as base_model_name_or_path or task_type. ValueError: a
+    module to save that is not there."""
     from safetensors.torch import save_file
-    layers, tensors, table = adapters(model), {}, {}  # table {path: rank}, longer paths first: PEFT takes the first pattern that fits the end of a path
-    for path in sorted(layers, key=len, reverse=True):
+    layers, tensors, table = adapters(model), {}, {}
+    for path in sorted(layers, key=len, reverse=True):  # PEFT takes the first pattern that fits the end of a path
         a, b = layers[path].matrices()
         if layers[path].rank:
             tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = a, layers[path].scale * b
@@ -532,19 +533,23 @@ def read_adapter(folder):
     for key, value in {"peft_type": None, **settings}.items():
         if value not in IMPLEMENTED.get(key, [None, False, [], {}]) and key not in READ | OF_NO_EFFECT:
             raise ValueError(f"{file}: {key} is {value!r}, " + (f"only {IMPLEMENTED[key][0]!r} is implemented" if key in IMPLEMENTED else "which is not implemented"))
-    for key, kind in dict(r=int, lora_alpha=(int, float), rank_pattern=dict, alpha_pattern=dict, target_modules=(list, str), modules_to_save=list).items():
+    kinds = dict(r=int, lora_alpha=(int, float), rank_pattern=dict, alpha_pattern=dict, target_modules=(list, str), modules_to_save=list)
+    for key, kind in kinds.items():
         value = settings.get(key)
-        numbers = value.values() if isinstance(value, dict) else [value] if key in ("r", "lora_alpha") else []
-        good = isinstance(value, kind) or value is None and key.endswith(("pattern", "save"))
-        if good and any(isinstance(n, (str, bool)) or not 0 < n < math.inf for n in numbers) or isinstance(value, list) and not all(isinstance(n, str) for n in value) or not good:
-            raise ValueError(f"{file}: {key} is {repr(value)[:80]}, expected " + ("positive numbers" if numbers else "names"))
+        if value is None and key in ("rank_pattern", "alpha_pattern", "modules_to_save"):
+            continue
+        names = key in ("target_modules", "modules_to_save")
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        good = isinstance(value, kind) and all(isinstance(n, str) if names else type(n) in (int, float) and 0 < n < math.inf for n in parts)
+        if not good:
+            raise ValueError(f"{file}: {key} is {repr(value)[:80]}, expected {'names' if names else 'positive numbers'}")
     with open_tensors(Path(folder) / "adapter_model.safetensors") as f:
         return settings, {key.removeprefix("base_model.model."): f.get_tensor(key) for key in f.keys()}
 
 
 def fits(pattern, path, end=False):
-    """Does a pattern of an adapter_config.json, a regular expression, fit a module path, or its end? ValueError: it is none, or one that could
-    take forever, as a stranger might send it: with backreferences, a repeated group, many groups or repetitions."""
+    """Does a pattern of an adapter_config.json, a regular expression, fit a module path, or its end? ValueError: it is none, or
+    one that could take forever, as a stranger might send it: with backreferences, a repeated group, many groups or repetitions."""
     bare = re.sub(r"\\\D|\[[^\]]*\]", "x", pattern)
     if len(pattern) > 1000 or "\\" in bare or re.search(r"\)[*+?{]", bare) or len(re.findall(r"(?<!\()[*+?{]", bare)) > 3 or bare.count("(") > 3:
         raise ValueError(f"the pattern {pattern[:60]!r} is too intricate: name the modules instead")
@@ -555,8 +560,9 @@ def fits(pattern, path, end=False):
 
 
 def match(settings, tensors, linears, saved):
-    """{module path: (r, scale)} of the layers that an adapter changes. linears {module path: (d, k)}: those there are; saved {name: shape}: the
-    parameters that are replaced whole. ValueError names a tensor that is missing, unexpected or misshapen, or a setting that fits nothing."""
+    """{module path: (r, scale)} of the layers that an adapter changes. linears {module path: (d, k)}: those there are; saved
+    {name: shape}: the parameters that are replaced whole. ValueError names a tensor that is missing, unexpected or misshapen, or
+    a setting that fits nothing."""
     targets = settings["target_modules"]
     whole = settings.get("modules_to_save")  # no adapter in there, even if a target says so
     free = {path: size for path, size in linears.items() if not within(f"{path}.weight", whole)}
@@ -588,9 +594,9 @@ def match(settings, tensors, linears, saved):
 
 
 def load(model, folder):
-    """Puts the adapter of a folder in PEFT's LoRA format into `model` (in place; A, B and the saved modules are trainable, the rest is frozen) and
-    returns the model. Strict: ValueError names a key that is missing, unexpected or misshapen, or a setting that is not implemented; the
-    model is then as it was."""
+    """Puts the adapter of a folder in PEFT's LoRA format into `model` (in place; A, B and the saved modules are trainable, the
+    rest is frozen) and returns the model. Strict: ValueError names a key that is missing, unexpected or misshapen, or a setting
+    that is not implemented; the model is then as it was."""
     settings, tensors = read_adapter(folder)
     linears, params = linears_of(model), dict(model.named_parameters())
     saved = {name: p.shape for name, p in params.items() if within(name, settings.get("modules_to_save"))}
@@ -615,10 +621,10 @@ def load(model, folder):
 
 
 def merge_folder(model, adapter, out):
-    """Writes the folder `out`: a model folder in Hugging Face's layout (config.json, model.safetensors or its shards with their index, tokenizer)
-    with an adapter in its weights. Each sum is taken in float32 and stored in the dtype of the weight. The modules that the adapter saved whole (a
-    head) come along, and config.json then says how many labels there are. ValueError: `out` is there already, or adapter and model do not
-    fit together; nothing is left behind."""
+    """Writes the folder `out`: a model folder in Hugging Face's layout (config.json, model.safetensors or its shards with their
+    index, tokenizer) with an adapter in its weights. Each sum is taken in float32 and stored in the dtype of the weight. The
+    modules that the adapter saved whole (a head) come along, and config.json then says how many labels there are. ValueError:
+    `out` is there already, or adapter and model do not fit together; nothing is left behind."""
     from safetensors.torch import save_file
     model, out = Path(model), Path(out)
     if out.exists():
@@ -626,6 +632,8 @@ def merge_folder(model, adapter, out):
     settings, tensors = read_adapter(adapter)
     config, index_file = read_json(model / "config.json"), model / "model.safetensors.index.json"
     index = read_json(index_file) if index_file.is_file() else None
+    if index and not (isinstance(index.get("weight_map"), dict) and all(Path(str(f)).name == f for f in index["weight_map"].values())):
+        raise ValueError(f"{index_file}: weight_map does not list files of this folder")
     files, shapes = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"], {}
     for file in files:
         with open_tensors(model / file) as f:
@@ -645,35 +653,38 @@ def merge_folder(model, adapter, out):
     beside = out.with_name(out.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    for file in files:
-        merged = {}
-        with open_tensors(model / file) as f:
-            for key in f.keys():
-                weight, name = f.get_tensor(key), named[key]
-                path = name.removesuffix(".weight")
-                if path in layers:
-                    a, b = tensors[f"{path}.lora_A.weight"].float(), tensors[f"{path}.lora_B.weight"].float()
-                    weight = (weight.float() + layers[path][1] * b @ a).to(weight.dtype)
-                merged[name] = saved.pop(name).to(weight.dtype) if name in saved else weight
-        if file == files[-1]:
-            merged |= {name: t.to(weight.dtype) for name, t in saved.items()}  # those that the model lacked
-        save_file(merged, beside / file, metadata={"format": "pt"})
+    try:
+        for file in files:
+            merged = {}
+            with open_tensors(model / file) as f:
+                for key in f.keys():
+                    weight, name = f.get_tensor(key), named[key]
+                    path = name.removesuffix(".weight")
+                    if path in layers:
+                        a, b = tensors[f"{path}.lora_A.weight"].float(), tensors[f"{path}.lora_B.weight"].float()
+                        weight = (weight.float() + layers[path][1] * b @ a).to(weight.dtype)
+                    merged[name] = saved.pop(name).to(weight.dtype) if name in saved else weight
+            if file == files[-1]:
+                merged |= {name: t.to(weight.dtype) for name, t in saved.items()}  # those that the model lacked
+            save_file(merged, beside / file, metadata={"format": "pt"})
+            if index:
+                index["weight_map"] = {name: f for name, f in index["weight_map"].items() if f != file} | dict.fromkeys(merged, file)
+        head = next((t for name, t in tensors.items() if name.endswith(("classifier.weight", "classifier.out_proj.weight", "score.weight"))), None)
+        if settings.get("task_type") == "SEQ_CLS" and head is not None:
+            labels = config.get("id2label") or {}
+            if len(labels) != len(head):
+                labels = {str(i): f"LABEL_{i}" for i in range(len(head))}
+            config |= dict(id2label=labels, label2id={label: int(i) for i, label in labels.items()},
+                           architectures=[re.sub(r"(Model|For\w+)$", "", name) + "ForSequenceClassification" for name in config.get("architectures") or []])
+        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if index:
-            index["weight_map"] = {name: f for name, f in index["weight_map"].items() if f != file} | dict.fromkeys(merged, file)
-    head = next((t for name, t in tensors.items() if name.endswith(("classifier.weight", "classifier.out_proj.weight", "score.weight"))), None)
-    if settings.get("task_type") == "SEQ_CLS" and head is not None:
-        labels = config.get("id2label") or {}
-        if len(labels) != len(head):
-            labels = {str(i): f"LABEL_{i}" for i in range(len(head))}
-        config |= dict(id2label=labels, label2id={label: int(i) for i, label in labels.items()},
-                       architectures=[re.sub(r"(Model|For\w+)$", "", name) + "ForSequenceClassification" for name in config.get("architectures") or []])
-    (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if index:
-        (beside / index_file.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for file in model.iterdir():  # the tokenizer, and what else is text
-        if file.suffix in (".json", ".txt", ".model", ".jinja") and not (beside / file.name).exists():
-            shutil.copy(file, beside)
-    os.replace(beside, out)
+            (beside / index_file.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for file in model.iterdir():  # the tokenizer, and what else is text
+            if file.suffix in (".json", ".txt", ".model", ".jinja") and not (beside / file.name).exists():
+                shutil.copy(file, beside)
+        os.replace(beside, out)
+    finally:  # of an attempt that failed
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def show(adapter):

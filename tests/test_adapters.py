@@ -125,6 +125,27 @@ def test_bare_model_gets_the_head_and_its_names(tmp_path):
         assert (load_encoder(tmp_path / "m", 4).eval()(ids) - model(ids)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("weight_map", [{"a": "../evil.safetensors"}, {"a": "/tmp/evil.safetensors"}, {"a": 3}, None, ["a"]])
+def test_an_index_that_points_outside_its_folder_is_refused(weight_map, tmp_path):
+    base = Path(shutil.copytree(FIXTURES / "llama3", tmp_path / "base"))
+    (base / "model.safetensors").rename(tmp_path / "evil.safetensors")
+    before = (tmp_path / "evil.safetensors").read_bytes()
+    (base / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=weight_map)))
+    with pytest.raises(ValueError, match="index.json: weight_map does not list files of this folder"):
+        sl.merge_folder(base, FIXTURES / "peft-llama3", tmp_path / "m")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "evil.safetensors"] and (tmp_path / "evil.safetensors").read_bytes() == before
+
+
+def test_a_merge_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sl.shutil, "copy", full)
+    with pytest.raises(OSError):
+        sl.merge_folder(FIXTURES / "llama3", FIXTURES / "peft-llama3", tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
 def shell(*args):
     return subprocess.run([sys.executable, sl.__file__, *map(str, args)], capture_output=True, text=True)
 

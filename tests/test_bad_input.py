@@ -142,7 +142,7 @@ CASES = [  # what is changed, the command, what its line says
     (lambda here: (here / A).rename(here / "adapter" / "adapter_model.bin"), ADAPTER, "adapter_model.safetensors"),
     # ---- LLaMA in shards, and instructions
     (write(SHARD, None), INSTRUCT, "shard listed in"), (write(INDEX, None), INSTRUCT, "found neither"), (write(INDEX, "{}"), INSTRUCT, "index.json: has no weight_map"), (config(INDEX, weight_map=[1]), INSTRUCT, "has no weight_map"),
-    (config(INDEX, weight_map={"a": "../../evil.safetensors"}), INSTRUCT, "../../evil.safetensors"), (config(INDEX, weight_map={"a": 3}), INSTRUCT, "index.json"), (cut(L, 50), INSTRUCT, "00001-of-00003.safetensors: not a readable"),
+    (config(INDEX, weight_map={"a": "../../evil.safetensors"}), INSTRUCT, "index.json: names files outside its folder"), (config(INDEX, weight_map={"a": 3}), INSTRUCT, "index.json"), (cut(L, 50), INSTRUCT, "00001-of-00003.safetensors: not a readable"),
     (config(LC, num_key_value_heads=3), INSTRUCT, "sizes do not fit"), (config(LC, rope_parameters=dict(rope_type="yarn")), INSTRUCT, "rope_type is 'yarn'"), (config(LC, eos_token_id="</s>"), INSTRUCT, "eos_token_id is"),
     (write(LC, "null"), INSTRUCT, "holds a NoneType"), (config(LC, vocab_size=9), INSTRUCT, "tokenizer.json gives token id"), (write("llama/generation_config.json", "[]"), INSTRUCT, "generation_config.json: holds a list"),
     (write("rows.json", None), INSTRUCT, "rows.json: not found"), (write("rows.json", ""), INSTRUCT, "rows.json: has no rows"), (write("rows.json", "[{}]"), INSTRUCT, "rows.json: row 0: instruction is None"),
