@@ -13,6 +13,7 @@ import shutil
 import signal
 import statistics
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -285,8 +286,12 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def noticed_signals():
-    """A list to which the number of a SIGINT or SIGTERM is added, so that a step can be finished first; a second one interrupts at once."""
+    """A list to which the number of a SIGINT or SIGTERM is added, so that a step can be finished first; a second one interrupts at once. Only the
+    main thread hears signals."""
     seen = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
 
     def note(number, frame):
         if seen:
