@@ -13,12 +13,14 @@ triplet (row of A, gate, column of B), has a random gate g in [0, 1] that can be
     C = sum_i E|G_i|_0 (d_i + k_i) / sum_i (#A_i + #B_i): share of adapter parameters expected to stay              (11)
     max_lambda min_(A,B,theta) loss + beta R_orth + lambda (C - b)^2: lambda steers C to the budget b               (12)
 
-(12) is the default, (10) the alternative. The paper sums R_orth over all A and B; the default here is its mean.
+A' is A transposed; #A is the number of elements of A; |G_i|_0 is the number of open gates of matrix i, and its expectation
+E|G_i|_0 the sum of (8) over them; tau = 1, gamma = -0.1, zeta = 1.1. (12) is the default, (10) the alternative. The paper sums
+R_orth over all A and B; the default here is its mean.
 
-In a window of the run the gates are drawn and learned; at its end the triplets that lost are cut out of the tensors.
-Before and after it the layer is plain LoRA. In the paper's window A and B are trained through the drawn gates; here, unless
-straight_through=False, they are trained with gates of 1, and the draw decides the gradient of log theta alone: noise that
-halves the update, just when most is learned, costs more than it teaches.
+In a window of the run the gates are drawn and learned; at its end the triplets that lost are cut out of the tensors. Before
+and after it the layer is plain LoRA (R_orth is in the loss throughout). What is not in the paper: drawn gates are about 0.5
+when the window opens, so they would halve the update, and add noise, just when most is learned. By default A and B are
+therefore trained with gates of 1, and the draw gives log theta its gradient and nothing else (straight_through).
 
 Adapters have PEFT's format. From the shell, with models in Hugging Face's layout:
 
@@ -36,7 +38,7 @@ Five lines of a training loop know of it:
         optimizer.step()
         salora.end_step()
         optimizer.zero_grad()
-    save(model, "adapter")
+    save(model, "adapter", budget=salora.budget)
 """
 
 import argparse
@@ -72,7 +74,7 @@ def open_probability(log_theta):
 
 
 def deterministic_gates(log_theta):
-    """The gates without noise, in [0, 1]: what a model is evaluated with, and what decides which triplets stay."""
+    """The gates without noise, in [0, 1]: for selection="paper", fold_gates, and evaluation without straight_through."""
     return (torch.sigmoid(log_theta) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
@@ -203,7 +205,7 @@ class SaLoRA:
         budget            b, the share of adapter parameters to keep, in (0, 1]
         beta              weight of R_orth: of its mean over the 2K matrices A and B, or of its sum (orth_reduction="sum",
                           the letter of eq. 9, which makes B orthonormal in a few hundred steps whatever the task says)
-        window            the part of the run, as fractions, in which gates are learned; None: never, which is plain LoRA
+        window            the part of the run, as fractions, in which gates are learned; None: never (with beta=0, plain LoRA)
         price             a constant lambda: eq. 10 instead of eq. 12, no budget is steered to
         selection         what stays at the end of the window. "budget": the triplets of largest log theta that fit into b,
                           never more; "paper": those with a deterministic gate above 0, however many. Default: "budget",
@@ -237,7 +239,7 @@ class SaLoRA:
         self.model, self.layers = model, [m for _, of_b in self.widths.values() for m in of_b]
         self.budget, self.beta, self.window, self.orth_reduction = budget, beta, window, orth_reduction
         self.price, self.selection, self.straight_through, self.fold_gates = price, selection, straight_through, fold_gates
-        self.open = self.pruned = False  # is the window open; has it closed
+        self.open = self.pruned = False
         self.progress = self.noise = None  # the last draw and when it was made
         self.stacks = []  # inside a step of the window: all A and B' in a few tensors (count, r, n)
         self.final_density = None  # C at the end of the window
@@ -252,7 +254,8 @@ class SaLoRA:
 
     def param_groups(self, lr, gate_lr=0.2, weight_decay=0.01):
         """Three groups for any torch optimiser that knows `maximize`: all that is trainable in the model; log theta; lambda, which
-        climbs where the others descend."""
+        climbs where the others descend. gate_lr must let log theta travel several units within the window: 0.2 suits windows of
+        160 steps and more, min(1, 32 / steps in the window) shorter ones."""
         weights = [p for p in self.model.parameters() if p.requires_grad]
         return [dict(params=weights, lr=lr, weight_decay=weight_decay),
                 dict(params=[self.log_theta], lr=gate_lr, weight_decay=0.0),
@@ -261,7 +264,7 @@ class SaLoRA:
     def begin_step(self, progress, optimizer):
         """First line of a step; progress = step / steps. Inside the window it draws the step's gates, one draw for the whole
         batch; at its end it prunes, also in `optimizer`, which must hold the groups. A window that ends at 1 needs a last
-        call with progress 1 after the loop. With gradient accumulation call it before each forward pass (the same progress
+        call with progress 1 after the loop, or nothing is pruned. With gradient accumulation call it before each forward pass (the same progress
         means the same draw), and add penalty() to one of the losses only."""
         if self.window is None or self.pruned:
             return
@@ -287,7 +290,7 @@ class SaLoRA:
             stack = torch.stack([m.lora_A for m in of_a] + [m.lora_B.mT for m in of_b])  # (count, r, n)
             a, b = stack.split([len(of_a), len(of_b)])
             drawn_a |= zip(of_a, a)
-            drawn_b |= zip(of_b, (b * g.unsqueeze(2)).mT)
+            drawn_b |= zip(of_b, (b * g.unsqueeze(2)).mT)  # eq. 5: B diag(g)
             self.stacks.append(stack)
         for i, layer in enumerate(self.layers):
             layer.drawn = drawn_a[layer], drawn_b[layer]
@@ -307,7 +310,8 @@ class SaLoRA:
 
     @torch.no_grad()
     def end_step(self):
-        """Last line of a step, after the optimiser's: projects lambda to >= 0 and forgets the draw."""
+        """Last line of a step, after the optimiser's: forgets the draw, and projects lambda to >= 0, as the paper has it; its
+        gradient (C - b)^2 is never negative, so it does not fall by itself."""
         self.lam.clamp_(min=0)
         self.stacks = []
         for layer in self.layers:
@@ -328,7 +332,8 @@ class SaLoRA:
         return sum(p.numel() for m in self.layers for p in m.parameters(recurse=False))
 
     def state_dict(self):
-        """What a checkpoint needs besides the parameters and the optimiser's state: a flat dict of tensors and plain values."""
+        """What a checkpoint needs besides the parameters, log_theta and lam among them, and the optimiser's state: a flat dict of
+        tensors and plain values."""
         return dict(generator=self.generator.get_state(), pruned=self.pruned, final_density=self.final_density)
 
     def load_state_dict(self, state):
@@ -701,7 +706,7 @@ def show(adapter):
              f"{adapter_params:,} parameters in {len(found)} matrices of rank {min(found.values(), default=0)} to {max(found.values(), default=0)}"
              + f", {others:,} in {', '.join(settings.get('modules_to_save') or [])}" * (others > 0)]
     if known:
-        budget = "no budget" if known["budget"] is None else f"budget {known['budget']:g}"
+        budget = "no budget recorded" if known["budget"] is None else f"budget {known['budget']:g}"
         lines.append(f"{budget}; rank {r} at the start; {sum(rank == 0 for rank in table.values())} of {len(table)} matrices were left at rank 0")
     return "\n".join([*lines, "", rank_map(table, max(r, 1))])
 
