@@ -48,6 +48,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -454,7 +455,8 @@ def merge(model):
     """Adds every update to its weight, in float32, and puts the plain nn.Linear back in place. Returns the model."""
     for path, layer in adapters(model).items():
         a, b = layer.matrices()
-        layer.base.weight.copy_(layer.base.weight.float() + layer.scale * b @ a)
+        weight = layer.base.weight  # a new tensor takes its place: the old one may be tied to another module
+        layer.base.weight = nn.Parameter((weight.float() + layer.scale * b @ a).to(weight.dtype), weight.requires_grad)
         replace(model, path, layer.base)
     return model
 
@@ -543,9 +545,9 @@ def read_adapter(folder):
         value = settings.get(key)
         if value is None and key in ("rank_pattern", "alpha_pattern", "modules_to_save"):
             continue
-        names = key in ("target_modules", "modules_to_save")
+        names, number = key in ("target_modules", "modules_to_save"), (int,) if key in ("r", "rank_pattern") else (int, float)
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        good = isinstance(value, kind) and all(isinstance(n, str) if names else type(n) in (int, float) and 0 < n < math.inf for n in parts)
+        good = isinstance(value, kind) and all(isinstance(n, str) if names else type(n) in number and 0 < n < math.inf for n in parts)
         if not good:
             raise ValueError(f"{file}: {key} is {repr(value)[:80]}, expected {'names' if names else 'positive numbers'}")
     with open_tensors(Path(folder) / "adapter_model.safetensors") as f:
@@ -605,7 +607,11 @@ def load(model, folder):
     settings, tensors = read_adapter(folder)
     linears, params = linears_of(model), dict(model.named_parameters())
     saved = {name: p.shape for name, p in params.items() if within(name, settings.get("modules_to_save"))}
+    tied = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     try:
+        for name in saved:
+            if tied.count(id(params[name])) > 1:
+                raise ValueError(f"modules_to_save has {name}, which is tied to another module: not implemented")
         layers = match(settings, tensors, {path: (m.out_features, m.in_features) for path, m in linears.items()}, saved)
     except ValueError as e:
         raise ValueError(f"{folder}: {e}") from None
@@ -639,6 +645,8 @@ def merge_folder(model, adapter, out):
     index = read_json(index_file) if index_file.is_file() else None
     if index and not (isinstance(index.get("weight_map"), dict) and all(Path(str(f)).name == f for f in index["weight_map"].values())):
         raise ValueError(f"{index_file}: weight_map does not list files of this folder")
+    if config.get("quantization_config"):
+        raise ValueError(f"{model}: its weights are quantised; merge into the ones before")
     files, shapes = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"], {}
     for file in files:
         with open_tensors(model / file) as f:
@@ -650,34 +658,40 @@ def merge_folder(model, adapter, out):
     prefix = next((name.split(".")[0] + "." for name in touched if name not in shapes and name.partition(".")[2] in shapes), "")
     named = {key: key if key.startswith(prefix) else prefix + key for key in shapes}
     linears = {named[key].removesuffix(".weight"): shape for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2}
+    there = {named[key]: shape for key, shape in shapes.items()}
+    heads = ("classifier.weight", "classifier.bias", "out_proj.weight", "out_proj.bias", "score.weight")  # may have other labels than the model's
     try:
-        layers = match(settings, tensors, linears, {name: t.shape for name, t in saved.items()})
+        if config.get("tie_word_embeddings") and any(name.endswith(("embed_tokens.weight", "lm_head.weight")) for name in saved):
+            raise ValueError("modules_to_save has an embedding that is tied to the head: not implemented")
+        layers = match(settings, tensors, linears, {name: t.shape if name.endswith(heads) else there.get(name, t.shape) for name, t in saved.items()})
     except ValueError as e:
         raise ValueError(f"{adapter}: {e}") from None
 
-    beside = out.with_name(out.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside, dtype = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent)), torch.float32
+    beside.chmod(0o755)
     try:
         for file in files:
             merged = {}
             with open_tensors(model / file) as f:
                 for key in f.keys():
                     weight, name = f.get_tensor(key), named[key]
-                    path = name.removesuffix(".weight")
+                    path, dtype = name.removesuffix(".weight"), weight.dtype if weight.is_floating_point() else dtype
                     if path in layers:
+                        if not weight.is_floating_point():
+                            raise ValueError(f"{model / file}: {key} is {weight.dtype}, quantised; merge into the weights before")
                         a, b = tensors[f"{path}.lora_A.weight"].float(), tensors[f"{path}.lora_B.weight"].float()
                         weight = (weight.float() + layers[path][1] * b @ a).to(weight.dtype)
                     merged[name] = saved.pop(name).to(weight.dtype) if name in saved else weight
             if file == files[-1]:
-                merged |= {name: t.to(weight.dtype) for name, t in saved.items()}  # those that the model lacked
+                merged |= {name: t.to(dtype) for name, t in saved.items()}  # those that the model lacked
             save_file(merged, beside / file, metadata={"format": "pt"})
             if index:
                 index["weight_map"] = {name: f for name, f in index["weight_map"].items() if f != file} | dict.fromkeys(merged, file)
         head = next((t for name, t in tensors.items() if name.endswith(("classifier.weight", "classifier.out_proj.weight", "score.weight"))), None)
         if settings.get("task_type") == "SEQ_CLS" and head is not None:
-            labels = config.get("id2label") or {}
-            if len(labels) != len(head):
+            labels = config.get("id2label")
+            if not isinstance(labels, dict) or len(labels) != len(head):
                 labels = {str(i): f"LABEL_{i}" for i in range(len(head))}
             config |= dict(id2label=labels, label2id={label: int(i) for i, label in labels.items()},
                            architectures=[re.sub(r"(Model|For\w+)$", "", name) + "ForSequenceClassification" for name in config.get("architectures") or []])
@@ -706,7 +720,7 @@ def show(adapter):
              f"{adapter_params:,} parameters in {len(found)} matrices of rank {min(found.values(), default=0)} to {max(found.values(), default=0)}"
              + f", {others:,} in {', '.join(settings.get('modules_to_save') or [])}" * (others > 0)]
     if known:
-        budget = "no budget recorded" if known["budget"] is None else f"budget {known['budget']:g}"
+        budget = "no budget recorded" if known.get("budget") is None else f"budget {known['budget']:g}"
         lines.append(f"{budget}; rank {r} at the start; {sum(rank == 0 for rank in table.values())} of {len(table)} matrices were left at rank 0")
     return "\n".join([*lines, "", rank_map(table, max(r, 1))])
 
@@ -721,13 +735,14 @@ def main(argv=None):
     command = commands.add_parser("show", help="print the ranks, parameters and budget of an adapter")
     command.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter")
     args = parser.parse_args(argv)
+    from safetensors import SafetensorError
     try:
         if args.command == "show":
             print(show(args.adapter))
         else:
             merge_folder(args.model, args.adapter, args.out)
             print(f"{args.out}/: {args.model} with {args.adapter} in its weights")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 

@@ -113,10 +113,11 @@ def train(args, seed, out):
     device = training.own_device(args)
     model = load_encoder(folder, task.num_labels, getattr(torch, args.dtype)).to(device)
     model.checkpoint_activations = args.checkpoint_activations
+    for module in model.head:
+        module.float()
     lowrank = training.install(args, model, plan.steps, seed)
-    if args.method != "ft":
-        for module in model.head:
-            module.float().requires_grad_(True)
+    for module in model.head:
+        module.requires_grad_(True)
     head_params = sum(p.numel() for module in model.head for p in module.parameters())
     trainable_params = training.count_trainable(model, head_params)
     settings = training.settings_of(args, seed, plan, lowrank) | dict(max_length=max_length)

@@ -367,6 +367,8 @@ def open_scorers(args, target):
     if args.classifier:
         run = Path(args.classifier)
         settings, labels = (read_json(run / "result.json").get(name) for name in ("settings", "labels"))
+        if not isinstance(settings, dict):
+            raise InputError(f"--classifier {run}: its result.json has no settings, expected a run of train_glue.py")
         if not labels or target not in labels:
             raise InputError(f"--classifier {run}: its labels are {labels}, expected {target!r} among them")
         if not (run / "adapter").is_dir():

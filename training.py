@@ -313,7 +313,7 @@ class FolderLock:
         self.handle = os.open(out, os.O_RDONLY)
         try:
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise InputError(f"--out {out}: another run is writing into it; give another folder, or wait") from None
 
     def __del__(self):
@@ -383,8 +383,13 @@ def announce(settings, line):
 
 def fit(*args):
     """run_steps, between whose steps SIGINT and SIGTERM are heard."""
+    plan = args[1]
     with noticed_signals() as stop:
-        return run_steps(*args, stop)
+        try:
+            return run_steps(*args, stop)
+        except BaseException:
+            plan.lock = None  # a traceback may keep the plan, but not the folder
+            raise
 
 
 def run_steps(args, plan, settings, out, model, lowrank, lengths, weights, loss_of, evaluate, stop):
@@ -406,6 +411,7 @@ def run_steps(args, plan, settings, out, model, lowrank, lengths, weights, loss_
     if RANK == 0:
         make_folder(out)
         plan.lock = FolderLock(out)  # until the results are written
+        refuse_finished(args, out)  # by another process while this one was loading
     saved = find_checkpoint(out) if args.resume else None
     if saved:
         progress, tensors = saved
@@ -526,6 +532,8 @@ def run_steps(args, plan, settings, out, model, lowrank, lengths, weights, loss_
     if outputs is None:  # stopped between the last step and here, or no step at all
         outputs, scores = evaluate()
         history = history or [dict(step=0, epoch=0.0, **scores)]
+    if stop:  # while the last epoch was scored
+        raise Stopped(f"stopped after step {step} of {steps}; the same command with --resume goes on ({out})", stop[0])
     return outputs, scores, history, seconds
 
 
@@ -594,6 +602,8 @@ def make_folder(out):
 def clear_folder(out):
     """Makes the folder of a run, without the files of an earlier run."""
     make_folder(out)
+    if (out / "adapter").exists() and not any((out / name).exists() for name in ("result.json", "log.jsonl", "checkpoint")):
+        raise InputError(f"--out {out}: has an adapter/ which is not of a run; give another folder")
     try:
         for name in ("result.json", "log.jsonl", "predictions.tsv", "predictions_mismatched.tsv"):
             (out / name).unlink(missing_ok=True)
@@ -611,6 +621,14 @@ def free_folder(stem):
     return folder
 
 
+RESOLVED_LATER = ("epochs", "max_length", "selection", "gate_lr", "lr", "r", "dtype")  # flags for which None means: what the run takes
+
+
+def refuse_finished(args, out):
+    if (out / "result.json").exists() and not args.overwrite:
+        raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
+
+
 def finished(args, out):
     """The result of a finished run of the same flags in `out`, or None."""
     file = out / "result.json"
@@ -618,20 +636,22 @@ def finished(args, out):
         return None
     result = read_json(file)
     for name, value in vars(args).items():
-        found = result["settings"].get(name, value)
-        if value is not None and found != value and name not in (*NOT_OF_A_RUN, "seed", "threads", "log_every", "save_every"):
+        found = result.get("settings", {}).get(name, value)
+        if found != value and (value is not None or name not in RESOLVED_LATER) and name not in (*NOT_OF_A_RUN, "seed", "threads", "log_every", "save_every"):
             raise InputError(f"--out {out} holds a finished run with {flag(name)} {found}, not {value}: give another folder")
     return result
 
 
 def run(args, seed, out, train, report):
     """train(args, seed, out), unless --resume finds it done, and report(args, result, out); returns the result (in the first process)."""
+    if args.adapter and out.resolve() in Path(args.adapter).resolve().parents:
+        raise InputError(f"--out {out}: --adapter lies in it and would be overwritten; give another folder")
     result = finished(args, out) if args.resume else None
     if result:
+        need(result.get("seed") == seed, f"--out {out} holds a finished run; its --seed", result.get("seed"), f"{seed}: give another folder")
         print(f"{out}: finished already")
-    elif (out / "result.json").exists() and not args.overwrite:
-        raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
     else:
+        refuse_finished(args, out)
         result = train(args, seed, out)
         if RANK == 0:
             report(args, result, out)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import salora as sl
 import train_glue
 import train_instruct
+from data import InputError
 from model import load_decoder, load_encoder, read_config
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -146,6 +147,59 @@ def test_a_merge_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_merging_deletes_nothing_that_it_did_not_make(tmp_path):
+    base = Path(shutil.copytree(FIXTURES / "llama3", tmp_path / "m.new"))
+    sl.merge_folder(base, FIXTURES / "peft-llama3", tmp_path / "m")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.new"] and (base / "model.safetensors").read_bytes() == (FIXTURES / "llama3" / "model.safetensors").read_bytes()
+
+
+def test_merging_a_tied_head_leaves_the_embedding_alone():
+    model = load_decoder(FIXTURES / "llama3").eval()
+    embedding = model.model.embed_tokens.weight.clone()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    sl.SaLoRA(model, ["lm_head"], r=4, window=None)
+    torch.nn.init.normal_(model.lm_head.lora_B)
+    ids = torch.randint(3, 60, (1, 9))
+    with torch.no_grad():
+        before = model(ids)
+        assert (sl.merge(model)(ids) - before).abs().max() < 1e-4
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+
+
+def test_a_tied_embedding_is_not_replaced_unnoticed(tmp_path):
+    shutil.copytree(FIXTURES / "peft-llama3", tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(modules_to_save=["embed_tokens"])))
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    save_file(tensors | {"base_model.model.model.embed_tokens.weight": torch.zeros(60, 32)}, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="embed_tokens.weight, which is tied to another module"):
+        sl.load(load_decoder(FIXTURES / "llama3"), tmp_path / "a")
+    with pytest.raises(ValueError, match="an embedding that is tied to the head"):
+        sl.merge_folder(FIXTURES / "llama3", tmp_path / "a", tmp_path / "m")
+
+
+def test_quantised_weights_and_other_shapes_are_refused(tmp_path):
+    base = Path(shutil.copytree(FIXTURES / "bert", tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    key = next(k for k in weights if k.endswith("layer.0.attention.self.query.weight"))
+    save_file(weights | {key: weights[key].to(torch.int8)}, base / "model.safetensors")
+    with pytest.raises(ValueError, match="query.weight is torch.int8, quantised"):
+        sl.merge_folder(base, FIXTURES / "peft-bert", tmp_path / "m")
+    save_file(weights | {"zz.position_ids": torch.arange(3)}, base / "model.safetensors")
+    a = Path(shutil.copytree(FIXTURES / "peft-bert", tmp_path / "a"))
+    sl.merge_folder(base, a, tmp_path / "m")  # what stands last is not of a kind that a head could take over
+    assert load_file(tmp_path / "m" / "model.safetensors")["classifier.weight"].dtype == torch.float32
+    config = json.loads((a / "adapter_config.json").read_text())
+    (a / "adapter_config.json").write_text(json.dumps(config | dict(modules_to_save=["classifier", "pooler"])))
+    save_file(load_file(a / "adapter_model.safetensors") | {"base_model.model.bert.pooler.dense.weight": torch.zeros(3, 3)}, a / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"pooler.dense.weight: expected \[32, 32\], found \[3, 3\]"):
+        sl.merge_folder(base, a, tmp_path / "m2")
+    (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | dict(quantization_config=dict(bits=4))))
+    with pytest.raises(ValueError, match="its weights are quantised"):
+        sl.merge_folder(base, FIXTURES / "peft-bert", tmp_path / "m2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "m"]
+
+
 def shell(*args):
     return subprocess.run([sys.executable, sl.__file__, *map(str, args)], capture_output=True, text=True)
 
@@ -203,12 +257,27 @@ def test_glue_goes_on_from_an_adapter_scores_it_and_merges_it(tmp_path, capsys):
     assert "budget 0.5; rank 4 at the start" in shell("show", tmp_path / "on" / "adapter").stdout
     run("on", *adapter, "--epochs", 2, "--seed", 1, "--resume")
     assert "finished already" in capsys.readouterr().out
+    for more, words in ((["--seed", 2], "its --seed is 1, expected 2"), (["--seed", 1, "--price", 0.1], "--price None, not 0.1"), (["--seed", 1, "--beta", 0], "--beta 0.01")):
+        with pytest.raises(InputError, match=words):
+            run("on", *adapter, "--epochs", 2, *more, "--resume")
+    half = run("half", *adapter, "--method", "lora", "--epochs", 0, "--dtype", "bfloat16")
+    assert half["steps"] == 0
+    heads = [{k: v for k, v in load_file(tmp_path / name / "adapter" / "adapter_model.safetensors").items() if "classifier" in k} for name in ("start", "half")]
+    assert all(torch.equal(v, heads[1][k]) for k, v in heads[0].items())  # the head is float32 whatever the dtype
+
+
+def test_a_folder_with_somebodys_adapter_is_no_place_for_a_run(tmp_path, capsys):
+    (tmp_path / "r" / "adapter").mkdir(parents=True)
+    (tmp_path / "r" / "adapter" / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        train_glue.command(["--max-steps", "10", "--out", str(tmp_path / "r")])
+    assert "has an adapter/ which is not of a run" in capsys.readouterr().err and (tmp_path / "r" / "adapter" / "mine.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("flags,words", [
     (["--adapter", "a", "--r", "4"], "--r is given, expected none with --adapter"), (["--adapter", "a", "--targets", "q"], "--targets is given"),
     (["--adapter", "a", "--method", "ft"], "--adapter is given, expected no adapter with --method ft"), (["--epochs", "0"], "--epochs is 0.0"),
-    (["--adapter", "nowhere"], "--adapter nowhere: "), (["--adapter", FIXTURES / "peft-llama3"], "matches no nn.Linear")])
+    (["--adapter", "r/adapter", "--out", "r"], "--out r: --adapter lies in it"), (["--adapter", "nowhere"], "--adapter nowhere: "), (["--adapter", FIXTURES / "peft-llama3"], "matches no nn.Linear")])
 def test_adapters_to_start_from_that_cannot_be_are_one_line(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:

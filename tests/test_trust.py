@@ -138,6 +138,24 @@ def test_a_signal_saves_the_step_and_says_how_to_go_on(number, whole, tmp_path):
     assert traces(out) == traces(plain)
 
 
+def test_a_signal_while_the_last_epoch_is_scored_stops_before_the_next_seed(whole, tmp_path, monkeypatch, capsys):
+    evaluate, calls = train_glue.evaluate, []
+
+    def slow(*args):
+        calls.append(0)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args)
+
+    monkeypatch.setattr(train_glue, "evaluate", slow)
+    flags = [*SHORT, "--seeds", "0", "1", "--out", str(tmp_path / "r")]
+    with pytest.raises(SystemExit) as e:
+        train_glue.command(flags)
+    assert e.value.code == 128 + signal.SIGTERM and "--resume goes on" in capsys.readouterr().err and not (tmp_path / "r" / "seed1").exists()
+    train_glue.main([*flags, "--resume"])
+    assert traces(tmp_path / "r" / "seed0") == traces(whole[0] / "seed0") and (tmp_path / "r" / "summary.json").exists()
+
+
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(whole, tmp_path):
     out = tmp_path / "r"
     process = in_a_process([*SHORT, "--out", out])
