@@ -8,7 +8,7 @@ model, rank = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torc
 x, y = torch.randn(2, 128, 32)[rank], torch.randint(5, (2, 128))[rank]
 salora = SaLoRA(model, targets=["0", "2"], r=4, budget=0.5)
 parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)  # it will not know the tensors that are cut
-optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-2))
+optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-2, gate_lr=0.5))
 for step in range(200):
     salora.begin_step(step / 200, optimizer)
     loss = F.cross_entropy(parallel(x), y)

@@ -6,7 +6,7 @@ config = BertConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_att
 model = BertForSequenceClassification(config)  # or from_pretrained(..)
 salora = SaLoRA(model, targets=["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"], r=8, budget=0.5)
 model.classifier.requires_grad_(True)
-optimizer = torch.optim.AdamW(salora.param_groups(lr=3e-3))
+optimizer = torch.optim.AdamW(salora.param_groups(lr=3e-3, gate_lr=0.5))
 ids, labels = torch.randint(100, (32, 12)), torch.randint(2, (32,))
 for step in range(200):
     salora.begin_step(step / 200, optimizer)
