@@ -468,21 +468,22 @@ def within(name, modules):
 
 def save(model, folder, modules_to_save=(), budget=None, **config):
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads: gate and scale are folded into B; modules of
-    rank 0, which PEFT does not know, are left out; if all are of rank 0, the smallest stays with one triplet of zeros. Beside
-    them salora.json, for show(): `budget`, all ranks, and the first one. modules_to_save: names of modules whose parameters go
-    along whole (a head: "classifier"). config: further entries, such as base_model_name_or_path or task_type. ValueError: a
-    module to save that is not there."""
+    rank 0, which PEFT does not know, are left out, unless all are (then the smallest stays) or the path of another is the end of
+    theirs: these get one triplet of zeros. Beside them salora.json, for show(): `budget`, all ranks, and the first one.
+    modules_to_save: names of modules whose parameters go along whole (a head: "classifier"). config: further entries, such as
+    base_model_name_or_path or task_type. ValueError: a module to save that is not there."""
     from safetensors.torch import save_file
     layers, tensors, table = adapters(model), {}, {}
-    for path in sorted(layers, key=len, reverse=True):  # PEFT takes the first pattern that fits the end of a path
-        a, b = layers[path].matrices()
-        if layers[path].rank:
-            tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = a, layers[path].scale * b
-            table[path] = layers[path].rank
-    if layers and not table:
-        path, layer = min(layers.items(), key=lambda item: item[1].base.weight.numel())
-        d, k = layer.base.weight.shape
-        tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"], table[path] = torch.zeros(1, k), torch.zeros(d, 1), 1
+    live = [path for path, m in layers.items() if m.rank]
+    zeros = [path for path in layers if path not in live and any(path.endswith("." + end) for end in live)]  # PEFT would adapt it too
+    if layers and not live:
+        zeros = [min(layers, key=lambda path: layers[path].base.weight.numel())]
+    for path in sorted(live + zeros, key=len, reverse=True):  # PEFT takes the first pattern that fits the end of a path
+        (a, b), (d, k) = layers[path].matrices(), layers[path].base.weight.shape
+        if path in zeros:
+            a, b = torch.zeros(1, k), torch.zeros(d, 1)
+        tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = a, layers[path].scale * b
+        table[path] = a.shape[0]
     for m in modules_to_save:
         inside = {name: p for name, p in model.named_parameters() if within(name, [m])}
         if not inside:

@@ -615,6 +615,16 @@ def test_a_path_that_is_the_end_of_another_keeps_its_own_rank(tmp_path):
     salora.prune()
     save(tuned, tmp_path / "a")
     assert ranks(load(model(), tmp_path / "a")) == {"up": 2, "block.up": 4}
+    pruned = model()
+    salora = SaLoRA(pruned, "up", r=4, budget=0.5)
+    with torch.no_grad():
+        salora.log_theta.copy_(torch.tensor([[4.0, 3, 2, 1], [-1, -2, -3, -4]]))
+        salora.layers[0].lora_B.normal_()
+    salora.prune()
+    assert ranks(pruned) == {"up": 4, "block.up": 0}
+    save(pruned, tmp_path / "b")
+    again = load(model(), tmp_path / "b")  # up is the end of block.up: PEFT would adapt that too
+    assert ranks(again) == {"up": 4, "block.up": 1} and not again.block.up.lora_B.any() and torch.equal(again.up.lora_B, pruned.up.lora_B)
     assert list(json.loads((tmp_path / "a" / "adapter_config.json").read_text())["rank_pattern"]) == ["block.up", "up"]  # PEFT takes the first that fits
 
 
