@@ -450,13 +450,18 @@ def rank_map(table, r):
     return "\n".join(line.rstrip() for line in lines)
 
 
+def updated(weight, scale, a, b):
+    """weight + scale B A, summed in float32, in the dtype of weight."""
+    return (weight.float() + scale * b.float() @ a.float()).to(weight.dtype)
+
+
 @torch.no_grad()
 def merge(model):
     """Adds every update to its weight, in float32, and puts the plain nn.Linear back in place. Returns the model."""
     for path, layer in adapters(model).items():
         a, b = layer.matrices()
         weight = layer.base.weight  # a new tensor takes its place: the old one may be tied to another module
-        layer.base.weight = nn.Parameter((weight.float() + layer.scale * b @ a).to(weight.dtype), weight.requires_grad)
+        layer.base.weight = nn.Parameter(updated(weight, layer.scale, a, b), weight.requires_grad)
         replace(model, path, layer.base)
     return model
 
@@ -555,14 +560,15 @@ def read_adapter(folder):
         return settings, {key.removeprefix("base_model.model."): f.get_tensor(key) for key in f.keys()}
 
 
-def fits(pattern, path, end=False):
-    """Does a pattern of an adapter_config.json, a regular expression, fit a module path, or its end? ValueError: it is none, or
-    one that could take forever, as a stranger might send it: with backreferences, a repeated group, many groups or repetitions."""
+def as_regex(pattern, end=False):
+    """A pattern of an adapter_config.json, compiled: it has to fit a whole module path, or its end. ValueError: it is no regular
+    expression, or one that could take forever, as a stranger might send it: with backreferences, a repeated group, many groups
+    or repetitions."""
     bare = re.sub(r"\\\D|\[[^\]]*\]", "x", pattern)
     if len(pattern) > 1000 or "\\" in bare or re.search(r"\)[*+?{]", bare) or len(re.findall(r"(?<!\()[*+?{]", bare)) > 3 or bare.count("(") > 3:
         raise ValueError(f"the pattern {pattern[:60]!r} is too intricate: name the modules instead")
     try:
-        return re.fullmatch(rf"(.*\.)?({pattern})" if end else pattern, path) is not None
+        return re.compile(rf"(.*\.)?({pattern})" if end else pattern)
     except re.error as e:
         raise ValueError(f"the pattern {pattern[:60]!r} is no regular expression ({e})") from None
 
@@ -575,22 +581,27 @@ def match(settings, tensors, linears, saved):
     whole = settings.get("modules_to_save")  # no adapter in there, even if a target says so
     free = {path: size for path, size in linears.items() if not within(f"{path}.weight", whole)}
     if isinstance(targets, str):
-        chosen = {path: size for path, size in free.items() if fits(targets, path)}
+        regex = as_regex(targets)
+        chosen = {path: size for path, size in free.items() if regex.fullmatch(path)}
         if not chosen:
             raise ValueError(f"target_modules {targets!r} matches no nn.Linear of the model")
     else:
         chosen = find(free, [target for target in targets if not within(f"{target}.weight", whole)])
 
-    def pattern(name, path, default):  # the first that fits counts
-        return next((value for end, value in (settings.get(name) or {}).items() if fits(end, path, end=True)), default)
+    def values(name):
+        """{module path: value}: the first pattern that fits counts."""
+        found = {}
+        for pattern, value in (settings.get(name) or {}).items():
+            regex = as_regex(pattern, end=True)
+            hits = [path for path in chosen if regex.fullmatch(path)]
+            if not hits:
+                raise ValueError(f"{name} names {pattern!r}, which is no target module")
+            found = dict.fromkeys(hits, value) | found
+        return found
 
-    for name in ("rank_pattern", "alpha_pattern"):
-        for end in settings.get(name) or {}:
-            if not any(fits(end, path, end=True) for path in chosen):
-                raise ValueError(f"{name} names {end!r}, which is no target module")
-    wanted, layers = dict(saved), {}
+    ranks_of, alphas_of, wanted, layers = values("rank_pattern"), values("alpha_pattern"), dict(saved), {}
     for path, (d, k) in chosen.items():
-        r, alpha = pattern("rank_pattern", path, settings["r"]), pattern("alpha_pattern", path, settings["lora_alpha"])
+        r, alpha = ranks_of.get(path, settings["r"]), alphas_of.get(path, settings["lora_alpha"])
         wanted[f"{path}.lora_A.weight"], wanted[f"{path}.lora_B.weight"] = (r, k), (d, r)
         layers[path] = r, alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
     for key in wanted | tensors:
@@ -657,14 +668,17 @@ def merge_folder(model, adapter, out):
     saved = {name: t for name, t in tensors.items() if within(name, settings.get("modules_to_save"))}
     touched = [*saved, *(name.replace(".lora_A.", ".") for name in tensors if ".lora_A." in name)]
     prefix = next((name.split(".")[0] + "." for name in touched if name not in shapes and name.partition(".")[2] in shapes), "")
-    named = {key: key if key.startswith(prefix) else prefix + key for key in shapes}
-    linears = {named[key].removesuffix(".weight"): shape for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2}
-    there = {named[key]: shape for key, shape in shapes.items()}
+
+    def spelled(key):
+        return key if key.startswith(prefix) else prefix + key
+
+    shapes = {spelled(key): shape for key, shape in shapes.items()}
+    linears = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2}
     heads = ("classifier.weight", "classifier.bias", "out_proj.weight", "out_proj.bias", "score.weight")  # may have other labels than the model's
     try:
         if config.get("tie_word_embeddings") and any(name.endswith(("embed_tokens.weight", "lm_head.weight")) for name in saved):
             raise ValueError("modules_to_save has an embedding that is tied to the head: not implemented")
-        layers = match(settings, tensors, linears, {name: t.shape if name.endswith(heads) else there.get(name, t.shape) for name, t in saved.items()})
+        layers = match(settings, tensors, linears, {name: t.shape if name.endswith(heads) else shapes.get(name, t.shape) for name, t in saved.items()})
     except ValueError as e:
         raise ValueError(f"{adapter}: {e}") from None
 
@@ -672,23 +686,22 @@ def merge_folder(model, adapter, out):
     beside, dtype = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent)), torch.float32
     beside.chmod(0o755)
     try:
+        weight_map = {}
         for file in files:
             merged = {}
             with open_tensors(model / file) as f:
                 for key in f.keys():
-                    weight, name = f.get_tensor(key), named[key]
+                    weight, name = f.get_tensor(key), spelled(key)
                     path, dtype = name.removesuffix(".weight"), weight.dtype if weight.is_floating_point() else dtype
                     if path in layers:
                         if not weight.is_floating_point():
                             raise ValueError(f"{model / file}: {key} is {weight.dtype}, quantised; merge into the weights before")
-                        a, b = tensors[f"{path}.lora_A.weight"].float(), tensors[f"{path}.lora_B.weight"].float()
-                        weight = (weight.float() + layers[path][1] * b @ a).to(weight.dtype)
+                        weight = updated(weight, layers[path][1], tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"])
                     merged[name] = saved.pop(name).to(weight.dtype) if name in saved else weight
             if file == files[-1]:
                 merged |= {name: t.to(dtype) for name, t in saved.items()}  # those that the model lacked
             save_file(merged, beside / file, metadata={"format": "pt"})
-            if index:
-                index["weight_map"] = {name: f for name, f in index["weight_map"].items() if f != file} | dict.fromkeys(merged, file)
+            weight_map |= dict.fromkeys(merged, file)
         head = next((t for name, t in tensors.items() if name.endswith(("classifier.weight", "classifier.out_proj.weight", "score.weight"))), None)
         if settings.get("task_type") == "SEQ_CLS" and head is not None:
             labels = config.get("id2label")
@@ -698,7 +711,7 @@ def merge_folder(model, adapter, out):
                            architectures=[re.sub(r"(Model|For\w+)$", "", name) + "ForSequenceClassification" for name in config.get("architectures") or []])
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if index:
-            (beside / index_file.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (beside / index_file.name).write_text(json.dumps(index | dict(weight_map=weight_map), indent=2) + "\n", encoding="utf-8")
         for file in model.iterdir():  # the tokenizer, and what else is text
             if file.suffix in (".json", ".txt", ".model", ".jinja") and not (beside / file.name).exists():
                 shutil.copy(file, beside)

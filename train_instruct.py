@@ -298,7 +298,7 @@ def style(argv):
     sources, references = read_task(args.data, args.direction)
     sources, references = sources[:args.limit], [lines[:args.limit] for lines in references]
     target = args.direction.split("2")[1]
-    scorers = open_scorers(args, target)
+    scorers = open_scorers(args, [target])
     out = Path(args.out) if args.out else training.free_folder(f"runs/style-{args.direction}")
     if (out / "scores.json").exists():
         raise InputError(f"--out {out} holds a finished run: give another folder")
@@ -310,7 +310,7 @@ def style(argv):
     training.make_folder(out)
     training.write_text(out / f"outputs.{args.direction}", "\n".join(outputs) + "\n")
     training.write_text(out / "answers.jsonl", "".join(json.dumps(dict(source=a, answer=b, output=c)) + "\n" for a, b, c in zip(sources, answers, outputs)))
-    scores = scores_of(outputs, sources, references, scorers)
+    scores = scores_of(outputs, sources, references, target, scorers)
     training.write_text(out / "scores.json", json.dumps(dict(direction=args.direction, sentences=len(outputs), **scores, settings=vars(args)), indent=1) + "\n")
     show(scores, len(outputs))
     print(f"{out}/: outputs.{args.direction}, answers.jsonl, scores.json")
@@ -330,9 +330,9 @@ def score(argv):
     args = parser.parse_args(argv)
     training.need(not (args.data and (args.sources or args.references)), "--data", "given", "either --data, or --sources and --references")
     training.use_machine(args)
-    scorers, scores = {}, {}  # one classifier and one language model for all files of a direction
+    entries = []
     for file in args.outputs:
-        outputs = read_lines(file)
+        outputs, sources, references = read_lines(file), args.sources, args.references
         found = re.search(r"\.((\w+)2(\w+))$", file)
         target = args.target or (found and found[3])
         if args.classifier and not target:
@@ -340,13 +340,12 @@ def score(argv):
         if args.data:
             if not found or found[1] not in PROMPTS:
                 raise InputError(f"--outputs {file}: does not end in a direction ({', '.join('.' + direction for direction in PROMPTS)}), which --data needs")
-            args.sources, args.references = task_files(args.data, found[1])
-        references = [read_beside(r, outputs, file) for r in args.references if Path(r).resolve() != Path(file).resolve()]
-        sources = read_beside(args.sources, outputs, file) if args.sources else None
-        if target not in scorers:
-            scorers[target] = open_scorers(args, target)
-        scores[file] = dict(sentences=len(outputs), **scores_of(outputs, sources, references, scorers[target]))
-    names = [name for name in ("ACC", "BLEU", "self-BLEU", "PPL") if any(name in row for row in scores.values())]
+            sources, references = task_files(args.data, found[1])
+        references = [read_beside(r, outputs, file) for r in references if Path(r).resolve() != Path(file).resolve()]
+        entries.append((file, outputs, read_beside(sources, outputs, file) if sources else None, references, target))
+    scorers = open_scorers(args, [target for *_, target in entries])
+    scores = {file: dict(sentences=len(outputs), **scores_of(outputs, *rest, scorers)) for file, outputs, *rest in entries}
+    names = [name for name in SCORES if any(name in row for row in scores.values())]
     table = training.markdown(["outputs", "sentences", *names], [[file, row["sentences"], *(f"{row[n]:.2f}" if n in row else "" for n in names)] for file, row in scores.items()])
     if args.out:
         training.make_folder(Path(args.out))
@@ -361,16 +360,17 @@ def score_flags(arg):
     arg("--lm", metavar="FILE", help="for PPL: an n-gram model in ARPA or KenLM's binary form; needs the kenlm module")
 
 
-def open_scorers(args, target):
-    """{name of a score: function of the outputs} for --classifier and --lm."""
+def open_scorers(args, targets):
+    """{name of a score: function of outputs and the label of the style to reach, one of `targets`} for --classifier and --lm."""
     scorers = {}
     if args.classifier:
         run = Path(args.classifier)
         settings, labels = (read_json(run / "result.json").get(name) for name in ("settings", "labels"))
         if not isinstance(settings, dict):
             raise InputError(f"--classifier {run}: its result.json has no settings, expected a run of train_glue.py")
-        if not labels or target not in labels:
-            raise InputError(f"--classifier {run}: its labels are {labels}, expected {target!r} among them")
+        for target in targets:
+            if not labels or target not in labels:
+                raise InputError(f"--classifier {run}: its labels are {labels}, expected {target!r} among them")
         if not (run / "adapter").is_dir():
             raise InputError(f"--classifier {run}: has no adapter/ (method {settings['method']}); train it with --method lora or salora")
 
@@ -378,7 +378,7 @@ def open_scorers(args, target):
         tokenizer, model = load_tokenizer(folder), load_encoder(folder, len(labels), torch.float32).to(device)
         training.load_adapter(model, run / "adapter")
 
-        def accuracy(outputs):
+        def accuracy(outputs, target):
             tokens = tokenize(tokenizer, [(text,) for text in outputs], settings["max_length"], model.config.vocab_size)
             return 100 * float((train_glue.evaluate(model, tokens, model.config.pad_token_id, device).argmax(1) == labels.index(target)).mean())
 
@@ -395,13 +395,16 @@ def open_scorers(args, target):
         except OSError as e:
             raise InputError(f"--lm {args.lm}: kenlm cannot read it ({str(e).split(') ')[-1]})") from None
         # per token, each sentence's end counted as one: 10 ^ (- sum of log10 probabilities / number of tokens)
-        scorers["PPL"] = lambda outputs: 10 ** (-sum(lm.score(text) for text in outputs) / sum(len(text.split()) + 1 for text in outputs))
+        scorers["PPL"] = lambda outputs, target: 10 ** (-sum(lm.score(text) for text in outputs) / sum(len(text.split()) + 1 for text in outputs))
     return scorers
 
 
-def scores_of(outputs, sources, references, scorers):
+SCORES = ("ACC", "BLEU", "self-BLEU", "PPL")
+
+
+def scores_of(outputs, sources, references, target, scorers):
     """ACC: percent that the classifier takes for the target style; BLEU against the references, and self-BLEU against the sources, of 13a tokens; PPL."""
-    scores = {name: scorer(outputs) for name, scorer in scorers.items()}
+    scores = {name: scorer(outputs, target) for name, scorer in scorers.items()}
     if references:
         scores["BLEU"] = metrics.bleu(outputs, references)
     if sources:
@@ -410,7 +413,7 @@ def scores_of(outputs, sources, references, scorers):
 
 
 def show(scores, count):
-    print(f"{count} sentences: " + ", ".join(f"{name} {scores[name]:.2f}" for name in ("ACC", "BLEU", "self-BLEU", "PPL") if name in scores))
+    print(f"{count} sentences: " + ", ".join(f"{name} {scores[name]:.2f}" for name in SCORES if name in scores))
 
 
 def main(argv):

@@ -33,6 +33,8 @@ from model import read_json
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 TUNING_SEED = 100  # of the runs of --lr-grid
 NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid")  # flags that are no settings of a single run
+OF_NO_CONSEQUENCE = ("threads", "log_every", "save_every")  # flags that --resume may change
+RESOLVED_LATER = ("epochs", "max_length", "selection", "gate_lr", "lr", "r", "dtype")  # flags for which None means: what the run takes
 RECIPES = {  # what the two recipes set, unless a flag says otherwise
     "default": dict(beta=0.01, orth_reduction="mean", selection=None, straight_through=True, fold_gates=False, gate_lr=None, rewarm=True),
     "paper": dict(beta=0.1, orth_reduction="sum", selection="paper", straight_through=False, fold_gates=True, gate_lr=0.01, rewarm=False),
@@ -262,7 +264,7 @@ def load_checkpoint(out, progress, tensors, optimizer, lowrank, device, settings
     """The inverse of save_checkpoint, for what find_checkpoint gave. Pruned tensors come in the shapes they were saved in."""
     for name, value in settings.items():
         found = progress["settings"].get(name)
-        if found != value and name not in ("log_every", "save_every", "threads"):
+        if found != value and name not in OF_NO_CONSEQUENCE:
             raise InputError(f"--resume: {flag(name)} is {value}, but the checkpoint in {out} was written with {found}: give the run's own flags")
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
@@ -600,8 +602,7 @@ def make_folder(out):
 
 
 def clear_folder(out):
-    """Makes the folder of a run, without the files of an earlier run."""
-    make_folder(out)
+    """Removes the files of an earlier run."""
     if (out / "adapter").exists() and not any((out / name).exists() for name in ("result.json", "log.jsonl", "checkpoint")):
         raise InputError(f"--out {out}: has an adapter/ which is not of a run; give another folder")
     try:
@@ -621,9 +622,6 @@ def free_folder(stem):
     return folder
 
 
-RESOLVED_LATER = ("epochs", "max_length", "selection", "gate_lr", "lr", "r", "dtype")  # flags for which None means: what the run takes
-
-
 def refuse_finished(args, out):
     if (out / "result.json").exists() and not args.overwrite:
         raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
@@ -637,7 +635,7 @@ def finished(args, out):
     result = read_json(file)
     for name, value in vars(args).items():
         found = result.get("settings", {}).get(name, value)
-        if found != value and (value is not None or name not in RESOLVED_LATER) and name not in (*NOT_OF_A_RUN, "seed", "threads", "log_every", "save_every"):
+        if found != value and (value is not None or name not in RESOLVED_LATER) and name not in (*NOT_OF_A_RUN, *OF_NO_CONSEQUENCE, "seed"):
             raise InputError(f"--out {out} holds a finished run with {flag(name)} {found}, not {value}: give another folder")
     return result
 
