@@ -73,7 +73,6 @@ def parse_args(argv=None):
     training.need(args.task in TASKS or Path(args.task).is_dir(), "--task", repr(args.task), f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv")
     training.need(args.task in TASKS or args.data is None, "--data", repr(args.data), "nothing when --task is itself the folder with the data")
     training.need(min(args.lr_grid or [1]) > 0 and max(args.lr_grid or [1]) < math.inf, "--lr-grid", args.lr_grid, "positive numbers")
-    training.need(args.method != "ft" or args.dtype == "float32", "--dtype", args.dtype, "float32 with --method ft, which trains every weight")
     return args
 
 
@@ -111,7 +110,10 @@ def train(args, seed, out):
     # ---- model and method
     torch.manual_seed(seed)
     device = training.own_device(args)
-    model = load_encoder(folder, task.num_labels, getattr(torch, args.dtype)).to(device)
+    mixed = args.method == "ft" and args.dtype == "bfloat16"  # what is trained stays float32: products are taken of rounded copies
+    model = load_encoder(folder, task.num_labels, torch.float32 if mixed else getattr(torch, args.dtype)).to(device)
+    if mixed:
+        model.hidden = torch.autocast(device.type, torch.bfloat16)(model.hidden)
     model.checkpoint_activations = args.checkpoint_activations
     for module in model.head:
         module.float()

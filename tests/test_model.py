@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from data import InputError
-from model import LINEARS, Encoder, dropout, load_encoder, read_config
+from model import LINEARS, Encoder, attention, dropout, load_encoder, read_config
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -111,6 +111,27 @@ def test_dropout_zeroes_a_share_p_scales_the_rest_and_passes_the_same_gradient(p
     y.sum().backward()
     assert torch.equal(x.grad, y)
     assert dropout(x, p, training=False) is x and dropout(x, 0.0, training=True) is x
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_with_dropout_is_pytorchs_attention_when_nothing_is_dropped(masked):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, generator=g, requires_grad=True) for n in (5, 7, 7))  # a prefix makes keys outnumber queries
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1] * 7]).bool()[:, None, None] if masked else None
+    ours = attention(q, k, v, mask, 1e-9, training=True)
+    theirs = F.scaled_dot_product_attention(q, k, v, mask)
+    torch.testing.assert_close(ours, theirs)
+    grads = [torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (ours, theirs)]
+    torch.testing.assert_close(*grads)
+
+
+def test_attention_drops_a_share_p_of_the_softmax():
+    torch.manual_seed(0)
+    q = k = torch.zeros(64, 4, 50, 8)
+    y = attention(q, k, torch.eye(50).expand(64, 4, 50, 50), None, 0.25, training=True) * 50  # the softmax itself, 1/50 everywhere
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 4 / 3))
+    assert abs((y == 0).double().mean() - 0.25) < 0.003
+    assert torch.equal(attention(q, k, y, None, 0.25, training=False), F.scaled_dot_product_attention(q, k, y))
 
 
 def test_checkpointed_activations_give_the_same_gradients(folder):
