@@ -22,8 +22,14 @@ from pathlib import Path
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from transformers import (AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainerCallback,
-                          TrainingArguments)
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 parser = argparse.ArgumentParser()
 parser.add_argument("system", choices=["trainer", "grouped", "adalora", "floor"])

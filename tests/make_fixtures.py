@@ -151,7 +151,7 @@ def peft_adapter(name, auto, inputs, **kw):
     torch.manual_seed(0)
     folder = FIXTURES / f"peft-{name}"
     model = get_peft_model(getattr(tr, auto).from_pretrained(FIXTURES / name), LoraConfig(**kw)).eval()
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.2)
     model.save_pretrained(folder)
@@ -189,7 +189,7 @@ def bleu():
     for n, references in ((40, 1), (40, 4), (3, 2), (1, 1)):
         source = [rng.choice(words, rng.integers(1, 14)) for _ in range(n)]
 
-        def changed(share):
+        def changed(share, source=source):
             return [" ".join(np.where(rng.random(len(s)) < share, rng.choice(words, len(s)), s)[:rng.integers(1, 15)]) for s in source]
 
         case = dict(outputs=changed(0.1), references=[changed(0.2) for _ in range(references)])

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_adapters import FIXTURES, scattered
 
 import salora as sl
 from data import metrics
 from model import load_decoder, load_encoder
-from test_adapters import FIXTURES, scattered
 
 tr = pytest.importorskip("transformers", reason="transformers is not installed: pip install -r requirements-oracles.txt")
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r requirements-oracles.txt")

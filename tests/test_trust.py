@@ -88,7 +88,7 @@ def test_a_kill_while_a_checkpoint_is_renamed_leaves_one(tmp_path, whole, capsys
     for place in range(4):
         out, calls = tmp_path / str(place), []
 
-        def count(function):
+        def count(function, calls=calls, place=place):
             def counted(*args, **kw):
                 if len(calls) >= 9 + place:  # in the third checkpoint
                     raise SystemExit
