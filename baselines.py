@@ -118,7 +118,7 @@ class AdaLoRA:
         self.start, self.end = (round(share * steps) for share in window)
         self.interval = max(1, (self.end - self.start) // 100)  # steps from one choice of triplets to the next
         self.total = self.live = len(self.layers) * r  # triplets in all; those that the last choice left
-        self.target = int(budget * self.total)
+        self.target = int(budget * self.total + 1e-6)  # the margin is for products such as 0.29 * 100 = 28.999..
         self.step, self.pruned, self.final_density = 0, False, None
         self.params = [p for m in self.layers for p in (m.lora_A, m.lora_B, m.lora_E)]
         self.sensitivity = [torch.zeros_like(p) for p in self.params]

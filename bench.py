@@ -26,6 +26,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -53,7 +54,8 @@ class Operators(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
+        if not func.is_view:
+            self.count += 1
         return func(*args, **kwargs or {})
 
 
@@ -110,10 +112,12 @@ KINDS = {"lora": "LoRA", "salora": "SaLoRA, in the window", "pruned": "SaLoRA, p
 
 def bench_step(args):
     task, rows, _ = load_task(args.task, args.data)
-    tokens = tokenize(load_tokenizer(args.model), rows.texts, 128, read_config(args.model).vocab_size)
+    config = read_config(args.model)
+    tokens = tokenize(load_tokenizer(args.model), rows.texts, 128, config.vocab_size)
     order = batch_order([len(ids) for ids, _ in tokens], 32, np.random.default_rng(0))[1:101]  # without the longest
     labels = torch.tensor(rows.labels)
-    batches = [(collate([tokens[i] for i in b], read_config(args.model).pad_token_id, args.device), labels[b].to(args.device)) for b in order]
+    batches = [(collate([tokens[i] for i in batch], config.pad_token_id, args.device), labels[batch].to(args.device))
+               for batch in order]
     steps = [make_step(load_encoder(args.model, task.num_labels).to(args.device), kind) for kind in KINDS]
     table = []
     for kind, step, (ms, ratio, error) in zip(KINDS, steps, time_steps(steps, batches, args.repeats * 10, 5)):
@@ -130,16 +134,18 @@ def bench_size(args):
                dict(width=768)]
     table = []
     for change in changes:
-        r, targets, length, width = (base | change).values()
+        row = base | change
+        r, targets, length, width = row.values()
         config = EncoderConfig("roberta", vocab_size=1000, hidden_size=width, num_hidden_layers=6, num_attention_heads=width // 32,
                                intermediate_size=4 * width, max_position_embeddings=length + 2, type_vocab_size=1)
         ids = torch.randint(2, 1000, (32, length), device=args.device)
         batches = [((ids, None, None), torch.zeros(32, dtype=torch.long, device=args.device))]
         steps = [make_step(Encoder(config, 2).to(args.device), kind, r, targets) for kind in KINDS]
-        times = list(time_steps(steps, batches, args.repeats * 3, 3))
-        table.append(base | change | {f"{kind} {what}": round(float(value), 3 if what == "ratio" else 1)
-                                      for kind, row in zip(KINDS, times) for what, value in zip(("ms", "ratio"), row)
-                                      if (kind, what) != ("lora", "ratio")})
+        for kind, (ms, ratio, _) in zip(KINDS, time_steps(steps, batches, args.repeats * 3, 3)):
+            row[f"{kind} ms"] = round(float(ms), 1)
+            if kind != "lora":
+                row[f"{kind} ratio"] = round(float(ratio), 3)
+        table.append(row)
     return table
 
 
@@ -150,15 +156,16 @@ def bench_size(args):
 def run_script(args, *flags, processes=1, threads=None):
     """{examples per second, tokens per second, peak MB, start} of train_glue.py. Tokens per second are the median over the log lines,
     which leaves out compiling; start is the time from the command to the last log line."""
-    launch = [sys.executable]
+    command = [sys.executable]
     if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    data = ["--data", args.data] if args.data else []
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    command += [ROOT / "train_glue.py", "--task", args.task, "--model", args.model]
+    if args.data:
+        command += ["--data", args.data]
     with tempfile.TemporaryDirectory() as folder:
         out, start = Path(folder) / "run", time.time()
-        subprocess.run(list(map(str, [*launch, ROOT / "train_glue.py", "--task", args.task, "--model", args.model, *data, "--epochs", 1, "--lr", 1e-3,
-                                      "--limit-dev", 32, "--threads", threads or args.threads, "--out", out, *flags])),
-                       check=True, stdout=subprocess.DEVNULL)
+        command += ["--epochs", 1, "--lr", 1e-3, "--limit-dev", 32, "--threads", threads or args.threads, "--out", out, *flags]
+        subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
         result = json.loads((out / "result.json").read_text())
         speeds = [json.loads(line)["tokens_per_second"] for line in (out / "log.jsonl").read_text().splitlines()]
         logged = (out / "log.jsonl").stat().st_mtime
@@ -176,38 +183,41 @@ def take_turns(systems, repeats):
 
 def bench_loop(args):
     def peer(system):
-        out = subprocess.run([args.peers, ROOT / "bench_peers.py", system, "--model", args.model, "--data", args.data, "--threads",
-                              str(args.threads)], check=True, capture_output=True, text=True).stdout
+        command = [args.peers, ROOT / "bench_peers.py", system, "--model", args.model, "--data", args.data]
+        command += ["--threads", str(args.threads)]
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         return json.loads(out.splitlines()[-1])
 
-    peers = {"floor": "forward and input gradient alone", "trainer": "Trainer + PEFT LoRA", "grouped": "the same, grouped by length",
-             "adalora": "Trainer + PEFT AdaLoRA"} if args.peers else {}
-    systems = {peers[name]: lambda name=name: peer(name) for name in peers}
-    systems |= {f"train_glue.py --method {m}": lambda m=m: run_script(args, "--method", m) for m in ("lora", "salora")}
+    systems = {}
+    if args.peers:
+        peers = {"floor": "forward and input gradient alone", "trainer": "Trainer + PEFT LoRA",
+                 "grouped": "the same, grouped by length", "adalora": "Trainer + PEFT AdaLoRA"}
+        systems |= {title: partial(peer, name) for name, title in peers.items()}
+    systems |= {f"train_glue.py --method {m}": partial(run_script, args, "--method", m) for m in ("lora", "salora")}
     return [{"system": name, "examples/s": round(row["examples"], 1), "peak MB": round(row["mb"])}
             for name, row in take_turns(systems, args.repeats).items()]
 
 
 def bench_start(args):
-    systems = {m: lambda m=m: run_script(args, "--method", m, "--max-steps", 2, "--window", 0, 1) for m in ("lora", "salora")}
-    return [{"method": name, "seconds to the second step": round(row["start"], 2)} for name, row in take_turns(systems, args.repeats).items()]
+    systems = {m: partial(run_script, args, "--method", m, "--max-steps", 2, "--window", 0, 1) for m in ("lora", "salora")}
+    return [{"method": name, "seconds to the second step": round(row["start"], 2)}
+            for name, row in take_turns(systems, args.repeats).items()]
 
 
 def bench_options(args):
     flags = ["", "--compile", "--dtype bfloat16", "--checkpoint-activations", "--batch-size 8 --accumulate 4"]
-    systems = {flag or "(none)": lambda flag=flag: run_script(args, "--max-steps", 120, *flag.split()) for flag in flags}
+    systems = {flag or "(none)": partial(run_script, args, "--max-steps", 120, *flag.split()) for flag in flags}
     return [{"option": name, "tokens/s": round(row["tokens"]), "peak MB": round(row["mb"]), "whole run s": round(row["start"])}
             for name, row in take_turns(systems, args.repeats).items()]
 
 
 def bench_processes(args):
-    systems = {}
-    for processes, threads, batch in ((1, 1, 32), (2, 1, 16), (1, 2, 32)):
-        systems[processes, threads, batch] = lambda p=processes, t=threads, b=batch: run_script(
-            args, "--batch-size", b, processes=p, threads=t)
+    systems = {(p, t, b): partial(run_script, args, "--batch-size", b, processes=p, threads=t)
+               for p, t, b in ((1, 1, 32), (2, 1, 16), (1, 2, 32))}
     found = take_turns(systems, args.repeats)
+    alone = found[1, 1, 32]["examples"]
     return [{"processes": p, "threads each": t, "rows each": b, "examples/s": round(row["examples"], 1),
-             "speed-up": round(row["examples"] / found[1, 1, 32]["examples"], 2)} for (p, t, b), row in found.items()]
+             "speed-up": round(row["examples"] / alone, 2)} for (p, t, b), row in found.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,7 +252,8 @@ def paper_memory(m, batch, length, size, recompute):
     adapter = 8 * layers * (2 * (d + d) + 2 * (d + m["kv"]) + 2 * (d + m["i"]))
     kept = kept_by_llama_layer(d, m["i"], size) if m["vocab"] else kept_by_encoder_layer(d, m["i"], size)
     activations = tokens * (layers * d * size + kept if recompute else layers * kept)
-    return dict(frozen=m["weights"] * size, adapter=28 * adapter, activations=activations, logits=min(tokens, 1024) * m["vocab"] * (size + 12))
+    logits = min(tokens, 1024) * m["vocab"] * (size + 12)
+    return dict(frozen=m["weights"] * size, adapter=28 * adapter, activations=activations, logits=logits)
 
 
 def bench_memory(args):
@@ -253,9 +264,10 @@ def bench_memory(args):
                 for recompute in (False, True):
                     parts = paper_memory(m, batch, length, size, recompute)
                     total = sum(parts.values()) / gb
-                    table.append({"model": name, "batch": f"{batch} x {length}", "dtype": dtype, "recompute": "yes" if recompute else "no",
-                                  **{f"{key} GB": round(value / gb, 2) for key, value in parts.items()}, "total GB": round(total, 1),
-                                  **{f"{card} GB card": "fits" if total < 0.9 * card else "no" for card in (24, 80)}})
+                    row = {"model": name, "batch": f"{batch} x {length}", "dtype": dtype, "recompute": "yes" if recompute else "no"}
+                    row |= {f"{key} GB": round(value / gb, 2) for key, value in parts.items()} | {"total GB": round(total, 1)}
+                    row |= {f"{card} GB card": "fits" if total < 0.9 * card else "no" for card in (24, 80)}
+                    table.append(row)
     return table
 
 
@@ -275,26 +287,30 @@ def peak_of_a_step(folder, device, dtype, batch, length, recompute):
 
 
 def bench_llama(args):
-    """Measured in fresh processes, beside the paper estimate for the same sizes. On a CPU malloc is told to give freed memory back at once, as
-    its heaps would count twice otherwise."""
+    """Measured in fresh processes, beside the paper estimate for the same sizes. On a CPU malloc is told to give freed memory back
+    at once: its heaps would count twice otherwise."""
     os.environ |= dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
-    c, table = read_config(args.model, DecoderConfig), []
+    c = read_config(args.model, DecoderConfig)
     with torch.device("meta"):
         weights = sum(p.numel() for p in Decoder(c).parameters())
-    m = dict(weights=weights, d=c.hidden_size, kv=c.num_key_value_heads * c.head_dim, i=c.intermediate_size, layers=c.num_hidden_layers, vocab=c.vocab_size)
+    m = dict(weights=weights, d=c.hidden_size, kv=c.num_key_value_heads * c.head_dim, i=c.intermediate_size,
+             layers=c.num_hidden_layers, vocab=c.vocab_size)
+    table = []
     for batch in (4, 8):
         for dtype, recompute in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 measured = pool.submit(peak_of_a_step, args.model, args.device, dtype, batch, 256, recompute).result()
             paper = sum(paper_memory(m, batch, 256, getattr(torch, dtype).itemsize, recompute).values())
-            table.append({"batch": f"{batch} x 256", "dtype": dtype, "recompute": "yes" if recompute else "no", "measured MB": round(measured / 2**20),
-                          "on paper MB": round(paper / 2**20), "ratio": round(measured / paper, 2)})
+            table.append({"batch": f"{batch} x 256", "dtype": dtype, "recompute": "yes" if recompute else "no",
+                          "measured MB": round(measured / 2**20), "on paper MB": round(paper / 2**20),
+                          "ratio": round(measured / paper, 2)})
     return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-BENCHES = dict(step=bench_step, loop=bench_loop, start=bench_start, options=bench_options, processes=bench_processes, size=bench_size, memory=bench_memory, llama=bench_llama)
+BENCHES = dict(step=bench_step, loop=bench_loop, start=bench_start, options=bench_options, processes=bench_processes,
+               size=bench_size, memory=bench_memory, llama=bench_llama)
 
 
 def print_table(name, table):

@@ -59,6 +59,13 @@ class Clock(TrainerCallback):
         self.end = time.perf_counter()
 
 
+class Allocate(TrainerCallback):
+    """What PEFT asks a loop to do for AdaLoRA between the optimiser's step and zero_grad."""
+
+    def on_optimizer_step(self, _, state, __, **___):
+        model.base_model.update_and_allocate(state.global_step)
+
+
 if args.system == "floor":
     model.requires_grad_(False)
     model.train()
@@ -74,21 +81,17 @@ if args.system == "floor":
 else:
     modules = dict(r=8, lora_alpha=8, lora_dropout=0.0, task_type="SEQ_CLS", modules_to_save=["classifier", "pooler"],
                    target_modules=r".*encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|(attention\.)?output\.dense|intermediate\.dense)")
-    steps = -(-len(rows) // 32)
-    if args.system == "adalora":
-        modules |= dict(init_r=8, target_r=4, tinit=steps // 5, tfinal=steps // 2, total_step=steps, orth_reg_weight=0.1)
-    model = get_peft_model(model, (AdaLoraConfig if args.system == "adalora" else LoraConfig)(**modules))
-    assert sum("lora_A" in name and p.requires_grad for name, p in model.named_parameters()) == 6 * model.config.num_hidden_layers
     clock = Clock()
-
-    class Allocate(TrainerCallback):
-        """What PEFT asks a loop to do for AdaLoRA between the optimiser's step and zero_grad."""
-
-        def on_optimizer_step(self, _, state, __, **___):
-            model.base_model.update_and_allocate(state.global_step)
-
+    if args.system == "adalora":
+        steps = -(-len(rows) // 32)
+        config = AdaLoraConfig(init_r=8, target_r=4, tinit=steps // 5, tfinal=steps // 2, total_step=steps, orth_reg_weight=0.1, **modules)
+        callbacks = [clock, Allocate()]
+    else:
+        config, callbacks = LoraConfig(**modules), [clock]
+    model = get_peft_model(model, config)
+    assert sum("lora_A" in name and p.requires_grad for name, p in model.named_parameters()) == 6 * model.config.num_hidden_layers
     trainer = Trainer(
-        model=model, train_dataset=rows, data_collator=collate, callbacks=[clock] + [Allocate()] * (args.system == "adalora"),
+        model=model, train_dataset=rows, data_collator=collate, callbacks=callbacks,
         args=TrainingArguments(
             output_dir=tempfile.mkdtemp(), num_train_epochs=1, per_device_train_batch_size=32, learning_rate=1e-3, warmup_steps=0.06,
             train_sampling_strategy="group_by_length" if args.system == "grouped" else "random", save_strategy="no",

@@ -1,16 +1,19 @@
 """
-The experiments of the paper. Each is one command, which prints its table and leaves in --out: table.md, runs.csv, runs.jsonl (whole results) and, with matplotlib, pictures.
+The experiments of the paper. Each is one command, which prints its table and leaves in --out: table.md, runs.csv, runs.jsonl (whole
+results) and, with matplotlib, pictures.
 
     python train_glue.py table1      methods by tasks (Table 1)
     python train_glue.py ablation    the whole method, a constant price of gates instead of a budget, no regulariser (Table 3)
     python train_glue.py efficiency  peak memory and time of a step, by batch size (Table 4)
-    python train_glue.py ranks       the ranks that are left (Figure 7); one kind of matrix, or one group of layers, adapted alone (Figure 1)
+    python train_glue.py ranks       the ranks that are left (Figure 7); one kind of matrix, or one group of layers, adapted alone
+                                     (Figure 1)
     python train_glue.py sweep       score over the rank or the budget, LoRA beside it (Figures 4 and 5)
     python train_glue.py components  density, lambda and orthogonality over the steps (Figure 6)
 
-Further flags, such as --model, --data, --epochs, --dtype or --lr-grid, go to every run (python train_glue.py --help). An entry of --tasks and
---methods may have flags of its own, which come last, and a name: --tasks "cola --epochs 4" mrpc --methods salora "small=lora --r 4". A cell of a
-table is one train_glue.py command with --seeds, in a process of its own; what is finished is not run again.
+Further flags, such as --model, --data, --epochs, --dtype or --lr-grid, go to every run (python train_glue.py --help). An entry of
+--tasks and --methods may have flags of its own, which come last, and a name: --tasks "cola --epochs 4" mrpc --methods salora
+"small=lora --r 4". A cell of a table is one train_glue.py command with --seeds, in a process of its own; what is finished is not
+run again.
 """
 
 import argparse
@@ -39,8 +42,8 @@ TASKS = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
 METHODS = ["ft", "adapter-h", "adapter-p", "prefix", "prompt", "lora", "adalora", "salora"]
 LABELS = {"ft": "FT", "adapter-h": "Adapter-H", "adapter-p": "Adapter-P", "prefix": "Prefix", "prompt": "Prompt", "lora": "LoRA",
           "adalora": "AdaLoRA", "salora": "SaLoRA", "head": "Head"}
-FIELDS = ("task", "method", "seed", "metric", "score", "lr", "trainable_params", "kept_params", "density", "kept_density", "steps", "seconds",
-          "peak_memory_mb")
+FIELDS = ("task", "method", "seed", "metric", "score", "lr", "trainable_params", "kept_params", "density", "kept_density", "steps",
+          "seconds", "peak_memory_mb")
 
 
 def parse_args(name, argv):
@@ -52,8 +55,10 @@ def parse_args(name, argv):
 
     arg("--tasks", nargs="+", default=TASKS if name == "table1" else ["cola"], help="one or more of train_glue.py's tasks")
     if name in ("table1", "efficiency"):
-        arg("--methods", nargs="+", default=METHODS if name == "table1" else ["ft", "lora", "adalora", "salora"], help="rows of the table")
-    arg("--seeds", type=int, nargs="+", default=[0] if name in ("efficiency", "components") else [0, 1, 2, 3, 4], help="of the runs of a cell")
+        methods = METHODS if name == "table1" else ["ft", "lora", "adalora", "salora"]
+        arg("--methods", nargs="+", default=methods, help="rows of the table")
+    seeds = [0] if name in ("efficiency", "components") else [0, 1, 2, 3, 4]
+    arg("--seeds", type=int, nargs="+", default=seeds, help="of the runs of a cell")
     if name == "ablation":
         arg("--price", type=float, default=0.0005, help="of an open gate, in the ablation of the budget")
     if name == "efficiency":
@@ -90,7 +95,8 @@ class Cell:
     """A task and a method, each with flags of its own, and the folder of their runs."""
 
     def __init__(self, task, method, common, args):
-        (self.task, *task_flags), (name, *method_flags) = task.split(), method.rpartition("=")[2].split()
+        self.task, *task_flags = task.split()
+        name, *method_flags = method.rpartition("=")[2].split()
         self.label, self.seeds = name_of(method), args.seeds
         self.flags = [*common, "--task", self.task, *task_flags, "--method", name, *method_flags]
         self.folder = Path(args.out) / Path(self.task).name / self.label.replace(" ", "_")
@@ -98,7 +104,9 @@ class Cell:
 
     def results(self):
         """[result or None] of its seeds."""
-        settings = argparse.Namespace(**vars(self.settings) | (dict(lr=None, hold_out=None) if self.settings.lr_grid else {}))
+        settings = argparse.Namespace(**vars(self.settings))
+        if settings.lr_grid:
+            settings.lr = settings.hold_out = None
         return [training.finished(settings, self.folder / f"seed{seed}") for seed in self.seeds]
 
     def missing(self):
@@ -112,18 +120,21 @@ class Cell:
     def run(self):
         """Runs what is missing, in a process of its own. True if it went well."""
         start = time.time()
-        done = subprocess.run(self.command("--seeds", *map(str, self.seeds), "--out", str(self.folder), "--resume"), capture_output=True, text=True)
+        command = self.command("--seeds", *map(str, self.seeds), "--out", str(self.folder), "--resume")
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"{self.task}, {self.label}: failed\n{done.stdout[-500:]}{done.stderr[-2000:]}", file=sys.stderr)
             return False
-        print(f"{self.task}, {self.label}: {spread([r['score'] for r in self.results()])} in {clock(time.time() - start)}", flush=True)
+        scores = [r["score"] for r in self.results()]
+        print(f"{self.task}, {self.label}: {spread(scores)} in {clock(time.time() - start)}", flush=True)
         return True
 
 
 def run_cells(tasks, methods, common, args):
     """{(task, name of the method): [result ..]}, after running what is not finished."""
     cells = [Cell(task, method, common, args) for task in tasks for method in methods]
-    todo = {cell: runs for cell in cells if (runs := cell.missing())}
+    missing = {cell: cell.missing() for cell in cells}
+    todo = {cell: runs for cell, runs in missing.items() if runs}
     if todo:
         print(f"{sum(todo.values())} runs to do, about {clock(estimate(todo) / args.jobs)} on this machine", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -134,8 +145,8 @@ def run_cells(tasks, methods, common, args):
 
 
 def estimate(todo):
-    """Seconds that the runs of {cell: how many} take one after the other, from the speed of ten steps of the first. A token of an
-    evaluation costs a third of one of training."""
+    """Seconds that the runs of {cell: how many} take one after the other, from the speed of ten steps of the first. A token costs a
+    third as much in an evaluation as in training."""
     lengths, total = {}, 0.0
     for cell, runs in todo.items():
         s = cell.settings
@@ -145,14 +156,16 @@ def estimate(todo):
             with contextlib.redirect_stdout(io.StringIO()):  # the run itself will say what the reader has to say
                 task, train, dev = load_task(s.task, s.data, s.limit_train, s.limit_dev)
             tokenizer, vocab_size = load_tokenizer(folder), read_config(folder).vocab_size
-            count = [sum(len(ids) for ids, _ in tokenize(tokenizer, rows.texts, s.max_length or 128, vocab_size)) for rows in (train, *dev)]
+            tokens = [tokenize(tokenizer, rows.texts, s.max_length or 128, vocab_size) for rows in (train, *dev)]
+            count = [sum(len(ids) for ids, _ in rows) for rows in tokens]
             lengths[key] = task.epochs, len(train.texts), count[0], sum(count[1:])
         epochs, rows, train, dev = lengths[key]
         epochs = min(s.epochs or epochs, (s.max_steps or rows) * s.batch_size * s.accumulate / rows)
         total += runs * (epochs * train + max(epochs, 1) * dev / 3)
     first = next(iter(todo))
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(first.command("--max-steps", "10", "--window", "0", "1", "--limit-dev", "8", "--out", folder), capture_output=True, text=True)
+        command = first.command("--max-steps", "10", "--window", "0", "1", "--limit-dev", "8", "--out", folder)
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:  # so will the run itself
             raise InputError(f"{first.task}, {first.label}: {done.stderr.strip().removeprefix('error: ')}")
         last = json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])
@@ -164,7 +177,9 @@ def estimate(todo):
 
 
 def clock(seconds):
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+    if seconds > 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
 def mean_std(values):
@@ -175,13 +190,16 @@ def mean_std(values):
 def spread(scores):
     """Mean ± standard deviation, times 100."""
     mean, std = mean_std(100 * score for score in scores)
-    return f"{mean:.2f}" + f" ± {std:.2f}" * (len(scores) > 1)
+    return f"{mean:.2f} ± {std:.2f}" if len(scores) > 1 else f"{mean:.2f}"
 
 
 def mean_ranks(results):
     """Ranks as a row for each of q k v o u d, a column for each layer: means over the results."""
-    return [[statistics.mean(rank) for rank in zip(*([n for path, n in r["ranks"].items() if path.split(".", 4)[4] == tail] for r in results))]
-            for tail in LINEARS.values()]
+    rows = []
+    for tail in LINEARS.values():
+        by_result = [[n for path, n in r["ranks"].items() if path.split(".", 4)[4] == tail] for r in results]
+        rows.append([statistics.mean(layer) for layer in zip(*by_result)])
+    return rows
 
 
 def span(values, form="{:,}"):
@@ -197,11 +215,13 @@ def score_table(results):
     rows = []
     for label in labels:
         cells = [spread([r["score"] for r in results[task, label]]) for task in tasks]
-        best = [mean[task, label] == max(mean[task, other] for other in labels) and len(labels) > 1 for task in tasks]
+        if len(labels) > 1:
+            best = [mean[task, label] == max(mean[task, other] for other in labels) for task in tasks]
+            cells = [f"**{cell}**" if b else cell for cell, b in zip(cells, best)]
         runs = [r for task in tasks for r in results[task, label]]
         density = [r["density"] for r in runs if r["density"] is not None]
-        rows.append([label, *(f"**{c}**" if b else c for c, b in zip(cells, best)), f"{100 * overall[label]:.2f}",
-                     span([r["trainable_params"] for r in runs]), span([r["kept_params"] for r in runs]), span(density, "{:.3f}") if density else ""])
+        rows.append([label, *cells, f"{100 * overall[label]:.2f}", span([r["trainable_params"] for r in runs]),
+                     span([r["kept_params"] for r in runs]), span(density, "{:.3f}") if density else ""])
     return training.markdown(["method", *tasks, "mean", "trained", "kept", "density"], rows)
 
 
@@ -220,8 +240,9 @@ def figure(file, columns, width=3.2, height=2.6, **kw):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e5e5", "axes.axisbelow": True,
-             "axes.prop_cycle": matplotlib.cycler(color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"])}
+    colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e5e5",
+             "axes.axisbelow": True, "axes.prop_cycle": matplotlib.cycler(color=colours)}
     with plt.rc_context(style):
         fig, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained", **kw)
         yield axes[0]
@@ -238,7 +259,7 @@ def dots(file, results):
                 mean, std = mean_std(100 * r["score"] for r in results[task, label])
                 ax.errorbar(mean, y, xerr=std, fmt="o", capsize=3)
             metric = results[task, labels[0]][0]["metric"].replace("_", " ")
-            ax.set(title=task, yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5), xlabel=f"{metric} x 100")
+            ax.set(title=task, xlabel=f"{metric} x 100", yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
 
 
 def curves(file, panels, xlabel, band=None):
@@ -247,7 +268,8 @@ def curves(file, panels, xlabel, band=None):
         for ax, (title, lines) in zip(axes, panels.items()):
             for label, points in lines.items():
                 x, y, error = zip(*points)
-                ax.errorbar(x, y, yerr=error, fmt="o-" if len(x) < 20 else "-", capsize=3 if any(error) else 0, markersize=4, label=label)
+                ax.errorbar(x, y, yerr=error, fmt="o-" if len(x) < 20 else "-", capsize=3 if any(error) else 0, markersize=4,
+                            label=label)
             ax.set(xlabel=xlabel, title=title)
             if band:
                 ax.axvspan(*band, color="#f0f0f0", zorder=0)
@@ -263,8 +285,10 @@ def heat(file, maps, r):
             ax.imshow(rows, cmap="Blues", vmin=0, vmax=r, aspect="auto")
             for y, row in enumerate(rows):
                 for x, rank in enumerate(row):
-                    ax.text(x, y, f"{rank:.0f}", ha="center", va="center", color="white" if rank > 0.6 * r else "black", fontsize=7)
-            ax.set(title=f"{task}: rank, of {r}", xlabel="layer", yticks=range(len(LINEARS)), yticklabels=[f"$W^{x.upper()}$" for x in LINEARS])
+                    colour = "white" if rank > 0.6 * r else "black"
+                    ax.text(x, y, f"{rank:.0f}", ha="center", va="center", color=colour, fontsize=7)
+            kinds = [f"$W^{letter.upper()}$" for letter in LINEARS]
+            ax.set(title=f"{task}: rank, of {r}", xlabel="layer", yticks=range(len(kinds)), yticklabels=kinds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,22 +310,33 @@ def efficiency(args, common):
         common = [*common, "--max-steps", "20"]
     results = run_cells(args.tasks, [f"{m} --batch-size {b}" for m in args.methods for b in args.batch_sizes], common, args)
     values = {"peak memory (MB)": lambda r: r["peak_memory_mb"], "time of a step (ms)": lambda r: 1000 * r["seconds"] / r["steps"]}
-    panels = {f"{task}: {what}": {name_of(m): [(b, *mean_std(map(value, results[task, name_of(f"{m} --batch-size {b}")]))) for b in args.batch_sizes]
-                                  for m in args.methods} for task in names(args.tasks) for what, value in values.items()}
-    text = "\n".join(f"{title}\n\n" + training.markdown(["method", *(f"batch {b}" for b in args.batch_sizes)], [
-        [label, *(f"{mean:.0f}" for _, mean, _ in points)] for label, points in lines.items()]) for title, lines in panels.items())
-    return results, text, {"efficiency.png": (curves, panels, "batch size")}
+    panels = {}
+    for task in names(args.tasks):
+        for what, value in values.items():
+            lines = {}
+            for m in args.methods:
+                runs = {b: results[task, name_of(f"{m} --batch-size {b}")] for b in args.batch_sizes}
+                lines[name_of(m)] = [(b, *mean_std(map(value, runs[b]))) for b in args.batch_sizes]
+            panels[f"{task}: {what}"] = lines
+    tables = []
+    for title, lines in panels.items():
+        rows = [[label, *(f"{mean:.0f}" for _, mean, _ in points)] for label, points in lines.items()]
+        tables.append(f"{title}\n\n" + training.markdown(["method", *(f"batch {b}" for b in args.batch_sizes)], rows))
+    return results, "\n".join(tables), {"efficiency.png": (curves, panels, "batch size")}
 
 
 def ranks(args, common):
     base = train_glue.parse_args([*common, "--task", names(args.tasks)[0]])
     layers = [str(i) for i in range(read_config(model_folder(base.model)).num_hidden_layers)]
     third = -(-len(layers) // 3)
-    alone = [f"lora --targets {letter}" for letter in LINEARS] + [f"lora --layers {' '.join(layers[i:i + third])}" for i in range(0, len(layers), third)]
-    results = run_cells(args.tasks, ["salora", "lora", *alone], common, args)
+    by_kind = [f"lora --targets {letter}" for letter in LINEARS]
+    by_layer = [f"lora --layers {' '.join(layers[i:i + third])}" for i in range(0, len(layers), third)]
+    results = run_cells(args.tasks, ["salora", "lora", *by_kind, *by_layer], common, args)
     maps = {task: mean_ranks(results[task, "SaLoRA"]) for task in names(args.tasks)}
-    text = score_table(results) + "".join(f"\n{task}: mean rank over the seeds, {base.r} at the start\n\n" + training.markdown(["", *layers], [
-        [f"W^{letter.upper()}", *(f"{rank:.1f}" for rank in row)] for letter, row in zip(LINEARS, rows)]) for task, rows in maps.items())
+    text = score_table(results)
+    for task, means in maps.items():
+        rows = [[f"W^{letter.upper()}", *(f"{rank:.1f}" for rank in row)] for letter, row in zip(LINEARS, means)]
+        text += f"\n{task}: mean rank over the seeds, {base.r} at the start\n\n" + training.markdown(["", *layers], rows)
     alone = {key: runs for key, runs in results.items() if key[1] != "SaLoRA"}
     return results, text, {"ranks.png": (heat, maps, base.r), "alone.png": (dots, alone)}
 
@@ -311,12 +346,16 @@ def sweep(args, common):
     if args.over == "r":
         values = args.values or [1, 2, 4, 8, 16]
         lines = {m: [(v, f"{m} --r {v:g}") for v in values] for m in ("salora", "lora")}
-    else:  # LoRA beside it with the rank that gives it the parameters which the budget leaves
+    else:  # LoRA with the rank that gives it as many parameters as the budget leaves
         values = args.values or [0.125, 0.25, 0.5, 0.75, 1.0]
-        lines = {"salora": [(b, f"salora --budget {b:g}") for b in values], "lora": [(b, f"lora --r {max(1, round(b * r))}") for b in values]}
-    results = run_cells(args.tasks, list(dict.fromkeys(method for line in lines.values() for _, method in line)), common, args)
-    panels = {f"{task}: score x 100": {LABELS[m]: [(x, *mean_std(100 * run["score"] for run in results[task, name_of(method)])) for x, method in line]
-                                       for m, line in lines.items()} for task in names(args.tasks)}
+        lines = {"salora": [(b, f"salora --budget {b:g}") for b in values],
+                 "lora": [(b, f"lora --r {max(1, round(b * r))}") for b in values]}
+    methods = dict.fromkeys(method for line in lines.values() for _, method in line)  # two budgets may have the same rank of LoRA
+    results = run_cells(args.tasks, methods, common, args)
+    panels = {}
+    for task in names(args.tasks):
+        scores = {method: [100 * run["score"] for run in results[task, name_of(method)]] for method in methods}
+        panels[f"{task}: score x 100"] = {LABELS[m]: [(x, *mean_std(scores[method])) for x, method in line] for m, line in lines.items()}
     return results, score_table(results), {"sweep.png": (curves, panels, "rank at the start" if args.over == "r" else "budget")}
 
 
@@ -325,14 +364,16 @@ def components(args, common):
     panels, rows = {}, []
     for task in names(args.tasks):
         run = results[task, "SaLoRA"][0]
-        log = [json.loads(line) for line in (Path(args.out) / Path(task).name / "SaLoRA" / f"seed{run['seed']}" / "log.jsonl").read_text().splitlines()]
+        file = Path(args.out) / Path(task).name / "SaLoRA" / f"seed{run['seed']}" / "log.jsonl"
+        log = [json.loads(line) for line in file.read_text().splitlines()]
         for what in ("density", "lambda", "orth_a", "orth_b"):
             y = [entry[what] for entry in log]
             panels[f"{task}: {what}"] = {"SaLoRA": [(entry["step"], entry[what], 0.0) for entry in log]}
             rows.append([task, what, *(f"{value:.4f}" for value in (y[0], min(y), max(y), y[-1]))])
         panels[f"{task}: density"]["budget"] = [(entry["step"], run["budget"], 0.0) for entry in log]
     band = [share * run["steps"] for share in run["settings"]["window"]]
-    return results, training.markdown(["task", "", "first", "smallest", "largest", "last"], rows), {"components.png": (curves, panels, "step", band)}
+    table = training.markdown(["task", "", "first", "smallest", "largest", "last"], rows)
+    return results, table, {"components.png": (curves, panels, "step", band)}
 
 
 def main(name, argv):

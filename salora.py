@@ -27,7 +27,7 @@ Adapters have PEFT's format. From the shell, with models in Hugging Face's layou
     python salora.py merge --model DIR --adapter DIR --out DIR    # a plain model folder, with an adapter in its weights
     python salora.py show ADAPTER                                 # ranks, parameters and budget of one
 
-Five lines of a training loop know of it:
+The lines with `salora` are all that a training loop has to know:
 
     salora = SaLoRA(model, targets=["up", "down"], r=8, budget=0.5)
     optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-3, gate_lr=0.2))
@@ -87,8 +87,7 @@ class SaLoRALinear(nn.Module):
     """h = W x + (alpha/r) B diag(g) A x around an nn.Linear.
 
     A is Gaussian and B zero, so the first step sees the pretrained model. A and B are float32 whatever W is; the product is
-    computed in W's dtype. Outside the window all gates are 1. Inside it they have the value 1 and the gradient of the step's
-    draw; or, without SaLoRA's straight_through, they are the draw in train() and, as with dropout, deterministic in eval()."""
+    computed in W's dtype. Outside the window all gates are 1."""
 
     def __init__(self, base, r, scale):
         super().__init__()
@@ -97,10 +96,9 @@ class SaLoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.randn(r, k, device=device) / math.sqrt(k))  # (r, k), rows of about unit norm
         self.lora_B = nn.Parameter(torch.zeros(r, d, device=device).mT)  # (d, r), column by column in memory: a faster backward
         self.r, self.scale = r, scale  # at the start: the scale alpha / r stays when the rank falls
-        self.row = None  # inside the window, without straight_through: SaLoRA.log_theta and the number of this layer's row in it
-        self.drawn = None  # inside a step of it: A and B diag(g), slices of what SaLoRA.draw computed for many layers at once
+        self.gated = None  # inside the window: A and B diag(g), as SaLoRA.draw computes them for all layers at once
 
-    # its parameters, and what is left of them when triplets go; B stays column by column in memory
+    # its parameters, and what is left of them when triplets go (AdaLoRA has a third); B stays column by column in memory
     cuts = dict(lora_A=lambda t, keep: t[keep], lora_B=lambda t, keep: t.mT[keep].mT)
 
     @property
@@ -111,41 +109,36 @@ class SaLoRALinear(nn.Module):
         h = self.base(x)  # (.., d)
         if self.rank == 0:
             return h
-        a, b = self.drawn if self.training and self.drawn else self.matrices()
+        a, b = self.matrices()
         z = F.linear(x, a.to(x.dtype))  # (.., r)
         h2, z2 = h.reshape(-1, h.shape[-1]), z.reshape(-1, z.shape[-1])  # (n, d), (n, r): addmm multiplies, scales and adds in one go
         return torch.addmm(h2, z2, b.mT.to(z.dtype), alpha=self.scale).view_as(h)  # eq. 3, 5
 
     def matrices(self):
-        """A (r, k) and B diag(g) (d, r), without noise."""
-        if self.row is None:
-            return self.lora_A, self.lora_B
-        log_theta, i = self.row
-        return self.lora_A, self.lora_B * deterministic_gates(log_theta[i])
+        """A (r, k) and B diag(g) (d, r)."""
+        return self.gated or (self.lora_A, self.lora_B)
 
     @torch.no_grad()
     def prune(self, keep, fold=None, optimizer=None):
         """Cuts A and B down to the triplets that `keep` (r,) names; fold (r,) multiplies B's columns first. New, smaller
         Parameters take the places of the old ones, in `optimizer` too, where the moments of the kept triplets stay."""
-        self.row = self.drawn = None
+        self.gated = None
         if fold is not None:
             self.lora_B.mul_(fold)
         for name, cut in self.cuts.items():
             old = getattr(self, name)
+            state = optimizer.state.get(old, {}) if optimizer else {}
+            moments = {key: t for key, t in state.items() if torch.is_tensor(t) and t.dim()}  # the rest are numbers, such as AdamW's step
+            if any(t.shape != old.shape for t in moments.values()):
+                raise ValueError(f"{type(optimizer).__name__} keeps state in another shape than the weights, "
+                                 "which cannot be pruned: use AdamW or SGD")
             new = nn.Parameter(cut(old, keep))
             setattr(self, name, new)
-            if optimizer is not None:
+            if optimizer:
                 for group in optimizer.param_groups:
                     group["params"] = [new if p is old else p for p in group["params"]]
-                state = optimizer.state.pop(old, {})
-                for key, value in state.items():
-                    if torch.is_tensor(value) and value.dim():  # a moment; the rest are numbers, such as AdamW's step
-                        if value.shape != old.shape:
-                            raise ValueError(f"{type(optimizer).__name__} keeps state in another shape than the weights, "
-                                             "which cannot be pruned: use AdamW or SGD")
-                        state[key] = cut(value, keep)
-                if state:
-                    optimizer.state[new] = state
+            if state:
+                optimizer.state[new] = optimizer.state.pop(old) | {key: cut(t, keep) for key, t in moments.items()}
 
 
 def linears_of(model):
@@ -229,19 +222,21 @@ class SaLoRA:
         if orth_reduction not in ("mean", "sum") or selection not in ("budget", "paper"):
             raise ValueError(f"orth_reduction {orth_reduction!r} is mean or sum, selection {selection!r} is budget or paper")
         layers = list(adapters(model).values()) if targets is None else adapt(model, targets, r, alpha)
+        if not layers:
+            raise ValueError("targets is None, and the model has no adapters to go on with")
         found = {m.rank for m in layers}
-        if not found or window is not None and len(found) > 1:
-            raise ValueError(f"the adapters have ranks {min(found)} to {max(found)}, and gates need one for all: go on with window=None" if found else
-                             "targets is None, and the model has no adapters to go on with")
+        if window is not None and len(found) > 1:
+            raise ValueError(f"the adapters have ranks {min(found)} to {max(found)}, and gates need one for all: go on with window=None")
         self.widths = {}  # width n: the layers with k = n, whose A has it, and those with d = n, whose B' has it
         for m in layers:
             self.widths.setdefault(m.lora_B.shape[0], ([], []))[1].append(m)
             self.widths.setdefault(m.lora_A.shape[1], ([], []))[0].append(m)
+        # in the order of draw(): layers with one d stand together, so that the gates of their B' are one slice of log_theta
         self.model, self.layers = model, [m for _, of_b in self.widths.values() for m in of_b]
         self.budget, self.beta, self.window, self.orth_reduction = budget, beta, window, orth_reduction
         self.price, self.selection, self.straight_through, self.fold_gates = price, selection, straight_through, fold_gates
         self.open = self.pruned = False
-        self.progress = self.noise = None  # the last draw and when it was made
+        self.progress = self.noise = None  # inside a step of the window: where it is, and what its gates are drawn from
         self.stacks = []  # inside a step of the window: all A and B' in a few tensors (count, r, n)
         self.final_density = None  # C at the end of the window
 
@@ -264,9 +259,9 @@ class SaLoRA:
 
     def begin_step(self, progress, optimizer):
         """First line of a step; progress = step / steps. Inside the window it draws the step's gates, one draw for the whole
-        batch; at its end it prunes, also in `optimizer`, which must hold the groups. A window that ends at 1 needs a last
-        call with progress 1 after the loop, or nothing is pruned. With gradient accumulation call it before each forward pass (the same progress
-        means the same draw), and add penalty() to one of the losses only."""
+        batch; at its end it prunes, also in `optimizer`, which must hold the groups. A window that ends at 1 needs a last call
+        with progress 1 after the loop, or nothing is pruned. With gradient accumulation call it before each forward pass (the
+        same progress means the same draw until end_step()), and add penalty() to one of the losses only."""
         if self.window is None or self.pruned:
             return
         start, end = self.window
@@ -274,28 +269,31 @@ class SaLoRA:
         if progress >= end:
             self.prune(optimizer)
         if self.open:
-            if progress != self.progress:
+            if self.noise is None or progress != self.progress:
                 self.progress = progress
                 self.noise = torch.rand(self.log_theta.shape, generator=self.generator, device=self.log_theta.device)
             self.draw()
 
     def draw(self):
-        """The step's gates, and with them A and B diag(g) of every layer. All A and B' of one width are stacked: gates and
-        regulariser then cost a fixed number of operators, however many layers there are."""
+        """The step's gates."""
         gates = sample_gates(self.log_theta, self.noise)  # (K, r)
         if self.straight_through:
-            gates = 1 + gates - gates.detach()  # the value of plain LoRA, the gradient of the draw
-        self.stacks, drawn_a, drawn_b = [], {}, {}
+            gates = 1 + (gates - gates.detach())  # the value of plain LoRA, the gradient of the draw
+        self.stack_and_gate(gates)
+
+    def stack_and_gate(self, gates):
+        """A and B diag(g) of every layer, for gates g (K, r). All A and B' of one width are stacked: gates and regulariser then
+        cost a fixed number of operators, however many layers there are."""
+        self.stacks, gated_a, gated_b = [], {}, {}
         counts = [len(of_b) for _, of_b in self.widths.values()]
         for (of_a, of_b), g in zip(self.widths.values(), gates.split(counts)):  # g (count, r)
             stack = torch.stack([m.lora_A for m in of_a] + [m.lora_B.mT for m in of_b])  # (count, r, n)
             a, b = stack.split([len(of_a), len(of_b)])
-            drawn_a |= zip(of_a, a)
-            drawn_b |= zip(of_b, (b * g.unsqueeze(2)).mT)  # eq. 5: B diag(g)
+            gated_a |= zip(of_a, a)
+            gated_b |= zip(of_b, (b * g.unsqueeze(2)).mT)  # eq. 5: B diag(g)
             self.stacks.append(stack)
-        for i, layer in enumerate(self.layers):
-            layer.drawn = drawn_a[layer], drawn_b[layer]
-            layer.row = None if self.straight_through else (self.log_theta, i)
+        for layer in self.layers:
+            layer.gated = gated_a[layer], gated_b[layer]
 
     def penalty(self):
         """What is added to the task's loss: the regulariser, and inside the window the price of the gates."""
@@ -312,11 +310,15 @@ class SaLoRA:
     @torch.no_grad()
     def end_step(self):
         """Last line of a step, after the optimiser's: forgets the draw, and projects lambda to >= 0, as the paper has it; its
-        gradient (C - b)^2 is never negative, so it does not fall by itself."""
+        gradient (C - b)^2 is never negative, so it does not fall by itself. Until the next step, in an evaluation for instance, the
+        gates are what the weights are trained with: 1, or without straight_through those without noise."""
         self.lam.clamp_(min=0)
-        self.stacks = []
+        self.noise = None
         for layer in self.layers:
-            layer.drawn = None
+            layer.gated = None
+        if self.open and not self.straight_through:
+            self.stack_and_gate(deterministic_gates(self.log_theta))
+        self.stacks = []
 
     def density(self):
         """C, the share of adapter parameters expected to stay: a differentiable scalar. Without gates, the share that is there."""
@@ -333,12 +335,15 @@ class SaLoRA:
         return sum(p.numel() for m in self.layers for p in m.parameters(recurse=False))
 
     def state_dict(self):
-        """What a checkpoint needs besides the parameters, log_theta and lam among them, and the optimiser's state: a flat dict of
-        tensors and plain values."""
-        return dict(generator=self.generator.get_state(), pruned=self.pruned, final_density=self.final_density)
+        """What a checkpoint needs besides the model's parameters and the optimiser's state: a flat dict of tensors and plain values."""
+        return dict(log_theta=self.log_theta.detach().clone(), lam=self.lam.detach().clone(), generator=self.generator.get_state(),
+                    pruned=self.pruned, final_density=self.final_density)
 
+    @torch.no_grad()
     def load_state_dict(self, state):
-        """Takes over what state_dict() gave. Parameters, in the shapes they were saved in, are the caller's business."""
+        """Takes over what state_dict() gave. The model's parameters, in the shapes they were saved in, are the caller's business."""
+        self.log_theta.copy_(state["log_theta"])
+        self.lam.copy_(state["lam"])
         self.generator.set_state(state["generator"])
         self.pruned, self.final_density = state["pruned"], state["final_density"]
 
@@ -399,14 +404,14 @@ class GramError(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, m):
-        error = m @ m.mT - torch.eye(m.shape[1], device=m.device)  # (count, r, r)
+        error = m @ m.mT - torch.eye(m.shape[1], device=m.device)  # (count, r, r), symmetric
         ctx.save_for_backward(error, m)
         return error.square().sum()  # eq. 9
 
     @staticmethod
     def backward(ctx, grad):
         error, m = ctx.saved_tensors
-        return (4 * grad * error) @ m  # (count, r, n)
+        return (4 * grad * error) @ m  # (count, r, n): d|E|^2 = 2 <E, dM M' + M dM'> = 4 <E M, dM>
 
 
 def average_gradients(optimizer):
@@ -437,16 +442,19 @@ def rank_map(table, r):
     rows, columns = {}, []
     for path, rank in table.items():
         parts = path.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        column, row = (parts[at], ".".join(parts[at + 1:])) if at is not None else ("", path)
-        rows.setdefault(row or path, {})[column] = rank
-        columns += [column] * (column not in columns)
-    width = max(map(len, rows), default=0)
-    lines = [" " * width + "".join(f"{c:>4}" for c in columns)]
-    for row, cells in rows.items():
-        bars = {c: " ▁▂▃▄▅▆▇█"[math.ceil(8 * min(rank / r, 1))] for c, rank in cells.items()}
-        text = "".join(f"{cells[c]:>3}{bars[c]}" if c in cells else "    " for c in columns)
-        lines.append(f"{row:<{width}}{text}")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+        stack, column, module = ".".join(parts[:at]), "".join(parts[at:at + 1]), ".".join(parts[at + 1:])
+        if column not in columns:
+            columns.append(column)
+        rows.setdefault((stack, module) if module else (path, ""), {})[column] = rank
+    alone = len({stack for stack, module in rows if module}) == 1  # no need to name it
+    names = {key: key[1] if alone and key[1] else ".".join(filter(None, key)) for key in rows}
+    width = max(map(len, names.values()), default=0)
+    lines = [" " * width + "".join(f"{column:>4}" for column in columns)]
+    for key, cells in rows.items():
+        bars = {column: " ▁▂▃▄▅▆▇█"[math.ceil(8 * min(rank / r, 1))] for column, rank in cells.items()}
+        text = "".join(f"{cells[column]:>3}{bars[column]}" if column in cells else "    " for column in columns)
+        lines.append(f"{names[key]:<{width}}{text}")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -474,11 +482,14 @@ def within(name, modules):
 def save(model, folder, modules_to_save=(), budget=None, **config):
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads: gate and scale are folded into B; modules of
     rank 0, which PEFT does not know, are left out, unless all are (then the smallest stays) or the path of another is the end of
-    theirs: these get one triplet of zeros. Beside them salora.json, for show(): `budget`, all ranks, and the first one.
+    theirs ("b.q" beside "q": naming q would adapt both); these get one triplet of zeros. Beside them salora.json, for show(): `budget`, all ranks, and the first one.
     modules_to_save: names of modules whose parameters go along whole (a head: "classifier"). config: further entries, such as
     base_model_name_or_path or task_type. ValueError: a module to save that is not there."""
     from safetensors.torch import save_file
     layers, tensors, table = adapters(model), {}, {}
+    for path in layers:
+        if within(f"{path}.weight", modules_to_save):
+            raise ValueError(f"modules_to_save has {path}, or a module around it, which has an adapter: merge it first, or do not target it")
     live = [path for path, m in layers.items() if m.rank]
     zeros = [path for path in layers if path not in live and any(path.endswith("." + end) for end in live)]  # PEFT would adapt it too
     if layers and not live:

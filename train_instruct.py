@@ -4,11 +4,13 @@ Tunes a LLaMA on instructions with SaLoRA or LoRA, and lets it answer.
     python train_instruct.py                                              # offline demo, about two minutes on two CPU cores
     python train_instruct.py --model DIR --data alpaca.json --out runs/NAME
     python train_instruct.py generate --model DIR --adapter runs/NAME/adapter --instruction ".." [--input ".."]
-    python train_instruct.py style --model DIR --adapter runs/NAME/adapter --data DIR/yelp --direction neg2pos    # style transfer, then its scores
+    python train_instruct.py style --model DIR --adapter runs/NAME/adapter --data DIR/yelp --direction neg2pos
+        # style transfer, then its scores
     python train_instruct.py score --outputs FILE --sources FILE --references FILE.. --classifier RUN --lm FILE.arpa
 
-DIR is a folder in Hugging Face layout (config.json, model.safetensors or its shards, tokenizer.json), --data a JSON list or JSONL of objects with
-instruction, input and output. A run leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/.
+DIR is a folder in Hugging Face layout (config.json, model.safetensors or its shards, tokenizer.json), --data a JSON list or JSONL of
+objects with instruction, input and output. A run leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT)
+and checkpoint/.
 """
 
 import argparse
@@ -42,24 +44,34 @@ def parse_args(argv=None):
     arg = training.flag_group(parser, "what to train, on what")
     arg("--model", help="folder in Hugging Face layout, or a hub name (default: the built-in one of the demo)")
     arg("--data", help="JSON or JSONL file of instructions (default: the built-in one of the demo)")
-    arg("--template", choices=list(TEMPLATES), default="alpaca", help="how an instruction becomes a prompt: as Alpaca did, or as a turn of a chat")
-    arg("--train-on-prompt", action="store_true", default=False, help="train on the tokens of the prompt too, not on those of the response alone")
+    arg("--template", choices=list(TEMPLATES), default="alpaca",
+        help="how an instruction becomes a prompt: as Alpaca did, or as a turn of a chat")
+    arg("--train-on-prompt", action="store_true", default=False,
+        help="train on the tokens of the prompt too, not on those of the response alone")
     arg("--limit-train", type=int, metavar="N", help="use only the first N training rows (default: all)")
     arg("--limit-dev", type=int, metavar="N", help="use only the first N held-out rows (default: all)")
-    arg("--hold-out", type=float, metavar="N", default=0.05, help="random rows, always the same, that are not trained on but scored; below 1: this share of them")
+    arg("--hold-out", type=float, metavar="N", default=0.05,
+        help="random rows, always the same, that are not trained on but scored; below 1: this share of them")
     arg("--max-length", type=int, default=512, help="prompt and response are cut to this many tokens")
-    arg("--generate", type=int, metavar="N", help="held-out rows that are answered after training, for predictions.tsv (default: 8; for demo 100)")
+    arg("--generate", type=int, metavar="N",
+        help="held-out rows that are answered after training, for predictions.tsv (default: 8; for demo 100)")
     training.method_flags(parser, ("salora", "lora"), DECODER_LINEARS)
-    training.run_flags(parser, epochs="3", lr="3e-4; for demo 5e-3", batch_size=16, dtype="bfloat16; for demo float32", out="runs/DATA-METHOD")
+    training.run_flags(parser, epochs="3", lr="3e-4; for demo 5e-3", batch_size=16, dtype="bfloat16; for demo float32",
+                       out="runs/DATA-METHOD")
     args = parser.parse_args(argv)
 
     demo = args.model is None and args.data is None
-    training.need(demo or args.model and args.data, "--data" if args.model else "--model", "not given", "both --model and --data (or neither, for the demo)")
+    missing = "--data" if args.model else "--model"
+    training.need(demo or (args.model and args.data), missing, "not given", "both --model and --data (or neither, for the demo)")
     if demo:
-        args.model, args.data, args.threads = str(DEMO / "llama"), str(DEMO / "instruct.jsonl"), args.threads or 1
-    args.lr, args.epochs = args.lr or (5e-3 if demo else 3e-4), 3 if args.epochs is None else args.epochs
+        args.model, args.data = str(DEMO / "llama"), str(DEMO / "instruct.jsonl")
+        args.threads = args.threads or 1
+    args.lr = args.lr or (5e-3 if demo else 3e-4)
     args.dtype = args.dtype or ("float32" if demo else "bfloat16")
-    args.generate = (100 if demo else 8) if args.generate is None else args.generate
+    if args.epochs is None:
+        args.epochs = 3
+    if args.generate is None:
+        args.generate = 100 if demo else 8
     training.settle(args)
     training.at_least(args, 0, "generate")
     return args
@@ -70,7 +82,7 @@ def parse_args(argv=None):
 
 
 def collate(examples, device, on_prompt=False):
-    """input_ids and targets (b, t), padded on the right: the target of a position is the token behind it, -100 where none is asked for."""
+    """input_ids and targets (b, t), padded on the right: the target of a position is the token behind it, or -100 for none."""
     t = max(map(len, examples))
     ids = torch.tensor([e.prompt + e.response + [0] * (t - len(e)) for e in examples])
     targets = torch.full_like(ids, -100)
@@ -81,17 +93,18 @@ def collate(examples, device, on_prompt=False):
 
 
 def token_losses(model, x, targets, chunk=1024):
-    """Cross-entropy in float32 of every position of hidden states x (b, t, d) that has a target: (n,). The vocabulary is wide: no more than `chunk`
-    positions have their logits in memory at a time, in the backward pass too, which computes them again."""
+    """Cross-entropy in float32 of every position of hidden states x (b, t, d) that has a target: (n,). The vocabulary is wide: no
+    more than `chunk` positions have their logits in memory at a time, in the backward pass too, which computes them again."""
     asked = targets != -100
     x, targets = x[asked], targets[asked]  # (n, d), (n,)
 
     def losses(x, targets):
         return F.cross_entropy(model.lm_head(x).float(), targets, reduction="none")
 
+    parts = zip(x.split(chunk), targets.split(chunk))
     if not torch.is_grad_enabled():
-        return torch.cat([losses(*part) for part in zip(x.split(chunk), targets.split(chunk))])
-    return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in zip(x.split(chunk), targets.split(chunk))])
+        return torch.cat([losses(*part) for part in parts])
+    return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
 
 
 @torch.no_grad()
@@ -140,8 +153,10 @@ def train(args, seed, out):
     if args.max_length > config.max_length:
         raise InputError(f"--max-length is {args.max_length}, but {args.model} has positions for {config.max_length} tokens")
     training.check_sizes(args, config)
-    end_id = min(stop) if tokenizer.token_to_id("<|im_end|>") not in stop else tokenizer.token_to_id("<|im_end|>")
-    examples, dev = (encode(tokenizer, part, args.template, end_id, args.max_length, config.vocab_size) for part in (rows, held))
+    end_of_turn = tokenizer.token_to_id("<|im_end|>")
+    end_id = end_of_turn if end_of_turn in stop else min(stop)
+    examples = encode(tokenizer, rows, args.template, end_id, args.max_length, config.vocab_size)
+    dev = encode(tokenizer, held, args.template, end_id, args.max_length, config.vocab_size)
     lengths = [len(e) for e in examples]
     asked = [len(e) - 1 if args.train_on_prompt else len(e.response) for e in examples]  # tokens that are trained on
     plan = training.schedule(args, len(examples), args.epochs)
@@ -154,10 +169,10 @@ def train(args, seed, out):
     lowrank = training.install(args, model, plan.steps, seed)
     trainable_params = training.count_trainable(model)
     settings = training.settings_of(args, seed, plan, lowrank)
-    training.announce(settings, f"{args.method} on {args.data}: {len(examples)} training rows, {sum(asked):,} tokens of them trained on; {plan.steps} steps of "
-                                f"{plan.rows_per_step}; {trainable_params:,} parameters to train")
-    shown = [encode_prompt(tokenizer, fill(args.template, row["instruction"], row["input"])) for row in held[:args.generate]]
-    before = answer(model, tokenizer, shown[:3], stop, 40) if RANK == 0 else []
+    training.announce(settings, f"{args.method} on {args.data}: {len(examples)} training rows, {sum(asked):,} tokens of them trained on; "
+                                f"{plan.steps} steps of {plan.rows_per_step}; {trainable_params:,} parameters to train")
+    prompts = [encode_prompt(tokenizer, fill(args.template, row["instruction"], row["input"])) for row in held[:args.generate]]
+    before = answer(model, tokenizer, prompts[:3], stop, 40) if RANK == 0 else []
 
     # ---- training
     hidden = torch.compile(model.hidden, dynamic=True) if args.compile else model.hidden
@@ -176,16 +191,17 @@ def train(args, seed, out):
     # ---- results; result.json comes last: with it the run counts as finished
     if RANK:
         return None
-    answers = answer(model, tokenizer, shown, stop, 128)
-    lines = ["index\tlabel\tprediction"] + [f"{i}\t{escape(row['output'])}\t{escape(text)}" for i, (row, text) in enumerate(zip(held, answers))]
+    answers = answer(model, tokenizer, prompts, stop, 128)
+    lines = ["index\tlabel\tprediction"]
+    lines += [f"{i}\t{escape(row['output'])}\t{escape(text)}" for i, (row, text) in enumerate(zip(held, answers))]
     training.write_text(out / "predictions.tsv", "\n".join(lines) + "\n")
     sl.save(model, out / "adapter", budget=training.budget_of(args), base_model_name_or_path=str(args.model), task_type="CAUSAL_LM")
     if answers:
-        scores |= dict(exact_match=sum(row["output"] == text for row, text in zip(held, answers)) / len(answers))
-    result = dict(
-        task=Path(args.data).stem, model=args.model, method=args.method, seed=seed, metric="loss", score=scores["loss"], metrics=scores,
-        best_score=min(h["loss"] for h in history), dev_rows=[len(dev)], examples=[
-            dict(instruction=row["instruction"], input=row["input"], reference=row["output"], before=b, after=a) for row, b, a in zip(held, before, answers)])
+        scores["exact_match"] = sum(row["output"] == text for row, text in zip(held, answers)) / len(answers)
+    shown = [dict(instruction=row["instruction"], input=row["input"], reference=row["output"], before=b, after=a)
+             for row, b, a in zip(held, before, answers)]
+    result = dict(task=Path(args.data).stem, model=args.model, method=args.method, seed=seed, metric="loss", score=scores["loss"],
+                  metrics=scores, best_score=min(h["loss"] for h in history), dev_rows=[len(dev)], examples=shown)
     result |= training.common_result(args, plan, settings, model, lowrank, trainable_params, 0, len(examples), history, seconds)
     training.write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
@@ -199,12 +215,14 @@ def escape(text):
 def report(args, result, out):
     """The end of a run, for a person."""
     for example in result["examples"]:
-        print(f"\n{example['instruction']} {example['input']}\n  before:    {escape(example['before'])[:150]}\n  after:     {escape(example['after'])[:150]}\n"
-              f"  reference: {escape(example['reference'])[:150]}")
-    print(f"\nloss {result['score']:.4f} (perplexity {result['metrics']['perplexity']:.2f}) on {result['dev_rows'][0]} held-out rows after {result['steps']} steps, "
-          f"{result['seconds']:.0f} s")
-    if "exact_match" in result["metrics"]:
-        print(f"{result['metrics']['exact_match']:.0%} of {min(args.generate, result['dev_rows'][0])} answers are the reference")
+        before, after, reference = (escape(example[name])[:150] for name in ("before", "after", "reference"))
+        print(f"\n{example['instruction']} {example['input']}")
+        print(f"  before:    {before}\n  after:     {after}\n  reference: {reference}")
+    scores, held_out = result["metrics"], result["dev_rows"][0]
+    print(f"\nloss {result['score']:.4f} (perplexity {scores['perplexity']:.2f}) on {held_out} held-out rows "
+          f"after {result['steps']} steps, {result['seconds']:.0f} s")
+    if "exact_match" in scores:
+        print(f"{scores['exact_match']:.0%} of {min(args.generate, held_out)} answers are the reference")
     training.report_ranks(args, result, DECODER_LINEARS, at=2)
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT)")
 
@@ -263,7 +281,7 @@ def generate(argv):
     prompt = encode_prompt(tokenizer, fill(template, args.instruction, args.input))
     check_room(args, model, [prompt])
     ids, printed = [], ""
-    for token, in model.generate([prompt], args.max_new_tokens, stop, args.temperature, args.top_p, args.seed):
+    for (token,) in model.generate([prompt], args.max_new_tokens, stop, args.temperature, args.top_p, args.seed):
         if token not in stop:
             ids.append(token)
         text = tokenizer.decode(ids)
@@ -275,8 +293,11 @@ def generate(argv):
 
 def template_of(adapter):
     """The template of the run that an adapter lies in."""
-    file = Path(adapter or "") / ".." / "result.json"
-    return read_json(file)["settings"].get("template", "alpaca") if adapter and file.is_file() else "alpaca"
+    if adapter:
+        file = Path(adapter) / ".." / "result.json"
+        if file.is_file():
+            return read_json(file)["settings"].get("template", "alpaca")
+    return "alpaca"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +305,8 @@ def template_of(adapter):
 
 
 def style(argv):
-    parser, arg = subcommand("style", "Rewrites the test sentences of Yelp or GYAFC in the other style, zero-shot (prompts: data/style.py), and scores them.")
+    parser, arg = subcommand("style", "Rewrites the test sentences of Yelp or GYAFC in the other style, zero-shot (prompts: "
+                                      "data/style.py), and scores them.")
     arg("--data", required=True, help="folder of Yelp's files, or of one of GYAFC's domains")
     arg("--direction", required=True, choices=list(PROMPTS), help="from one style to the other")
     arg("--limit", type=int, metavar="N", help="only the first N sentences (default: all)")
@@ -305,24 +327,29 @@ def style(argv):
     model, tokenizer, stop, template = open_model(args)
     prompts = [encode_prompt(tokenizer, fill(template, PROMPTS[args.direction], sentence)) for sentence in sources]
     check_room(args, model, prompts)
-    answers = answer(model, tokenizer, prompts, stop, args.max_new_tokens, args.batch_size, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+    answers = answer(model, tokenizer, prompts, stop, args.max_new_tokens, args.batch_size,
+                     temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     outputs = [tidy(text, args.direction) for text in answers]
     training.make_folder(out)
     training.write_text(out / f"outputs.{args.direction}", "\n".join(outputs) + "\n")
-    training.write_text(out / "answers.jsonl", "".join(json.dumps(dict(source=a, answer=b, output=c)) + "\n" for a, b, c in zip(sources, answers, outputs)))
+    lines = [json.dumps(dict(source=a, answer=b, output=c)) + "\n" for a, b, c in zip(sources, answers, outputs)]
+    training.write_text(out / "answers.jsonl", "".join(lines))
     scores = scores_of(outputs, sources, references, target, scorers)
-    training.write_text(out / "scores.json", json.dumps(dict(direction=args.direction, sentences=len(outputs), **scores, settings=vars(args)), indent=1) + "\n")
+    result = dict(direction=args.direction, sentences=len(outputs), **scores, settings=vars(args))
+    training.write_text(out / "scores.json", json.dumps(result, indent=1) + "\n")
     show(scores, len(outputs))
     print(f"{out}/: outputs.{args.direction}, answers.jsonl, scores.json")
 
 
 def score(argv):
-    parser, arg = subcommand("score", "Scores sentences that somebody or something has transferred to another style. With several files of outputs: a table.")
+    parser, arg = subcommand("score", "Scores sentences that somebody or something has transferred to another style. "
+                                      "With several files of outputs: a table.")
     arg("--outputs", required=True, nargs="+", metavar="FILE", help="files of transferred sentences, one a line")
-    arg("--data", help="folder of Yelp's files, or of one of GYAFC's domains: sources and references are its own, by the direction at the end of an "
-                       "--outputs, as in .neg2pos; a file is not scored against itself")
+    arg("--data", help="folder of Yelp's files, or of one of GYAFC's domains: sources and references are its own, by the direction at "
+                       "the end of an --outputs, as in .neg2pos; a file is not scored against itself")
     arg("--sources", metavar="FILE", help="sentences they were made from, line by line")
-    arg("--references", nargs="+", default=[], metavar="FILE", help="human transfers, line by line; of a line with tabs the last column counts")
+    arg("--references", nargs="+", default=[], metavar="FILE",
+        help="human transfers, line by line; of a line with tabs the last column counts")
     arg("--target", help="label of the style that was to be reached (default: what stands behind the 2 in the direction)")
     arg("--out", help="folder for table.md and scores.json (default: none, only printed)")
     score_flags(arg)
@@ -339,24 +366,30 @@ def score(argv):
             raise InputError(f"--target is not given, and {file} does not end in a direction such as .neg2pos")
         if args.data:
             if not found or found[1] not in PROMPTS:
-                raise InputError(f"--outputs {file}: does not end in a direction ({', '.join('.' + direction for direction in PROMPTS)}), which --data needs")
+                endings = ", ".join("." + direction for direction in PROMPTS)
+                raise InputError(f"--outputs {file}: does not end in a direction ({endings}), which --data needs")
             sources, references = task_files(args.data, found[1])
         references = [read_beside(r, outputs, file) for r in references if Path(r).resolve() != Path(file).resolve()]
-        entries.append((file, outputs, read_beside(sources, outputs, file) if sources else None, references, target))
+        sources = read_beside(sources, outputs, file) if sources else None
+        entries.append((file, outputs, sources, references, target))
     scorers = open_scorers(args, [target for *_, target in entries])
     scores = {file: dict(sentences=len(outputs), **scores_of(outputs, *rest, scorers)) for file, outputs, *rest in entries}
     names = [name for name in SCORES if any(name in row for row in scores.values())]
-    table = training.markdown(["outputs", "sentences", *names], [[file, row["sentences"], *(f"{row[n]:.2f}" if n in row else "" for n in names)] for file, row in scores.items()])
+    rows = [[file, row["sentences"], *(f"{row[name]:.2f}" if name in row else "" for name in names)] for file, row in scores.items()]
+    table = training.markdown(["outputs", "sentences", *names], rows)
     if args.out:
         training.make_folder(Path(args.out))
         training.write_text(Path(args.out) / "table.md", f"    python train_instruct.py score {shlex.join(argv)}\n\n{table}")
         training.write_text(Path(args.out) / "scores.json", json.dumps(scores, indent=1) + "\n")
     print(table)
-    print(json.dumps(scores if len(scores) > 1 else {name: value for name, value in scores[file].items() if name != "sentences"}))
+    if len(scores) == 1:
+        scores = {name: value for name, value in scores[file].items() if name != "sentences"}
+    print(json.dumps(scores))
 
 
 def score_flags(arg):
-    arg("--classifier", help="for ACC: folder of a train_glue.py run, with an adapter, on sentences labelled with their style (python -m data.style)")
+    arg("--classifier", help="for ACC: folder of a train_glue.py run, with an adapter, on sentences labelled with their style "
+                             "(python -m data.style)")
     arg("--lm", metavar="FILE", help="for PPL: an n-gram model in ARPA or KenLM's binary form; needs the kenlm module")
 
 
@@ -373,14 +406,15 @@ def open_scorers(args, targets):
                 raise InputError(f"--classifier {run}: its labels are {labels}, expected {target!r} among them")
         if not (run / "adapter").is_dir():
             raise InputError(f"--classifier {run}: has no adapter/ (method {settings['method']}); train it with --method lora or salora")
-
         device, folder = training.find_device(args), model_folder(settings["model"])
-        tokenizer, model = load_tokenizer(folder), load_encoder(folder, len(labels), torch.float32).to(device)
+        tokenizer = load_tokenizer(folder)
+        model = load_encoder(folder, len(labels), torch.float32).to(device)
         training.load_adapter(model, run / "adapter")
 
         def accuracy(outputs, target):
             tokens = tokenize(tokenizer, [(text,) for text in outputs], settings["max_length"], model.config.vocab_size)
-            return 100 * float((train_glue.evaluate(model, tokens, model.config.pad_token_id, device).argmax(1) == labels.index(target)).mean())
+            predictions = train_glue.evaluate(model, tokens, model.config.pad_token_id, device).argmax(1)
+            return 100 * float((predictions == labels.index(target)).mean())
 
         scorers["ACC"] = accuracy
     if args.lm:
@@ -394,8 +428,12 @@ def open_scorers(args, targets):
             lm = kenlm.Model(str(args.lm))
         except OSError as e:
             raise InputError(f"--lm {args.lm}: kenlm cannot read it ({str(e).split(') ')[-1]})") from None
-        # per token, each sentence's end counted as one: 10 ^ (- sum of log10 probabilities / number of tokens)
-        scorers["PPL"] = lambda outputs, target: 10 ** (-sum(lm.score(text) for text in outputs) / sum(len(text.split()) + 1 for text in outputs))
+
+        def perplexity(outputs, target):
+            tokens = sum(len(text.split()) + 1 for text in outputs)  # the end of a sentence is one
+            return 10 ** (-sum(lm.score(text) for text in outputs) / tokens)  # lm.score is a log10 probability
+
+        scorers["PPL"] = perplexity
     return scorers
 
 
@@ -403,7 +441,8 @@ SCORES = ("ACC", "BLEU", "self-BLEU", "PPL")
 
 
 def scores_of(outputs, sources, references, target, scorers):
-    """ACC: percent that the classifier takes for the target style; BLEU against the references, and self-BLEU against the sources, of 13a tokens; PPL."""
+    """ACC, percent that the classifier takes for the target style; BLEU against the references and self-BLEU against the sources, of
+    13a tokens; PPL."""
     scores = {name: scorer(outputs, target) for name, scorer in scorers.items()}
     if references:
         scores["BLEU"] = metrics.bleu(outputs, references)

@@ -1,5 +1,7 @@
-"""Everything between a file and a tensor: tasks and readers (glue.py), downloads (download.py), batches (batching.py), scores (metrics.py)."""
-
+"""
+Everything between a file and a tensor: GLUE and other tasks (glue.py), instructions (instruct.py), style transfer (style.py),
+downloads (download.py), batches (batching.py), scores (metrics.py).
+"""
 
 from pathlib import Path
 
@@ -27,6 +29,6 @@ def read_text(file, encoding="utf-8", hint=""):
 
 
 def draw_rows(n, count):
-    """The numbers of n rows in two parts, each in order: those that stay, and `count` that are held out, at random but always the same."""
+    """The numbers 0 to n - 1 in two parts, each in order: those that stay, and `count` random ones, always the same, that are held out."""
     order = np.random.default_rng(0).permutation(n)
     return sorted(order[count:].tolist()), sorted(order[:count].tolist())

@@ -30,17 +30,23 @@ def tokenize(tokenizer, texts, max_length, vocab_size):
     """[(ids, type ids)] of one or two sentences each, special tokens included, the longer sentence truncated first."""
     tokenizer.enable_truncation(max_length)
     encodings = tokenizer.encode_batch([t if len(t) == 2 else t[0] for t in texts])
-    highest = max((max(e.ids) for e in encodings if e.ids), default=0)
-    if highest >= vocab_size:
-        raise InputError(f"tokenizer.json gives token id {highest}, but the model's vocab_size is {vocab_size}: they do not belong together")
+    check_ids([e.ids for e in encodings], vocab_size)
     return [(e.ids, e.type_ids) for e in encodings]
 
 
+def check_ids(rows, vocab_size):
+    """rows: lists of token ids, which the model has to know."""
+    highest = max((max(ids) for ids in rows if ids), default=0)
+    if highest >= vocab_size:
+        raise InputError(f"tokenizer.json gives token id {highest}, but the model's vocab_size is {vocab_size}: "
+                         f"they do not belong together")
+
+
 def batch_order(lengths, batch_size, rng=None):
-    """Lists of row numbers, rows of like length together. With rng (a numpy Generator), in a new random order: rows of one length
-    are shuffled, every row moves by up to two batches in the order of length, so that batches mix, and then the batches are
-    shuffled; 1 to 3 % of a GLUE task's tokens are padding then, 50 to 200 % in batches of random rows. The longest batch comes
-    first: memory that suffices for the first step suffices for all. Without rng, in order of length."""
+    """Lists of row numbers, rows of like length together. Without rng, in order of length. With rng (a numpy Generator), in a new
+    random order: rows of one length are shuffled, then every row moves by up to two batches in the order of length, so that
+    batches mix, then the batches are shuffled. That pads 1 to 3 % of a GLUE task's tokens; random rows would pad 50 to 200 %.
+    The longest batch comes first: memory that suffices for the first step suffices for all."""
     order = np.argsort(lengths, kind="stable")
     if rng is not None:
         order = np.lexsort((rng.random(len(lengths)), lengths))
@@ -58,6 +64,7 @@ def collate(rows, pad_id, device, always_mask=False):
     t = max(len(ids) for ids, _ in rows)
     input_ids = torch.tensor([ids + [pad_id] * (t - len(ids)) for ids, _ in rows])
     token_type_ids = torch.tensor([types + [0] * (t - len(types)) for _, types in rows])
-    padded = always_mask or any(len(ids) < t for ids, _ in rows)
-    attention_mask = torch.tensor([[1] * len(ids) + [0] * (t - len(ids)) for ids, _ in rows]) if padded else None
+    attention_mask = None
+    if always_mask or any(len(ids) < t for ids, _ in rows):
+        attention_mask = torch.tensor([[1] * len(ids) + [0] * (t - len(ids)) for ids, _ in rows])
     return [x if x is None else x.to(device, non_blocking=True) for x in (input_ids, attention_mask, token_type_ids)]

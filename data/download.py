@@ -1,4 +1,7 @@
-"""Downloads: GLUE's archives and Hugging Face models. A file is checked beside its place and then renamed, so it is there whole or not at all."""
+"""
+Downloads: GLUE's archives and Hugging Face models. Files are checked beside their place and then moved there, so that they are
+there whole or not at all.
+"""
 
 import hashlib
 import os
@@ -13,19 +16,25 @@ from data import InputError
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
-ARCHIVES = {name: f"{name}.zip" for name in ("CoLA", "SST-2", "STS-B", "MNLI", "RTE", "WNLI")} | {"QQP": "QQP-clean.zip", "QNLI": "QNLIv2.zip"}
+ARCHIVES = {"CoLA": "CoLA.zip", "SST-2": "SST-2.zip", "STS-B": "STS-B.zip", "MNLI": "MNLI.zip", "RTE": "RTE.zip", "WNLI": "WNLI.zip",
+            "QQP": "QQP-clean.zip", "QNLI": "QNLIv2.zip"}
 SHA256 = {  # as Hugging Face's datasets library recorded them
-    "CoLA.zip": "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff", "SST-2.zip": "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa",
-    "STS-B.zip": "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85", "QQP-clean.zip": "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0",
-    "MNLI.zip": "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633", "QNLIv2.zip": "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5",
-    "RTE.zip": "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee", "WNLI.zip": "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46",
+    "CoLA.zip": "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff",
+    "SST-2.zip": "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa",
+    "STS-B.zip": "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85",
+    "QQP-clean.zip": "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0",
+    "MNLI.zip": "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633",
+    "QNLIv2.zip": "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5",
+    "RTE.zip": "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee",
+    "WNLI.zip": "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46",
     "msr_paraphrase_train.txt": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
-    "mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"}
+    "mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
+}
 LIMIT = 2 << 30  # bytes, of an archive and of what it unpacks to; the largest, MNLI, has 0.3 and 1.3 GB
 
 
 def fetch(url, file):
-    """Downloads url to file, with a progress bar; InputError if the server cannot be reached, sends less than it announced, or something else."""
+    """Downloads url to file, with a progress bar. InputError if that fails, breaks off, or yields another file than expected."""
     from tqdm import tqdm
     name, digest = url.rsplit("/", 1)[-1], hashlib.sha256()
     try:
@@ -45,8 +54,9 @@ def fetch(url, file):
     found = os.path.getsize(file)
     if size and found != size:
         raise InputError(f"{url}: the download broke off after {found} of {size} bytes; run the command again")
-    if digest.hexdigest() != SHA256.get(name, digest.hexdigest()):
-        raise InputError(f"{url}: has the SHA-256 {digest.hexdigest()}, expected {SHA256[name]}; not used. If you trust another copy, put the files in place by hand (--data)")
+    if name in SHA256 and digest.hexdigest() != SHA256[name]:
+        raise InputError(f"{url}: has the SHA-256 {digest.hexdigest()}, expected {SHA256[name]}; not used. "
+                         f"If you trust another copy, put the files in place by hand (--data)")
 
 
 def unpack(archive, name, folder):
@@ -63,7 +73,8 @@ def unpack(archive, name, folder):
             for member in wanted:
                 with z.open(member) as source, open(folder / Path(member.filename).name, "wb") as target:
                     shutil.copyfileobj(source, target)  # reading to the end checks the member's CRC
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as e:  # the last two: exotic compression, encryption
+    # NotImplementedError: exotic compression; RuntimeError: encryption
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as e:
         raise InputError(f"{archive.name}: not a sound zip archive ({e}); run the command again") from None
 
 
@@ -73,7 +84,8 @@ def split_mrpc(scratch, folder):
     header, *rows = (scratch / "msr_paraphrase_train.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
     parts = {"train.tsv": [], "dev.tsv": []}
     for row in rows:
-        parts["dev.tsv" if tuple(row.split("\t")[1:3]) in dev_ids else "train.tsv"].append(row)
+        ids = tuple(row.split("\t")[1:3])
+        parts["dev.tsv" if ids in dev_ids else "train.tsv"].append(row)
     for name, lines in parts.items():
         (folder / name).write_text("\n".join([header, *lines]) + "\n", encoding="utf-8", newline="\n")
 
@@ -105,8 +117,10 @@ def model_folder(name):
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"--model {name}: no such folder; expected a folder in Hugging Face layout or a hub name such as roberta-base")
     from huggingface_hub import snapshot_download
+    wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as e:  # the hub client's errors are many, and all mean the same here
         reason = str(e).strip().split("\n")[0]
-        raise InputError(f"--model {name}: no such folder, and not to be had from the Hugging Face hub ({type(e).__name__}: {reason})") from None
+        raise InputError(f"--model {name}: no such folder, and not to be had from the Hugging Face hub "
+                         f"({type(e).__name__}: {reason})") from None

@@ -73,7 +73,8 @@ def read_rows(file, task, limit=None):
             found = f"columns {', '.join(map(repr, names))}" if task.header else f"{len(names)} columns"
             raise InputError(f"{file}: no column {column!r}, found {found}; columns are separated by tabs")
     at = [names.index(column) for column in task.text]
-    label_at, rows, broken = names.index(task.label), Rows([], []), []
+    label_at = names.index(task.label)
+    rows, broken = Rows([], []), []
     for line, cells in table[:limit]:
         if len(cells) != len(names):
             if task.skip_broken:
@@ -115,14 +116,19 @@ def own_task(folder):
     at = names.index(label)
     labels = {cells[at] for _, cells in table if len(cells) > at}
     if not 2 <= len(labels) <= 1000:
-        raise InputError(f"{file}: column label has {len(labels)} distinct values, expected 2 to 1000 classes (for numbers name the column score)")
-    return replace(task, labels=tuple(sorted(labels, key=lambda x: (len(x), x) if x.isdigit() else (1 << 30, x))), metric="accuracy")
+        raise InputError(f"{file}: column label has {len(labels)} distinct values, expected 2 to 1000 classes "
+                         f"(for numbers name the column score)")
+    labels = sorted(labels, key=lambda x: (len(x), x) if x.isdigit() else (1 << 30, x))  # numbers by size, then words
+    return replace(task, labels=tuple(labels), metric="accuracy")
 
 
 def load_task(name, data=None, limit_train=None, limit_dev=None, hold_out=None):
-    """Task, train Rows and a list of dev Rows. `name`: one of TASKS, or a user's folder; `data`: a folder in GLUE's layout, by
-    default this one, into which a missing GLUE task is downloaded; `hold_out`: so many random rows of the training file, or this
-    share of them, at most 3000, always the same ones, take the place of the dev rows: settings can be chosen without a look at those."""
+    """Task, train Rows and a list of dev Rows.
+
+    name: one of TASKS, or a user's folder
+    data: a folder in GLUE's layout; by default this one, into which a missing GLUE task is downloaded
+    hold_out: so many rows of the training file, or below 1 this share of them (at most 3000), random but always the same, take the
+        place of the dev rows: settings can be chosen without a look at those"""
     if name in TASKS:
         task = TASKS[name]
         folder = Path(data or HERE) / task.folder
@@ -131,13 +137,15 @@ def load_task(name, data=None, limit_train=None, limit_dev=None, hold_out=None):
     else:
         folder, task = Path(name), own_task(name)
     if not hold_out:
-        return task, read_rows(folder / "train.tsv", task, limit_train), [read_rows(folder / file, task, limit_dev) for file in task.dev]
+        train = read_rows(folder / "train.tsv", task, limit_train)
+        return task, train, [read_rows(folder / file, task, limit_dev) for file in task.dev]
     rows = read_rows(folder / "train.tsv", task)
     hold_out = int(hold_out) if hold_out >= 1 else min(math.ceil(hold_out * len(rows.labels)), 3000)
     if hold_out >= len(rows.labels):
         raise InputError(f"--hold-out is {hold_out}, but {folder / 'train.tsv'} has {len(rows.labels)} rows: hold out fewer")
     rest, held = draw_rows(len(rows.labels), hold_out)
-    train, dev = (Rows([rows.texts[i] for i in part], [rows.labels[i] for i in part]) for part in (rest[:limit_train], held[:limit_dev]))
+    parts = rest[:limit_train], held[:limit_dev]
+    train, dev = (Rows([rows.texts[i] for i in part], [rows.labels[i] for i in part]) for part in parts)
     return task, train, [dev]
 
 

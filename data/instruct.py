@@ -1,22 +1,25 @@
-"""
-Instruction data: from {instruction, input, output} rows to tokens of a prompt and its response.
-"""
+"""Instruction data: from {instruction, input, output} rows to tokens of a prompt and its response."""
 
 import json
 import re
 from dataclasses import dataclass
 
 from data import InputError, draw_rows, read_text
+from data.batching import check_ids
 
 TEMPLATES = {  # prompt with an input, prompt without one, what ends a response besides the end-of-text token
     "alpaca": (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
         "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n", ""),
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:\n",
+        ""),
     "chatml": (
         "<|im_start|>user\n{instruction}\n\n{input}<|im_end|>\n<|im_start|>assistant\n",
-        "<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+        "<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>"),
 }
 
 
@@ -31,8 +34,9 @@ class Example:
 
 def fill(template, instruction, input=""):
     """The prompt as text."""
-    text, values = TEMPLATES[template][not input], dict(instruction=instruction, input=input)
-    return re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], text)
+    with_input, without_input, _ = TEMPLATES[template]
+    values = dict(instruction=instruction, input=input)
+    return re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], with_input if input else without_input)
 
 
 def load_instructions(file):
@@ -45,18 +49,22 @@ def load_instructions(file):
             rows = [(f"line {i}", json.loads(line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     except (ValueError, RecursionError) as e:
         raise InputError(f"{file}: is neither a JSON list nor JSONL ({e})") from None
+    names = ("instruction", "input", "output")
     for where, row in rows:
-        for name in ("instruction", "input", "output"):
-            value = row.get(name, "" if name == "input" else None) if isinstance(row, dict) else None
+        values = {"input": "", **row} if isinstance(row, dict) else {}
+        for name in names:
+            value = values.get(name)
             if not isinstance(value, str) or (name != "input" and not value.strip()):
-                raise InputError(f"{file}: {where}: {name} is {value!r}, expected text; rows are objects with instruction, input and output")
+                raise InputError(f"{file}: {where}: {name} is {value!r}, expected text; "
+                                 f"rows are objects with instruction, input and output")
     if not rows:
         raise InputError(f"{file}: has no rows")
-    return [dict(instruction=row["instruction"].strip(), input=row.get("input", "").strip(), output=row["output"].strip()) for _, row in rows]
+    return [{name: row.get(name, "").strip() for name in names} for _, row in rows]
 
 
 def split(rows, hold_out):
-    """Training rows, and held-out rows in the order of the file: `hold_out` of them, or below 1 this share of them, at random but always the same."""
+    """Training rows and held-out rows, in the order of the file: `hold_out` of them, or below 1 this share of them, are held out,
+    at random but always the same."""
     n = int(hold_out) if hold_out >= 1 else max(1, round(hold_out * len(rows)))
     if n >= len(rows):
         raise InputError(f"--hold-out is {hold_out}, but there are {len(rows)} rows: hold out fewer")
@@ -69,25 +77,24 @@ def encode_prompt(tokenizer, text):
     ids, special = list(encoding.ids), list(encoding.special_tokens_mask)
     end = tokenizer.encode(text, add_special_tokens=False).ids
     while special and special[-1] and ids[-1:] != end[-1:]:
-        ids.pop(), special.pop()
+        ids.pop()
+        special.pop()
     return ids
 
 
 def encode(tokenizer, rows, template, end_id, max_length, vocab_size):
-    """[Example] of the rows. Prompt and response are tokenised apart, so that no token spans both. What is longer than max_length loses the end of
-    its response; a row whose prompt leaves no room for a response is left out, which is said in a printed line."""
+    """[Example] of the rows. Prompt and response are tokenised apart, so that no token spans both. What is longer than max_length
+    loses the end of its response; a row whose prompt leaves no room for a response is left out, which is said in a printed line."""
     ending = TEMPLATES[template][2]
     examples = []
     for row in rows:
         prompt = encode_prompt(tokenizer, fill(template, row["instruction"], row["input"]))
         response = tokenizer.encode(row["output"] + ending, add_special_tokens=False).ids
         if response[-1:] != [end_id]:
-            response = response + [end_id]
+            response.append(end_id)
         if len(prompt) < max_length:
             examples.append(Example(prompt, response[:max_length - len(prompt)]))
-    highest = max((max(e.prompt + e.response) for e in examples), default=0)
-    if highest >= vocab_size:
-        raise InputError(f"tokenizer.json gives token id {highest}, but the model's vocab_size is {vocab_size}: they do not belong together")
+    check_ids([e.prompt + e.response for e in examples], vocab_size)
     if len(examples) < len(rows):
         print(f"{len(rows) - len(examples)} of {len(rows)} rows are left out: their prompts fill all of --max-length {max_length}")
     if not examples:

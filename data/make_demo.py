@@ -1,12 +1,13 @@
 """
-Makes everything in data/demo: an acceptability task in CoLA's layout and a small RoBERTa that has read the grammar's good sentences; instructions
-about such sentences and a small LLaMA that has read much of the kind, but never an answer to a prompt in Alpaca's form.
+Makes everything in data/demo: an acceptability task in CoLA's layout, and a small RoBERTa that has read the grammar's good
+sentences; instructions about such sentences, and a small LLaMA that has read much of the kind, but never an answer to a prompt in
+Alpaca's form.
 
     python -m data.make_demo            # data in a second, then about 40 minutes of pre-training on 2 CPU cores
     python -m data.make_demo data       # data only; likewise roberta, llama
 
-A row of the task is a sentence or its minimal corruption; the first column names the phenomenon, as CoLA's names the source. Sentences and
-instructions are the same bytes on every machine. The weights are the same bytes only on the same machine, torch build and thread count.
+A row of the task is a sentence or its minimal corruption; the first column names the phenomenon, as CoLA's names the source.
+Sentences and instructions are the same bytes on every machine, the weights only on the same machine, torch build and thread count.
 """
 
 import json
@@ -20,7 +21,8 @@ NOUNS = [  # singular, plural, reflexive of the singular
     ("boy", "boys", "himself"), ("man", "men", "himself"), ("king", "kings", "himself"), ("uncle", "uncles", "himself"),
     ("actor", "actors", "himself"), ("monk", "monks", "himself"), ("waiter", "waiters", "himself"), ("son", "sons", "himself"),
     ("girl", "girls", "herself"), ("woman", "women", "herself"), ("queen", "queens", "herself"), ("aunt", "aunts", "herself"),
-    ("actress", "actresses", "herself"), ("nun", "nuns", "herself"), ("waitress", "waitresses", "herself"), ("mother", "mothers", "herself"),
+    ("actress", "actresses", "herself"), ("nun", "nuns", "herself"), ("waitress", "waitresses", "herself"),
+    ("mother", "mothers", "herself"),
 ]
 THINGS = [("house", "houses"), ("tree", "trees"), ("river", "rivers"), ("car", "cars"), ("box", "boxes"), ("lamp", "lamps"),
           ("letter", "letters"), ("wall", "walls"), ("child", "children"), ("dog", "dogs"), ("horse", "horses"), ("bird", "birds")]
@@ -62,7 +64,9 @@ class Grammar:
             name, reflexive = self.pick(NAMES)
             return [name], 0, reflexive
         noun = self.pick(NOUNS if person else THINGS)
-        words = [self.pick(DETERMINERS[number])] + [self.pick(ADJECTIVES)] * self.chance(0.3) + [noun[number]]
+        words = [self.pick(DETERMINERS[number]), self.pick(ADJECTIVES), noun[number]]
+        if not self.chance(0.3):
+            del words[1]
         if words[0] == "a" and words[1][0] in "aeiou":
             words[0] = "the"
         if modified and self.chance(0.45):  # a modifier puts another noun between the head and its verb
@@ -73,7 +77,9 @@ class Grammar:
                 words += ["that"] + other[0] + [self.pick(TRANSITIVE)[self.finite(other[1])]]
             else:
                 words += ["that", self.pick(TRANSITIVE)[self.finite(number)]] + other[0]
-        return words, number, ("themselves" if number else noun[2]) if person else "itself"
+        if not person:
+            return words, number, "itself"
+        return words, number, "themselves" if number else noun[2]
 
     def finite(self, number):
         return (THIRD, BASE)[number]
@@ -88,14 +94,17 @@ class Grammar:
     def agreement(self):
         subject, number, _ = self.noun_phrase()
         if self.chance(0.15):
-            subject, number = self.noun_phrase(modified=False)[0] + ["and"] + self.noun_phrase(modified=False)[0], 1
+            subject = self.noun_phrase(modified=False)[0] + ["and"] + self.noun_phrase(modified=False)[0]
+            number = 1
         if self.chance(0.3):
             tail = [self.pick(ADJECTIVES)]
             return subject + [("is", "are")[number]] + tail, subject + [("are", "is")[number]] + tail
-        adverb, state = [self.pick(ADVERBS)] * self.chance(0.3), self.rng.getstate()
+        adverb = self.pick(ADVERBS)
+        start = subject + [adverb] if self.chance(0.3) else subject
+        state = self.rng.getstate()
         good = self.verb_phrase(self.finite(number))
         self.rng.setstate(state)
-        return subject + adverb + good, subject + adverb + self.verb_phrase(self.finite(1 - number))
+        return start + good, start + self.verb_phrase(self.finite(1 - number))
 
     def reflexive(self):
         subject, number, good = self.noun_phrase()
@@ -182,7 +191,6 @@ class Grammar:
             good, bad = outer + good + ["."], outer + bad + ["."]
         return name, *(" ".join(s).replace(" .", ".").replace(" ?", "?") for s in (good, bad))
 
-
     # A simple sentence in all its forms, for instructions.
 
     def forms(self):
@@ -194,8 +202,12 @@ class Grammar:
             verb, rest = self.pick(TRANSITIVE), self.noun_phrase(modified=False, person=self.chance(0.5))[0]
         do = ["does", "do"][number]
         words = dict(
-            sentence=subject + [verb[self.finite(number)]] + rest, past=subject + [verb[PAST]] + rest, future=subject + ["will", verb[BASE]] + rest,
-            negation=subject + [do, "not", verb[BASE]] + rest, question=[do] + subject + [verb[BASE]] + rest, subject=subject)
+            sentence=subject + [verb[self.finite(number)]] + rest,
+            past=subject + [verb[PAST]] + rest,
+            future=subject + ["will", verb[BASE]] + rest,
+            negation=subject + [do, "not", verb[BASE]] + rest,
+            question=[do] + subject + [verb[BASE]] + rest,
+            subject=subject)
         return {name: sentence_case(" ".join(form)) + ("?" if name == "question" else ".") for name, form in words.items()}
 
     def instruction(self):
@@ -232,7 +244,8 @@ ORDERS = {
     "question": ["Turn the sentence into a question.", "Ask whether it is so.", "Make it a question."],
     "subject": ["Who or what is it about?", "Name the subject of the sentence.", "Who or what does it?"],
     "plural": ["What is the plural of WORD?", "Give the plural of the noun WORD.", "More than one WORD: what is the word?"],
-    "past of a word": ["What is the past tense of WORD?", "Give the past tense of the verb WORD.", "Yesterday I did WORD: what is the word?"],
+    "past of a word": ["What is the past tense of WORD?", "Give the past tense of the verb WORD.",
+                       "Yesterday I did WORD: what is the word?"],
 }
 
 
@@ -296,7 +309,8 @@ def pretrain(lines, tokenizer, steps=4000, batch_size=192, lr=2e-3, seed=0):
         "roberta", vocab_size=tokenizer.get_vocab_size(), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
         intermediate_size=512, max_position_embeddings=66, type_vocab_size=1, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, layer_norm_eps=1e-5)
-    model, bias = Encoder(config, num_labels=2), torch.zeros(config.vocab_size, requires_grad=True)
+    model = Encoder(config, num_labels=2)
+    bias = torch.zeros(config.vocab_size, requires_grad=True)
     ids = sorted((e.ids for e in tokenizer.encode_batch(lines)), key=len)
     batches = [torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in ids[i:i + batch_size]], batch_first=True, padding_value=1)
                for i in range(0, len(ids), batch_size)]
@@ -325,7 +339,8 @@ def roberta(without):
     from tokenizers import processors
     lines = corpus(200_000, without)
     tokenizer = make_tokenizer(lines)
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)  # <s> .. </s> around a sentence
+    # <s> .. </s> around a sentence
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
     config, model = pretrain(lines, tokenizer)
     settings = dict(architectures=["RobertaForMaskedLM"], hidden_act="gelu", **vars(config))
     settings.update(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, classifier_dropout=0.1, torch_dtype="float16")
@@ -342,8 +357,8 @@ def write_model(folder, tokenizer, settings, weights):
 
 
 def llama(steps=3000, batch_size=128, lr=3e-3, seed=0):
-    """Next-token prediction from scratch: sentences and words with their forms, plain sentences, orders in a form of their own with what was asked for, and
-    now and then Alpaca's prompt, after which comes anything at all."""
+    """Next-token prediction from scratch, of four kinds of lines: a sentence or word with one of its forms; a plain sentence; an
+    order with its answer, in a form of its own; and now and then Alpaca's prompt, after which comes any sentence at all."""
     import torch
     import torch.nn.functional as F
     from tokenizers import processors
@@ -382,7 +397,8 @@ def llama(steps=3000, batch_size=128, lr=3e-3, seed=0):
         optimizer.zero_grad()
         if step % 100 == 0:
             print(f"step {step}/{steps}: loss {loss.item():.3f}", flush=True)
-    settings = dict(architectures=["LlamaForCausalLM"], hidden_act="silu", bos_token_id=1, eos_token_id=2, torch_dtype="float16", **vars(config))
+    settings = dict(architectures=["LlamaForCausalLM"], hidden_act="silu", bos_token_id=1, eos_token_id=2, torch_dtype="float16",
+                    **vars(config))
     weights = {key: value.to(torch.float16).contiguous() for key, value in model.state_dict().items() if key != "lm_head.weight"}
     write_model(FOLDER / "llama", tokenizer, settings, weights)
 

@@ -57,8 +57,10 @@ def tokenize_13a(line):
     for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         line = line.replace(entity, character)
     line = f" {line} "
-    for pattern, replacement in ((r"([!-&(-+:-@\[-`{-~/])", r" \1 "), (r"([^0-9])([.,])", r"\1 \2 "), (r"([.,])([^0-9])", r" \1 \2"), (r"([0-9])(-)", r"\1 \2 ")):
-        line = re.sub(pattern, replacement, line)
+    line = re.sub(r"([!-&(-+:-@\[-`{-~/])", r" \1 ", line)
+    line = re.sub(r"([^0-9])([.,])", r"\1 \2 ", line)
+    line = re.sub(r"([.,])([^0-9])", r" \1 \2", line)
+    line = re.sub(r"([0-9])(-)", r"\1 \2 ", line)
     return line.split()
 
 
@@ -67,9 +69,11 @@ def ngrams(words):
 
 
 def bleu(outputs, references, tokenize=tokenize_13a):
-    """BLEU of 0 to 100 (Papineni et al. 2002) of a list of sentences against lists of references, each as long: sacrebleu's default, 13a tokens, case
-    kept, the reference of closest length for the brevity penalty, and a precision of 0 replaced by 1 / (2^k total) at the k-th such order."""
-    correct, total, length, reference_length = [0] * 4, [0] * 4, 0, 0
+    """BLEU of 0 to 100 (Papineni et al. 2002) of a list of sentences against lists of references, each as long, as sacrebleu has it
+    by default: 13a tokens, case kept, the brevity penalty from the reference of closest length, and a precision of 0 replaced by
+    1 / (2^k total) at the k-th such order."""
+    correct, total = [0] * 4, [0] * 4
+    length = reference_length = 0
     for output, *others in zip(outputs, *references, strict=True):
         words, others = tokenize(output), [tokenize(other) for other in others]
         length += len(words)
@@ -85,6 +89,8 @@ def bleu(outputs, references, tokenize=tokenize_13a):
     zeros = 0
     log_precision = 0.0
     for c, n in zip(correct, total):
-        zeros += c == 0
-        log_precision += math.log((c or 1 / 2 ** zeros) / n) / 4
+        if c == 0:
+            zeros += 1
+            c = 1 / 2 ** zeros
+        log_precision += math.log(c / n) / 4
     return 100 * math.exp(log_precision + min(0, 1 - reference_length / length))

@@ -1,11 +1,15 @@
 """
-Zero-shot style transfer, Table 2 of the paper: what is asked of the model, the files of Yelp and GYAFC, and sentences for a classifier of styles.
+Zero-shot style transfer, Table 2 of the paper: what is asked of the model, the files of Yelp and GYAFC, and training data for a
+classifier of styles.
 
-    python -m data.style DIR/yelp OUT        # OUT/train.tsv and dev.tsv, then: python train_glue.py --task OUT --model bert-base-uncased --method lora
+    python -m data.style DIR/yelp OUT        # makes OUT/train.tsv and dev.tsv
+    python train_glue.py --task OUT --model bert-base-uncased --method lora
 
-Yelp (Li et al. 2018): DIR holds test.neg, test.pos (a sentence a line, lower-cased, tokenised), references ref0.neg2pos, ref0.pos2neg and on (a line for each line
-of the source), and for the classifier train*.neg, train*.pos, dev.neg, dev.pos. GYAFC (Rao and Tetreault 2018): DIR is one of its domains, such as
-Entertainment_Music, as it is unpacked: test/informal with test/formal.ref0 .. ref3, and test/formal with test/informal.ref0 .. ref3.
+Yelp (Li et al. 2018): a folder with test.neg and test.pos (a sentence a line, lower-cased, tokenised), ref0.neg2pos, ref0.pos2neg
+and on (references, a line for each line of the source), and for the classifier train*.neg, train*.pos, dev.neg, dev.pos.
+
+GYAFC (Rao and Tetreault 2018): the folder of one of its domains, such as Entertainment_Music, as it is unpacked: test/informal with
+test/formal.ref0 .. ref3, and test/formal with test/informal.ref0 .. ref3.
 """
 
 import random
@@ -43,22 +47,25 @@ def read_beside(file, lines, owner):
 
 def task_files(folder, direction):
     """The file of source sentences, and the files of references: those with a number, or the single one."""
+    folder = Path(folder)
     source, target = direction.split("2")
     if "formal" in direction:
-        return Path(folder) / "test" / source, sorted((Path(folder) / "test").glob(f"{target}.ref*"))
-    return Path(folder) / f"test.{source}", sorted(Path(folder).glob(f"ref[0-9].{direction}")) or sorted(Path(folder).glob(f"ref.{direction}"))
+        return folder / "test" / source, sorted((folder / "test").glob(f"{target}.ref*"))
+    references = sorted(folder.glob(f"ref[0-9].{direction}")) or sorted(folder.glob(f"ref.{direction}"))
+    return folder / f"test.{source}", references
 
 
 def read_task(folder, direction):
     """Source sentences, and for each file of references its lines."""
     file, references = task_files(folder, direction)
-    sources = read_lines(file, f"; {GYAFC}" if "formal" in direction else "; see data/style.py for the files that are expected")
+    hint = GYAFC if "formal" in direction else "see data/style.py for the files that are expected"
+    sources = read_lines(file, f"; {hint}")
     return sources, [read_beside(reference, sources, file) for reference in references]
 
 
 def tidy(answer, direction):
-    """The sentence in a model's answer: its first line without quotation marks; for Yelp in that data's form, lower-cased, with spaces around
-    punctuation and before 's, n't and the like."""
+    """The sentence in a model's answer: its first line, without quotation marks; for Yelp in the form of that data, lower-cased, with
+    spaces around punctuation and before 's, n't and the like."""
     text = next((line.strip() for line in answer.split("\n") if line.strip()), "").strip("\"'“”` ")
     if "formal" in direction:
         return text
@@ -82,11 +89,14 @@ def classifier_data(folder, out):
     Path(out).mkdir(parents=True, exist_ok=True)
     for split, text in tables.items():
         (Path(out) / f"{split}.tsv").write_text(text, encoding="utf-8")
-        print(f"{out}/{split}.tsv: {text.count(chr(10)) - 1} sentences")
+        sentences = text.count("\n") - 1
+        print(f"{out}/{split}.tsv: {sentences} sentences")
 
 
 if __name__ == "__main__":
     try:
         classifier_data(*sys.argv[1:])
-    except (InputError, TypeError) as e:
-        sys.exit(f"error: {e}" if isinstance(e, InputError) else "usage: python -m data.style DIR/yelp OUT")
+    except InputError as e:
+        sys.exit(f"error: {e}")
+    except TypeError:
+        sys.exit("usage: python -m data.style DIR/yelp OUT")

@@ -49,7 +49,7 @@ def encoder():
 
 
 def test_usage_example_runs_as_printed(tmp_path, monkeypatch):
-    lines = sl.__doc__.split("know of it:\n")[1]
+    lines = sl.__doc__.split("has to know:\n")[1]
     code = textwrap.dedent(lines).strip()
     assert len(code.splitlines()) <= 10
     torch.manual_seed(0)
@@ -343,6 +343,7 @@ def test_evaluation_in_the_window_uses_the_current_deterministic_gates():
     salora.begin_step(0.3, None)
     with torch.no_grad():
         salora.log_theta.sub_(0.5)  # an optimiser step after the draw
+    salora.end_step()
     layer, x = salora.layers[1].eval(), torch.randn(4, 24)
     g = sl.deterministic_gates(salora.log_theta[1])
     assert torch.allclose(layer(x), layer.base(x) + (x @ layer.lora_A.T * g) @ layer.lora_B.T, atol=1e-5)  # with autograd on, too
@@ -454,6 +455,7 @@ def test_folding_in_with_the_papers_selection_leaves_the_evaluated_model_as_it_w
     model, salora = wrapped(fold_gates=True, selection="paper", straight_through=False)
     scatter(salora)
     salora.begin_step(0.3, None)
+    salora.end_step()
     x = torch.randn(6, 10)
     model.eval()
     before = model(x)
@@ -504,6 +506,11 @@ def trained(**kw):
     salora.begin_step(0.3, None)
     salora.begin_step(0.5, None)
     return model
+
+
+def test_rank_map_tells_modules_of_two_stacks_apart():
+    lines = rank_map({"encoder.0.q": 8, "encoder.1.q": 4, "decoder.0.q": 2, "pool": 1}, 8).splitlines()
+    assert [line.split() for line in lines] == [["0", "1"], ["encoder.q", "8█", "4▄"], ["decoder.q", "2▂"], ["pool", "1▁"]]
 
 
 def test_rank_map_has_a_row_a_module_and_a_column_a_layer():
@@ -724,7 +731,7 @@ def test_works_on_an_encoder_end_to_end():
 
 def test_readme_shows_the_same_usage_example():
     readme = (Path(sl.__file__).parent / "README.md").read_text(encoding="utf-8")
-    assert readme.split("```python\n")[1].split("```")[0].strip() == textwrap.dedent(sl.__doc__.split("know of it:\n")[1]).strip()
+    assert readme.split("```python\n")[1].split("```")[0].strip() == textwrap.dedent(sl.__doc__.split("has to know:\n")[1]).strip()
 
 
 # ---- what a step costs, in operators: on a GPU each is a kernel to launch
