@@ -480,16 +480,20 @@ def within(name, modules):
 
 
 def save(model, folder, modules_to_save=(), budget=None, **config):
-    """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads: gate and scale are folded into B; modules of
-    rank 0, which PEFT does not know, are left out, unless all are (then the smallest stays) or the path of another is the end of
-    theirs ("b.q" beside "q": naming q would adapt both); these get one triplet of zeros. Beside them salora.json, for show(): `budget`, all ranks, and the first one.
-    modules_to_save: names of modules whose parameters go along whole (a head: "classifier"). config: further entries, such as
-    base_model_name_or_path or task_type. ValueError: a module to save that is not there."""
+    """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads: gate and scale are folded into B. Matrices of
+    rank 0, which PEFT does not know, are left out. Two of them get one triplet of zeros instead: the smallest, where nothing else
+    is left; and one whose path ends in the path of another ("b.q" beside "q": naming q would adapt both). Beside them
+    salora.json, for show(): `budget`, all ranks, and the first one.
+
+        modules_to_save    names of modules whose parameters go along whole (a head: "classifier")
+        config             further entries, such as base_model_name_or_path or task_type
+
+    ValueError: a module to save that is not there, or has an adapter in it."""
     from safetensors.torch import save_file
     layers, tensors, table = adapters(model), {}, {}
     for path in layers:
         if within(f"{path}.weight", modules_to_save):
-            raise ValueError(f"modules_to_save has {path}, or a module around it, which has an adapter: merge it first, or do not target it")
+            raise ValueError(f"modules_to_save covers {path}, which has an adapter: merge it first, or do not target it")
     live = [path for path, m in layers.items() if m.rank]
     zeros = [path for path in layers if path not in live and any(path.endswith("." + end) for end in live)]  # PEFT would adapt it too
     if layers and not live:
@@ -509,14 +513,16 @@ def save(model, folder, modules_to_save=(), budget=None, **config):
     r = max(table.values(), default=1)
     pattern = table if set(table.values()) != {r} else {}
     settings = dict(
-        peft_type="LORA", r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=pattern, target_modules=[path for path in layers if path in table],
+        peft_type="LORA", r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=pattern,
+        target_modules=[path for path in layers if path in table],
         modules_to_save=list(modules_to_save) or None, bias="none", lora_dropout=0.0, fan_in_fan_out=False, inference_mode=True,
         **config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     known = dict(r=max((m.r for m in layers.values()), default=0), budget=budget, ranks=ranks(model))
     save_file(tensors, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
-    for name, value in (("adapter_config.json", settings), ("salora.json", known)):  # PEFT warns of settings that it does not know, not of files
+    # two files: PEFT warns of settings that it does not know, not of files
+    for name, value in (("adapter_config.json", settings), ("salora.json", known)):
         (folder / f"{name}.new").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     for name in ("salora.json", "adapter_model.safetensors", "adapter_config.json"):  # written beside, then renamed: never half a file
         os.replace(folder / f"{name}.new", folder / name)
@@ -526,8 +532,8 @@ IMPLEMENTED = dict(  # what an adapter_config.json may say
     peft_type=["LORA"], bias=["none"], fan_in_fan_out=[False],
     init_lora_weights=[True, False, "gaussian", "orthogonal", "eva"])  # the other ways to start change the base weights
 READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "modules_to_save"}
-OF_NO_EFFECT = {"base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "revision", "peft_version", "lora_dropout", "megatron_core",
-                "qalora_group_size", "runtime_config", "eva_config"}
+OF_NO_EFFECT = {"base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "revision", "peft_version", "lora_dropout",
+                "megatron_core", "qalora_group_size", "runtime_config", "eva_config"}
 
 
 def read_json(file):
@@ -551,22 +557,35 @@ def open_tensors(file):
 
 
 def read_adapter(folder):
-    """(settings, {name: tensor}) of a folder in PEFT's LoRA format; names as in the model. ValueError: something that is not implemented."""
+    """(settings, {name: tensor}) of a folder in PEFT's LoRA format; names as in the model. ValueError: what is not
+    implemented."""
     file = Path(folder) / "adapter_config.json"
     settings = read_json(file)
     for key, value in {"peft_type": None, **settings}.items():
-        if value not in IMPLEMENTED.get(key, [None, False, [], {}]) and key not in READ | OF_NO_EFFECT:
-            raise ValueError(f"{file}: {key} is {value!r}, " + (f"only {IMPLEMENTED[key][0]!r} is implemented" if key in IMPLEMENTED else "which is not implemented"))
-    kinds = dict(r=int, lora_alpha=(int, float), rank_pattern=dict, alpha_pattern=dict, target_modules=(list, str), modules_to_save=list)
-    for key, kind in kinds.items():
+        if key in IMPLEMENTED and value not in IMPLEMENTED[key]:
+            raise ValueError(f"{file}: {key} is {value!r}, only {IMPLEMENTED[key][0]!r} is implemented")
+        if key not in READ | OF_NO_EFFECT | IMPLEMENTED.keys() and value not in (None, False, [], {}):
+            raise ValueError(f"{file}: {key} is {value!r}, which is not implemented")
+
+    def rank(n):
+        return type(n) is int and n > 0
+
+    def alpha(n):
+        return type(n) in (int, float) and 0 < n < math.inf
+
+    def name(text):
+        return isinstance(text, str)
+
+    for key, kind, good, expected in (
+            ("r", int, rank, "positive numbers"), ("rank_pattern", dict, rank, "positive numbers"),
+            ("lora_alpha", (int, float), alpha, "positive numbers"), ("alpha_pattern", dict, alpha, "positive numbers"),
+            ("target_modules", (list, str), name, "names"), ("modules_to_save", list, name, "names")):
         value = settings.get(key)
         if value is None and key in ("rank_pattern", "alpha_pattern", "modules_to_save"):
             continue
-        names, number = key in ("target_modules", "modules_to_save"), (int,) if key in ("r", "rank_pattern") else (int, float)
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        good = isinstance(value, kind) and all(isinstance(n, str) if names else type(n) in number and 0 < n < math.inf for n in parts)
-        if not good:
-            raise ValueError(f"{file}: {key} is {repr(value)[:80]}, expected {'names' if names else 'positive numbers'}")
+        if not isinstance(value, kind) or not all(map(good, parts)):
+            raise ValueError(f"{file}: {key} is {repr(value)[:80]}, expected {expected}")
     with open_tensors(Path(folder) / "adapter_model.safetensors") as f:
         return settings, {key.removeprefix("base_model.model."): f.get_tensor(key) for key in f.keys()}
 
@@ -575,8 +594,10 @@ def as_regex(pattern, end=False):
     """A pattern of an adapter_config.json, compiled: it has to fit a whole module path, or its end. ValueError: it is no regular
     expression, or one that could take forever, as a stranger might send it: with backreferences, a repeated group, many groups
     or repetitions."""
-    bare = re.sub(r"\\\D|\[[^\]]*\]", "x", pattern)
-    if len(pattern) > 1000 or "\\" in bare or re.search(r"\)[*+?{]", bare) or len(re.findall(r"(?<!\()[*+?{]", bare)) > 3 or bare.count("(") > 3:
+    bare = re.sub(r"\\\D|\[[^\]]*\]", "x", pattern)  # each escape or class of characters is one x
+    backreference, repeated_group = "\\" in bare, re.search(r"\)[*+?{]", bare)
+    repetitions = len(re.findall(r"(?<!\()[*+?{]", bare))
+    if len(pattern) > 1000 or backreference or repeated_group or repetitions > 3 or bare.count("(") > 3:
         raise ValueError(f"the pattern {pattern[:60]!r} is too intricate: name the modules instead")
     try:
         return re.compile(rf"(.*\.)?({pattern})" if end else pattern)
@@ -654,6 +675,27 @@ def load(model, folder):
 # from the shell: a model folder with the adapter in its weights; what an adapter holds
 
 
+def read_index(model):
+    """(files of the weights, the object in their index or None) of a model folder."""
+    file = model / "model.safetensors.index.json"
+    if not file.is_file():
+        return ["model.safetensors"], None
+    index = read_json(file)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or any(Path(str(shard)).name != shard for shard in weight_map.values()):
+        raise ValueError(f"{file}: weight_map does not list files of this folder")
+    return sorted(set(weight_map.values())), index
+
+
+def with_labels(config, outputs):
+    """A config.json that says that the model is a classifier with so many outputs."""
+    labels = config.get("id2label")
+    if not isinstance(labels, dict) or len(labels) != outputs:
+        labels = {str(i): f"LABEL_{i}" for i in range(outputs)}
+    kinds = [re.sub(r"(Model|For\w+)$", "", name) + "ForSequenceClassification" for name in config.get("architectures") or []]
+    return config | dict(id2label=labels, label2id={label: int(i) for i, label in labels.items()}, architectures=kinds)
+
+
 def merge_folder(model, adapter, out):
     """Writes the folder `out`: a model folder in Hugging Face's layout (config.json, model.safetensors or its shards with their
     index, tokenizer) with an adapter in its weights. Each sum is taken in float32 and stored in the dtype of the weight. The
@@ -664,13 +706,10 @@ def merge_folder(model, adapter, out):
     if out.exists():
         raise ValueError(f"{out}: is there already, give another folder")
     settings, tensors = read_adapter(adapter)
-    config, index_file = read_json(model / "config.json"), model / "model.safetensors.index.json"
-    index = read_json(index_file) if index_file.is_file() else None
-    if index and not (isinstance(index.get("weight_map"), dict) and all(Path(str(f)).name == f for f in index["weight_map"].values())):
-        raise ValueError(f"{index_file}: weight_map does not list files of this folder")
+    config, (files, index) = read_json(model / "config.json"), read_index(model)
     if config.get("quantization_config"):
         raise ValueError(f"{model}: its weights are quantised; merge into the ones before")
-    files, shapes = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"], {}
+    shapes = {}
     for file in files:
         with open_tensors(model / file) as f:
             shapes |= {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
@@ -685,46 +724,48 @@ def merge_folder(model, adapter, out):
 
     shapes = {spelled(key): shape for key, shape in shapes.items()}
     linears = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2}
-    heads = ("classifier.weight", "classifier.bias", "out_proj.weight", "out_proj.bias", "score.weight")  # may have other labels than the model's
+    # a head may have another number of labels than the model's
+    heads = ("classifier.weight", "classifier.bias", "out_proj.weight", "out_proj.bias", "score.weight")
+    wanted = {name: t.shape if name.endswith(heads) else shapes.get(name, t.shape) for name, t in saved.items()}
     try:
         if config.get("tie_word_embeddings") and any(name.endswith(("embed_tokens.weight", "lm_head.weight")) for name in saved):
             raise ValueError("modules_to_save has an embedding that is tied to the head: not implemented")
-        layers = match(settings, tensors, linears, {name: t.shape if name.endswith(heads) else shapes.get(name, t.shape) for name, t in saved.items()})
+        layers = match(settings, tensors, linears, wanted)
     except ValueError as e:
         raise ValueError(f"{adapter}: {e}") from None
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside, dtype = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent)), torch.float32
+    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     beside.chmod(0o755)
     try:
-        weight_map = {}
+        weight_map, dtype = {}, torch.float32  # dtype: of the last weight, for modules that the model lacks
         for file in files:
             merged = {}
             with open_tensors(model / file) as f:
                 for key in f.keys():
                     weight, name = f.get_tensor(key), spelled(key)
-                    path, dtype = name.removesuffix(".weight"), weight.dtype if weight.is_floating_point() else dtype
+                    path = name.removesuffix(".weight")
+                    if weight.is_floating_point():
+                        dtype = weight.dtype
+                    elif path in layers:
+                        raise ValueError(f"{model / file}: {key} is {weight.dtype}, quantised; merge into the weights before")
                     if path in layers:
-                        if not weight.is_floating_point():
-                            raise ValueError(f"{model / file}: {key} is {weight.dtype}, quantised; merge into the weights before")
                         weight = updated(weight, layers[path][1], tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"])
                     merged[name] = saved.pop(name).to(weight.dtype) if name in saved else weight
             if file == files[-1]:
-                merged |= {name: t.to(dtype) for name, t in saved.items()}  # those that the model lacked
+                merged |= {name: t.to(dtype) for name, t in saved.items()}
             save_file(merged, beside / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(merged, file)
-        head = next((t for name, t in tensors.items() if name.endswith(("classifier.weight", "classifier.out_proj.weight", "score.weight"))), None)
-        if settings.get("task_type") == "SEQ_CLS" and head is not None:
-            labels = config.get("id2label")
-            if not isinstance(labels, dict) or len(labels) != len(head):
-                labels = {str(i): f"LABEL_{i}" for i in range(len(head))}
-            config |= dict(id2label=labels, label2id={label: int(i) for i, label in labels.items()},
-                           architectures=[re.sub(r"(Model|For\w+)$", "", name) + "ForSequenceClassification" for name in config.get("architectures") or []])
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        head = [t for name, t in tensors.items() if name.endswith(("classifier.weight", "classifier.out_proj.weight", "score.weight"))]
+        if settings.get("task_type") == "SEQ_CLS" and head:
+            config = with_labels(config, len(head[0]))
+        written = {"config.json": config}
         if index:
-            (beside / index_file.name).write_text(json.dumps(index | dict(weight_map=weight_map), indent=2) + "\n", encoding="utf-8")
+            written["model.safetensors.index.json"] = index | dict(weight_map=weight_map)
+        for name, value in written.items():
+            (beside / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         for file in model.iterdir():  # the tokenizer, and what else is text
-            if file.suffix in (".json", ".txt", ".model", ".jinja") and not (beside / file.name).exists():
+            if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name not in written:
                 shutil.copy(file, beside)
         os.replace(beside, out)
     finally:  # of an attempt that failed
@@ -738,23 +779,26 @@ def show(adapter):
     known = read_json(own) if own.is_file() else {}
     found = {name.removesuffix(".lora_A.weight"): t.shape[0] for name, t in tensors.items() if name.endswith(".lora_A.weight")}
     table = known.get("ranks") or found
-    r = max(known.get("r") or 0, *table.values(), 0)
+    r = max(known.get("r") or 1, *table.values(), 1)
     adapter_params = sum(t.numel() for name, t in tensors.items() if ".lora_" in name)
     others = sum(t.numel() for t in tensors.values()) - adapter_params
+    low, high = min(found.values(), default=0), max(found.values(), default=0)
     lines = [f"{adapter}: adapter of {settings.get('base_model_name_or_path') or 'an unnamed model'}",
-             f"{adapter_params:,} parameters in {len(found)} matrices of rank {min(found.values(), default=0)} to {max(found.values(), default=0)}"
-             + f", {others:,} in {', '.join(settings.get('modules_to_save') or [])}" * (others > 0)]
+             f"{adapter_params:,} parameters in {len(found)} matrices of rank {low} to {high}"]
+    if others:
+        lines[1] += f", {others:,} in {', '.join(settings.get('modules_to_save') or [])}"
     if known:
         budget = "no budget recorded" if known.get("budget") is None else f"budget {known['budget']:g}"
-        lines.append(f"{budget}; rank {r} at the start; {sum(rank == 0 for rank in table.values())} of {len(table)} matrices were left at rank 0")
-    return "\n".join([*lines, "", rank_map(table, max(r, 1))])
+        zero = sum(rank == 0 for rank in table.values())
+        lines.append(f"{budget}; rank {r} at the start; {zero} of {len(table)} matrices were left at rank 0")
+    return "\n".join([*lines, "", rank_map(table, r)])
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Merges a LoRA adapter, of this project or of PEFT, into a model folder; shows what is in one.")
+    parser = argparse.ArgumentParser(description="Merges a LoRA adapter, of this project or of PEFT, into a model folder, or shows it.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("merge", help="write a plain Hugging Face folder with the adapter in its weights")
-    command.add_argument("--model", required=True, metavar="DIR", help="folder with config.json and model.safetensors, or its shards and their index")
+    command.add_argument("--model", required=True, metavar="DIR", help="folder with config.json and model.safetensors, or its shards")
     command.add_argument("--adapter", required=True, metavar="DIR", help="folder with adapter_config.json and adapter_model.safetensors")
     command.add_argument("--out", required=True, metavar="DIR", help="folder to write, which must not be there yet")
     command = commands.add_parser("show", help="print the ranks, parameters and budget of an adapter")

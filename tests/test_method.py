@@ -327,6 +327,26 @@ def test_a_step_has_one_draw_and_the_next_step_another():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_a_progress_that_stands_still_through_an_epoch_is_no_reason_to_draw_only_once():
+    salora = SaLoRA(mlp(), ["0", "2"], r=4)
+    noise = []
+    for _ in range(2):
+        salora.begin_step(0.3, None)
+        noise.append(salora.noise)
+        salora.end_step()
+    assert not torch.equal(*noise)
+
+
+def test_state_dict_has_all_that_the_gates_have_learned():
+    model, salora = wrapped(window=(0, 1))
+    train(model, salora, 5)
+    _, other = wrapped(seed=3, window=(0, 1))
+    other.load_state_dict(salora.state_dict())
+    assert torch.equal(other.log_theta, salora.log_theta) and salora.log_theta.any() and other.lam == salora.lam > 0
+    salora.begin_step(0.9, None), other.begin_step(0.9, None)
+    assert torch.equal(other.noise, salora.noise)
+
+
 def test_gates_depend_on_their_own_seed_alone():
     draws = []
     for global_seed, seed in ((0, 5), (1, 5), (0, 6)):
@@ -638,6 +658,8 @@ def test_a_path_that_is_the_end_of_another_keeps_its_own_rank(tmp_path):
 def test_a_module_to_save_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="'classifer'"):
         save(trained(), tmp_path / "a", modules_to_save=["classifer"])
+    with pytest.raises(ValueError, match="modules_to_save covers 2, which has an adapter"):
+        save(trained(), tmp_path / "a", modules_to_save=["2"])
 
 
 def test_merging_adds_in_float32_before_it_rounds():
