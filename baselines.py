@@ -61,9 +61,9 @@ class Prefix(nn.Module):
 
 
 def install(model, method, paths, steps, r=8, alpha=None, budget=0.5, beta=0.1, window=(0.2, 0.5), bottleneck=32, virtual_tokens=20):
-    """Freezes what `method` does not train (the head too: unfreeze it afterwards) and puts in what it does, in place. `paths`: the nn.Linear
-    modules that lora and adalora adapt; `steps`: of the run; budget, beta and window are adalora's, bottleneck the adapters',
-    virtual_tokens the prefix's and the prompt's. Returns the SaLoRA or AdaLoRA of a low-rank method, else None."""
+    """Freezes what `method` does not train (the head too: unfreeze it afterwards) and puts in what it does, in place. `paths`: the
+    nn.Linear modules that lora and adalora adapt; `steps`: of the run; budget, beta and window are adalora's, bottleneck the
+    adapters', virtual_tokens the prefix's and the prompt's. Returns the SaLoRA or AdaLoRA of a low-rank method, else None."""
     if method == "lora":
         return sl.SaLoRA(model, paths, r=r, alpha=alpha, beta=0.0, window=None)
     if method == "adalora":
@@ -72,7 +72,7 @@ def install(model, method, paths, steps, r=8, alpha=None, budget=0.5, beta=0.1, 
     c, words = model.config, model.body.embeddings.word_embeddings.weight
     if method in ("adapter-h", "adapter-p"):
         for layer in model.body.encoder.layer:
-            for place in [layer.output] + [layer.attention.output] * (method == "adapter-h"):
+            for place in [layer.output, layer.attention.output] if method == "adapter-h" else [layer.output]:
                 place["adapter"] = Adapter(c.hidden_size, bottleneck, words.device)
     elif method == "prefix":
         model.prefix = Prefix(c.num_hidden_layers, virtual_tokens, c.hidden_size, words.device)
@@ -101,11 +101,10 @@ class AdaLoRALinear(sl.SaLoRALinear):
 
 
 class AdaLoRA:
-    """Adaptive budget allocation (Zhang et al. 2023), used in a training loop as SaLoRA is. From the start of the window to its end the number
-    of triplets with a singular value other than 0 falls, as a cubic, from all to `budget` of all; a smoothed importance decides again and
-    again which. At the end of the window the tensors are cut down. beta: of the mean over the 2K matrices of |PP' - I|, which their paper
-    squares and their code does not.
-    ValueError: as SaLoRA.
+    """Adaptive budget allocation (Zhang et al. 2023), used in a training loop as SaLoRA is. From the start of the window to its end
+    the number of triplets with a singular value other than 0 falls, as a cubic, from all to `budget` of all; a smoothed importance
+    decides again and again which. At the end of the window the tensors are cut down. beta: of the mean over the 2K matrices of
+    |PP' - I|, which their paper squares and their code does not. ValueError: as SaLoRA.
 
     Ours differs in two points: window and interval are shares of the run, where theirs are numbers of steps for each task; and triplets
     that lost are cut out of the tensors, where their code goes on with zeros."""

@@ -160,11 +160,15 @@ def estimate(todo):
             count = [sum(len(ids) for ids, _ in rows) for rows in tokens]
             lengths[key] = task.epochs, len(train.texts), count[0], sum(count[1:])
         epochs, rows, train, dev = lengths[key]
-        epochs = min(s.epochs or epochs, (s.max_steps or rows) * s.batch_size * s.accumulate / rows)
+        epochs = min(epochs if s.epochs is None else s.epochs, (s.max_steps or rows) * s.batch_size * s.accumulate / rows)
         total += runs * (epochs * train + max(epochs, 1) * dev / 3)
-    first = next(iter(todo))
+    first = next((cell for cell in todo if cell.settings.epochs != 0), None)
+    if first is None:  # nothing is trained
+        return 0.0
     with tempfile.TemporaryDirectory() as folder:
         command = first.command("--max-steps", "10", "--window", "0", "1", "--limit-dev", "8", "--out", folder)
+        if first.settings.lr_grid:
+            command += ["--lr-grid", str(first.settings.lr_grid[0])]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:  # so will the run itself
             raise InputError(f"{first.task}, {first.label}: {done.stderr.strip().removeprefix('error: ')}")
@@ -262,8 +266,8 @@ def dots(file, results):
             ax.set(title=task, xlabel=f"{metric} x 100", yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
 
 
-def curves(file, panels, xlabel, band=None):
-    """A panel for each {title: {line: [(x, mean, standard deviation) ..]}}; band: shaded from one x to another."""
+def curves(file, panels, xlabel, bands=None):
+    """A panel for each {title: {line: [(x, mean, standard deviation) ..]}}; bands {title: (x, x)} are shaded from one x to the other."""
     with figure(file, len(panels)) as axes:
         for ax, (title, lines) in zip(axes, panels.items()):
             for label, points in lines.items():
@@ -271,8 +275,8 @@ def curves(file, panels, xlabel, band=None):
                 ax.errorbar(x, y, yerr=error, fmt="o-" if len(x) < 20 else "-", capsize=3 if any(error) else 0, markersize=4,
                             label=label)
             ax.set(xlabel=xlabel, title=title)
-            if band:
-                ax.axvspan(*band, color="#f0f0f0", zorder=0)
+            if bands:
+                ax.axvspan(*bands[title], color="#f0f0f0", zorder=0)
             if len(lines) > 1:
                 ax.legend(frameon=False)
 
@@ -309,7 +313,7 @@ def efficiency(args, common):
     if "--max-steps" not in common:
         common = [*common, "--max-steps", "20"]
     results = run_cells(args.tasks, [f"{m} --batch-size {b}" for m in args.methods for b in args.batch_sizes], common, args)
-    values = {"peak memory (MB)": lambda r: r["peak_memory_mb"], "time of a step (ms)": lambda r: 1000 * r["seconds"] / r["steps"]}
+    values = {"peak memory (MB)": lambda r: r["peak_memory_mb"], "time of a step (ms)": lambda r: 1000 * r["seconds"] / max(r["steps"], 1)}
     panels = {}
     for task in names(args.tasks):
         for what, value in values.items():
@@ -361,7 +365,7 @@ def sweep(args, common):
 
 def components(args, common):
     results = run_cells(args.tasks, ["salora"], common, args)
-    panels, rows = {}, []
+    panels, bands, rows = {}, {}, []
     for task in names(args.tasks):
         run = results[task, "SaLoRA"][0]
         file = Path(args.out) / Path(task).name / "SaLoRA" / f"seed{run['seed']}" / "log.jsonl"
@@ -369,11 +373,11 @@ def components(args, common):
         for what in ("density", "lambda", "orth_a", "orth_b"):
             y = [entry[what] for entry in log]
             panels[f"{task}: {what}"] = {"SaLoRA": [(entry["step"], entry[what], 0.0) for entry in log]}
+            bands[f"{task}: {what}"] = [share * run["steps"] for share in run["settings"]["window"]]
             rows.append([task, what, *(f"{value:.4f}" for value in (y[0], min(y), max(y), y[-1]))])
         panels[f"{task}: density"]["budget"] = [(entry["step"], run["budget"], 0.0) for entry in log]
-    band = [share * run["steps"] for share in run["settings"]["window"]]
     table = training.markdown(["task", "", "first", "smallest", "largest", "last"], rows)
-    return results, table, {"components.png": (curves, panels, "step", band)}
+    return results, table, {"components.png": (curves, panels, "step", bands)}
 
 
 def main(name, argv):

@@ -87,8 +87,8 @@ def dropout(x, p, training):
 
 
 def attention(q, k, v, mask, p, training):
-    """softmax(q k' / sqrt(d)) v for q, k, v (b, heads, t, d), with dropout on the softmax. mask (b, 1, 1, t) is True on what may be read. With
-    dropout on a CPU it is written out: PyTorch's own takes two to three times as long there."""
+    """softmax(q k' / sqrt(d)) v for q, k, v (b, heads, t, d), with dropout on the softmax. mask (b, 1, 1, t) is True on what may be
+    read. With dropout on a CPU it is written out: in bfloat16 PyTorch's own takes two to three times as long there."""
     if not training or p == 0 or q.device.type != "cpu" or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p if training else 0.0)
     scores = q / math.sqrt(q.shape[-1]) @ k.mT  # (b, heads, t, t)
@@ -295,8 +295,10 @@ class DecoderLayer(nn.Module):
         d, h = c.hidden_size, c.head_dim
         self.head_dim = h
         self.self_attn = nn.ModuleDict(dict(
-            q_proj=nn.Linear(d, c.num_attention_heads * h, bias=c.attention_bias), k_proj=nn.Linear(d, c.num_key_value_heads * h, bias=c.attention_bias),
-            v_proj=nn.Linear(d, c.num_key_value_heads * h, bias=c.attention_bias), o_proj=nn.Linear(c.num_attention_heads * h, d, bias=c.attention_bias)))
+            q_proj=nn.Linear(d, c.num_attention_heads * h, bias=c.attention_bias),
+            k_proj=nn.Linear(d, c.num_key_value_heads * h, bias=c.attention_bias),
+            v_proj=nn.Linear(d, c.num_key_value_heads * h, bias=c.attention_bias),
+            o_proj=nn.Linear(c.num_attention_heads * h, d, bias=c.attention_bias)))
         self.mlp = nn.ModuleDict(dict(
             gate_proj=nn.Linear(d, c.intermediate_size, bias=c.mlp_bias), up_proj=nn.Linear(d, c.intermediate_size, bias=c.mlp_bias),
             down_proj=nn.Linear(c.intermediate_size, d, bias=c.mlp_bias)))
@@ -304,8 +306,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(d, c.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask=None, cache=None, start=0):
-        """mask None: causal. cache (2, b, kv heads, longest, head_dim) holds the keys and values of the first `start` positions and gets those
-        of the t new ones."""
+        """mask None: causal. cache (2, b, kv heads, longest, head_dim) holds the keys and values of the first `start` positions and
+        gets those of the t new ones."""
         b, t, _ = x.shape
         y, attn = self.input_layernorm(x), self.self_attn
 
@@ -369,17 +371,19 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_p=1.0, seed=0):
-        """Yields a list with the next token of each of `prompts` (lists of token ids), until each has had one of `stop_ids` or `max_new_tokens`
-        of them: None stands where a row has ended. temperature 0 takes the likeliest token; above, one is drawn from the smallest
-        set of tokens whose probabilities reach top_p."""
+        """Yields a list with the next token of each of `prompts` (lists of token ids), until each has had one of `stop_ids` or
+        `max_new_tokens` of them: None stands where a row has ended. temperature 0 takes the likeliest token; above, one is drawn
+        from the smallest set of tokens whose probabilities reach top_p."""
         device, longest = self.lm_head.weight.device, max(map(len, prompts))
         c, pad = self.config, [longest - len(prompt) for prompt in prompts]
         ids = torch.tensor([[0] * n + list(prompt) for n, prompt in zip(pad, prompts)], device=device)  # (b, longest), padded on the left
         real = torch.arange(longest + max_new_tokens, device=device) >= torch.tensor(pad, device=device).unsqueeze(1)  # (b, all positions)
         positions = (real.cumsum(1) - 1).clamp(min=0)
         # a token looks at real tokens up to itself; padding, which nobody looks at, at itself
-        mask = real[:, None, :longest] & torch.ones(longest, longest, dtype=torch.bool, device=device).tril() | torch.eye(longest, dtype=torch.bool, device=device)
-        cache = self.lm_head.weight.new_zeros(c.num_hidden_layers, 2, len(prompts), c.num_key_value_heads, longest + max_new_tokens, c.head_dim)
+        itself = torch.eye(longest, dtype=torch.bool, device=device)
+        mask = real[:, None, :longest] & torch.ones_like(itself).tril() | itself  # (b, longest, longest)
+        cache = self.lm_head.weight.new_zeros(
+            c.num_hidden_layers, 2, len(prompts), c.num_key_value_heads, longest + max_new_tokens, c.head_dim)
         generator, running, start = torch.Generator(device).manual_seed(seed), [True] * len(prompts), 0
         mask = mask.unsqueeze(1) if any(pad) else None
         for _ in range(max_new_tokens):
@@ -421,9 +425,11 @@ def read_json(file):
     return value
 
 
-def most(name):
-    """The largest number of that name in a config.json that is taken for one: beyond, a model would take forever to build."""
-    return 1 if "dropout" in name else 1000 if name.startswith("num_") else 10**8
+def upper_limit(name):
+    """Of a number of that name in a config.json: beyond, a model would take forever to build."""
+    if "dropout" in name:
+        return 1
+    return 1000 if name.startswith("num_") else 10**8
 
 
 def read_config(folder, kind=EncoderConfig):
@@ -447,17 +453,23 @@ def read_config(folder, kind=EncoderConfig):
             if f.default is MISSING:
                 raise InputError(f"{file}: {f.name} is missing")
             continue
-        number = (int, float) if f.type is float else f.type
-        if not isinstance(value, number) or isinstance(value, bool) != (f.type is bool) or (f.type in (int, float) and not 0 <= value <= most(f.name)):
-            raise InputError(f"{file}: {f.name} is {value!r}, expected " + (f"a number from 0 to {most(f.name):g}" if f.type in (int, float) else f"a {f.type.__name__}"))
+        if f.type in (int, float):
+            if type(value) not in (int, f.type) or not 0 <= value <= upper_limit(f.name):
+                raise InputError(f"{file}: {f.name} is {value!r}, expected a number from 0 to {upper_limit(f.name):g}")
+        elif not isinstance(value, f.type):
+            raise InputError(f"{file}: {f.name} is {value!r}, expected a {f.type.__name__}")
         known[f.name] = value
     c = kind(**known)
     heads = c.num_attention_heads
-    fits = min(c.hidden_size, heads, c.num_hidden_layers, c.vocab_size, c.max_length) >= 1 and (
-        c.num_key_value_heads >= 1 and heads % c.num_key_value_heads == 0 and c.head_dim % 2 == 0 if decoder else c.hidden_size % heads == 0)
+    fits = min(c.hidden_size, heads, c.num_hidden_layers, c.vocab_size, c.max_length) >= 1
+    if fits and decoder:
+        fits = c.num_key_value_heads >= 1 and heads % c.num_key_value_heads == 0 and c.head_dim % 2 == 0
+    elif fits:
+        fits = c.hidden_size % heads == 0
     if not fits:
-        sizes = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers", "max_position_embeddings")
-        raise InputError(f"{file}: sizes do not fit together ({', '.join(f'{name} {getattr(c, name)}' for name in sizes if hasattr(c, name))})")
+        names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers", "max_position_embeddings")
+        sizes = ", ".join(f"{name} {getattr(c, name)}" for name in names if hasattr(c, name))
+        raise InputError(f"{file}: sizes do not fit together ({sizes})")
     return c
 
 
@@ -496,8 +508,9 @@ def read_weights(folder, dtype):
         if any(file.parent != folder for file in files):
             raise InputError(f"{index}: names files outside its folder")
     else:
-        pickled = " (pytorch_model.bin is a pickle, which is not read: save the model as safetensors)" * (folder / "pytorch_model.bin").is_file()
-        raise InputError(f"{folder}: found neither model.safetensors nor model.safetensors.index.json{pickled}")
+        pickle = (folder / "pytorch_model.bin").is_file()
+        hint = " (pytorch_model.bin is a pickle, which is not read: save the model as safetensors)" if pickle else ""
+        raise InputError(f"{folder}: found neither model.safetensors nor model.safetensors.index.json{hint}")
     for file in files:
         if not file.is_file():
             raise InputError(f"{file}: shard listed in {index} not found; download the folder again")
@@ -512,9 +525,9 @@ def read_weights(folder, dtype):
 
 
 def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="cpu"):
-    """Puts the tensors of a folder into a model on the meta device, one after the other, in `dtype` and on `device`. spelling: from a key of
-    the file to one of the model, or None for what is not needed. Keys in `new` may be missing or of another shape: they are
-    returned, with the model's parameters still on meta. Any other key that is missing, unexpected or misshapen is an
+    """Puts the tensors of a folder into a model on the meta device, one after the other, in `dtype` and on `device`. spelling: from
+    a key of the file to one of the model, or None for what is not needed. Keys in `new` may be missing or of another shape: they
+    are returned, with the model's parameters still on meta. Any other key that is missing, unexpected or misshapen is an
     InputError that names it."""
     wanted, state, unexpected = model.state_dict(), {}, []
     for raw_key, tensor in read_weights(folder, dtype):
@@ -535,8 +548,8 @@ def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="c
 
 
 def load_encoder(folder, num_labels, dtype=torch.float32):
-    """The pretrained Encoder of a Hugging Face folder with `num_labels` outputs, in `dtype`, on the CPU. A head that the checkpoint lacks, or has
-    for another number of labels, starts anew, which is said in a printed line. InputError: see load_weights."""
+    """The pretrained Encoder of a Hugging Face folder with `num_labels` outputs, in `dtype`, on the CPU. A head that the checkpoint
+    lacks, or has for another number of labels, starts anew, and a printed line says so. InputError: see load_weights."""
     config = read_config(folder)
     with torch.device("meta"):  # shapes only: no time spent on random weights that are overwritten at once
         model = Encoder(config, num_labels)

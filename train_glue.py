@@ -31,7 +31,8 @@ from model import LINEARS, load_encoder, read_config
 from training import PROCESSES, RANK
 
 METHODS = ("salora", *baselines.METHODS)
-LEARNING_RATES = dict(ft=(3e-5, 5e-4), prefix=(1e-4, 1e-3), prompt=(1e-3, 1e-2))  # and for the demo; all others (3e-4, 3e-3)
+LEARNING_RATES = dict(ft=3e-5, prefix=1e-4, prompt=1e-3)  # all others 3e-4
+DEMO_LEARNING_RATES = dict(ft=5e-4, prefix=1e-3, prompt=1e-2)  # all others 3e-3
 EXPERIMENTS = ("table1", "ablation", "efficiency", "ranks", "sweep", "components")
 
 
@@ -43,18 +44,23 @@ def parse_args(argv=None):
     arg("--data", help="folder in GLUE's layout, DIR/CoLA/train.tsv .. (default: data/, where a missing task is downloaded)")
     arg("--limit-train", type=int, metavar="N", help="use only the first N training rows (default: all)")
     arg("--limit-dev", type=int, metavar="N", help="use only the first N dev rows (default: all)")
-    arg("--hold-out", type=float, metavar="N", help="score on N random training rows, always the same, that are taken out of training, "
+    arg("--hold-out", type=float, metavar="N",
+        help="score on N random training rows, always the same, that are taken out of training, "
         "instead of the dev set, to choose settings by; below 1: on this share of them, at most 3000 (default: off)")
-    arg("--max-length", type=int, help="longer inputs are cut to this many tokens (default: 128, or what the model has positions for)")
+    arg("--max-length", type=int,
+        help="longer inputs are cut to this many tokens (default: 128, or what the model has positions for)")
 
     training.method_flags(parser, METHODS, LINEARS)
     arg = training.flag_group(parser, "some baselines")
-    arg("--bottleneck", type=int, help="width of adapter-h and adapter-p (default: 32 and 64, with which they are as large as LoRA of rank 8)")
+    arg("--bottleneck", type=int,
+        help="width of adapter-h and adapter-p (default: 32 and 64, with which they are as large as LoRA of rank 8)")
     arg("--virtual-tokens", type=int, default=20, help="length of the prefix or the prompt")
 
-    training.run_flags(parser, epochs="by task, 3 to 20", lr="3e-4; ft 3e-5, prefix 1e-4, prompt 1e-3; more for demo", batch_size=32, dtype="float32", out="runs/TASK-METHOD")
+    training.run_flags(parser, epochs="by task, 3 to 20", lr="3e-4; ft 3e-5, prefix 1e-4, prompt 1e-3; more for demo", batch_size=32,
+                       dtype="float32", out="runs/TASK-METHOD")
     arg = training.flag_group(parser, "choice of the learning rate")
-    arg("--lr-grid", type=float, nargs="+", metavar="LR", help="a run for each, scored on rows held out of training (--hold-out, by default a fifth, at "
+    arg("--lr-grid", type=float, nargs="+", metavar="LR",
+        help="a run for each, scored on rows held out of training (--hold-out, by default a fifth, at "
         "most 3000), with a seed of its own; then the run, or those of --seeds, on all rows at the best")
     args = parser.parse_args(argv)
 
@@ -62,7 +68,7 @@ def parse_args(argv=None):
     if args.model is None:
         args.model = str(HERE / "demo" / "model") if demo else "roberta-base"
     if args.lr is None:
-        args.lr = LEARNING_RATES.get(args.method, (3e-4, 3e-3))[demo]
+        args.lr = DEMO_LEARNING_RATES.get(args.method, 3e-3) if demo else LEARNING_RATES.get(args.method, 3e-4)
     if args.bottleneck is None:
         args.bottleneck = 64 if args.method == "adapter-p" else 32
     if args.threads is None and demo:
@@ -70,8 +76,10 @@ def parse_args(argv=None):
     args.dtype = args.dtype or "float32"
     training.settle(args)
     training.at_least(args, 1, "bottleneck", "virtual_tokens")
-    training.need(args.task in TASKS or Path(args.task).is_dir(), "--task", repr(args.task), f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv")
-    training.need(args.task in TASKS or args.data is None, "--data", repr(args.data), "nothing when --task is itself the folder with the data")
+    if args.task not in TASKS:
+        expected = f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv"
+        training.need(Path(args.task).is_dir(), "--task", repr(args.task), expected)
+        training.need(args.data is None, "--data", repr(args.data), "nothing when --task is itself the folder with the data")
     training.need(min(args.lr_grid or [1]) > 0 and max(args.lr_grid or [1]) < math.inf, "--lr-grid", args.lr_grid, "positive numbers")
     return args
 
@@ -100,12 +108,12 @@ def train(args, seed, out):
     room = config.max_length - (args.virtual_tokens if args.method == "prompt" else 0)
     max_length = min(128, room) if args.max_length is None else args.max_length
     if not 8 <= max_length <= room:
-        raise InputError(f"--max-length is {max_length}, but {args.model} has positions for {config.max_length} tokens"
-                         + f", {args.virtual_tokens} of them for the prompt (--virtual-tokens)" * (args.method == "prompt"))
+        taken = f", {args.virtual_tokens} of them for the prompt (--virtual-tokens)" if args.method == "prompt" else ""
+        raise InputError(f"--max-length is {max_length}, but {args.model} has positions for {config.max_length} tokens{taken}")
     tokens = tokenize(tokenizer, train_rows.texts, max_length, config.vocab_size)
     dev_tokens = [tokenize(tokenizer, rows.texts, max_length, config.vocab_size) for rows in dev_sets]
     lengths, pad_id = [len(ids) for ids, _ in tokens], config.pad_token_id
-    plan = training.schedule(args, len(tokens), task.epochs if args.epochs is None else args.epochs)
+    plan = training.schedule(args, lengths, [1] * len(tokens), task.epochs if args.epochs is None else args.epochs)
 
     # ---- model and method
     torch.manual_seed(seed)
@@ -143,27 +151,28 @@ def train(args, seed, out):
             scores |= {f"{k}_mismatched": v for k, v in score(task, dev_sets[1].labels, logits[1]).items()}
         return logits, scores
 
-    logits, scores, history, seconds = training.fit(args, plan, settings, out, model, lowrank, lengths, [1] * len(tokens), loss_of, evaluate_dev)
+    with training.own_folder(args, out):
+        logits, scores, history, seconds = training.fit(args, plan, settings, out, model, lowrank, loss_of, evaluate_dev)
 
-    # ---- results; result.json comes last: with it the run counts as finished
-    if RANK:
-        return None
-    for name, rows, values in zip(("predictions.tsv", "predictions_mismatched.tsv"), dev_sets, logits):
-        lines = ["\t".join(["index", "label", "prediction", *(f"logit_{i}" for i in range(values.shape[1]))])]
-        for i, (label, row) in enumerate(zip(rows.labels, values)):
-            prediction = row.argmax() if task.labels else row[0]
-            lines.append("\t".join(map(str, [i, label, prediction, *row])))
-        training.write_text(out / name, "\n".join(lines) + "\n")
-    if lowrank:
-        head = ["classifier"] if config.model_type == "roberta" else ["classifier", "pooler"]
-        sl.save(model, out / "adapter", head, training.budget_of(args), base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
-    if args.method == "prefix":
-        model.prefix.finish()
-    result = dict(
-        task=args.task, model=args.model, method=args.method, seed=seed, metric=task.metric, score=scores[task.metric], metrics=scores,
-        best_score=max(h[task.metric] for h in history), labels=task.labels, dev_rows=[len(rows.labels) for rows in dev_sets])
-    result |= training.common_result(args, plan, settings, model, lowrank, trainable_params, head_params, len(tokens), history, seconds)
-    training.write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+        # ---- results; result.json comes last: with it the run counts as finished
+        if RANK:
+            return None
+        for name, rows, values in zip(("predictions.tsv", "predictions_mismatched.tsv"), dev_sets, logits):
+            lines = ["\t".join(["index", "label", "prediction", *(f"logit_{i}" for i in range(values.shape[1]))])]
+            for i, (label, row) in enumerate(zip(rows.labels, values)):
+                prediction = row.argmax() if task.labels else row[0]
+                lines.append("\t".join(map(str, [i, label, prediction, *row])))
+            training.write_text(out / name, "\n".join(lines) + "\n")
+        if lowrank:
+            head = ["classifier"] if config.model_type == "roberta" else ["classifier", "pooler"]
+            sl.save(model, out / "adapter", head, training.budget_of(args), base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
+        if args.method == "prefix":
+            model.prefix.finish()
+        result = dict(
+            task=args.task, model=args.model, method=args.method, seed=seed, metric=task.metric, score=scores[task.metric], metrics=scores,
+            best_score=max(h[task.metric] for h in history), labels=task.labels, dev_rows=[len(rows.labels) for rows in dev_sets])
+        result |= training.common_result(args, plan, settings, model, lowrank, trainable_params, head_params, history, seconds)
+        training.write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -172,7 +181,8 @@ def report(args, result, out):
     print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} {'held-out' if args.hold_out else 'dev'} rows "
           f"after {result['steps']} steps, {result['seconds']:.0f} s")
     training.report_ranks(args, result, LINEARS, at=3)
-    print(f"\n{out}/: result.json, log.jsonl, predictions.tsv" + ", adapter/ (loads in PEFT)" * bool(result["ranks"]))
+    adapter = ", adapter/ (loads in PEFT)" if result["ranks"] else ""
+    print(f"\n{out}/: result.json, log.jsonl, predictions.tsv{adapter}")
 
 
 def main(argv):
@@ -183,7 +193,8 @@ def main(argv):
     name = args.task if args.task in TASKS else Path(args.task).resolve().name
     training.run_all(args, Path(args.out) if args.out else training.free_folder(f"runs/{name}-{args.method}"), train, report)
     if args.task == "demo" and args.seeds is None and RANK == 0:
-        print("\nnext: --method lora (the same without gates), --budget 0.25, --seeds 0 1 2, or the real thing: python train_glue.py --task cola")
+        print("\nnext: --method lora (the same without gates), --budget 0.25, --seeds 0 1 2, or the real thing: "
+              "python train_glue.py --task cola")
 
 
 def command(argv=None):

@@ -65,8 +65,9 @@ def parse_args(argv=None):
     training.need(demo or (args.model and args.data), missing, "not given", "both --model and --data (or neither, for the demo)")
     if demo:
         args.model, args.data = str(DEMO / "llama"), str(DEMO / "instruct.jsonl")
-        args.threads = args.threads or 1
-    args.lr = args.lr or (5e-3 if demo else 3e-4)
+        args.threads = 1 if args.threads is None else args.threads
+    if args.lr is None:
+        args.lr = 5e-3 if demo else 3e-4
     args.dtype = args.dtype or ("float32" if demo else "bfloat16")
     if args.epochs is None:
         args.epochs = 3
@@ -159,7 +160,7 @@ def train(args, seed, out):
     dev = encode(tokenizer, held, args.template, end_id, args.max_length, config.vocab_size)
     lengths = [len(e) for e in examples]
     asked = [len(e) - 1 if args.train_on_prompt else len(e.response) for e in examples]  # tokens that are trained on
-    plan = training.schedule(args, len(examples), args.epochs)
+    plan = training.schedule(args, lengths, asked, args.epochs)
 
     # ---- model and method
     torch.manual_seed(seed)
@@ -186,24 +187,25 @@ def train(args, seed, out):
         loss = (sums[:, 0].sum() / sums[:, 1].sum()).item()
         return sums, dict(loss=loss, perplexity=math.exp(min(loss, 700)))
 
-    _, scores, history, seconds = training.fit(args, plan, settings, out, model, lowrank, lengths, asked, loss_of, evaluate_dev)
+    with training.own_folder(args, out):
+        _, scores, history, seconds = training.fit(args, plan, settings, out, model, lowrank, loss_of, evaluate_dev)
 
-    # ---- results; result.json comes last: with it the run counts as finished
-    if RANK:
-        return None
-    answers = answer(model, tokenizer, prompts, stop, 128)
-    lines = ["index\tlabel\tprediction"]
-    lines += [f"{i}\t{escape(row['output'])}\t{escape(text)}" for i, (row, text) in enumerate(zip(held, answers))]
-    training.write_text(out / "predictions.tsv", "\n".join(lines) + "\n")
-    sl.save(model, out / "adapter", budget=training.budget_of(args), base_model_name_or_path=str(args.model), task_type="CAUSAL_LM")
-    if answers:
-        scores["exact_match"] = sum(row["output"] == text for row, text in zip(held, answers)) / len(answers)
-    shown = [dict(instruction=row["instruction"], input=row["input"], reference=row["output"], before=b, after=a)
-             for row, b, a in zip(held, before, answers)]
-    result = dict(task=Path(args.data).stem, model=args.model, method=args.method, seed=seed, metric="loss", score=scores["loss"],
-                  metrics=scores, best_score=min(h["loss"] for h in history), dev_rows=[len(dev)], examples=shown)
-    result |= training.common_result(args, plan, settings, model, lowrank, trainable_params, 0, len(examples), history, seconds)
-    training.write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+        # ---- results; result.json comes last: with it the run counts as finished
+        if RANK:
+            return None
+        answers = answer(model, tokenizer, prompts, stop, 128)
+        lines = ["index\tlabel\tprediction"]
+        lines += [f"{i}\t{escape(row['output'])}\t{escape(text)}" for i, (row, text) in enumerate(zip(held, answers))]
+        training.write_text(out / "predictions.tsv", "\n".join(lines) + "\n")
+        sl.save(model, out / "adapter", budget=training.budget_of(args), base_model_name_or_path=str(args.model), task_type="CAUSAL_LM")
+        if answers:
+            scores["exact_match"] = sum(row["output"] == text for row, text in zip(held, answers)) / len(answers)
+        shown = [dict(instruction=row["instruction"], input=row["input"], reference=row["output"], before=b, after=a)
+                 for row, b, a in zip(held, before, answers)]
+        result = dict(task=Path(args.data).stem, model=args.model, method=args.method, seed=seed, metric="loss", score=scores["loss"],
+                      metrics=scores, best_score=min(h["loss"] for h in history), dev_rows=[len(dev)], examples=shown)
+        result |= training.common_result(args, plan, settings, model, lowrank, trainable_params, 0, history, seconds)
+        training.write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -430,7 +432,7 @@ def open_scorers(args, targets):
             raise InputError(f"--lm {args.lm}: kenlm cannot read it ({str(e).split(') ')[-1]})") from None
 
         def perplexity(outputs, target):
-            tokens = sum(len(text.split()) + 1 for text in outputs)  # the end of a sentence is one
+            tokens = sum(len(text.split()) + 1 for text in outputs)  # the end of a sentence counts as one
             return 10 ** (-sum(lm.score(text) for text in outputs) / tokens)  # lm.score is a log10 probability
 
         scorers["PPL"] = perplexity

@@ -4,7 +4,6 @@ What train_glue.py and train_instruct.py share: flags and their checks, the trai
 
 import argparse
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -26,14 +25,14 @@ from safetensors.torch import load_file, save_file
 
 import baselines
 import salora as sl
-from data import InputError
+from data import InputError, locked
 from data.batching import batch_order
 from model import read_json
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 TUNING_SEED = 100  # of the runs of --lr-grid
 NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid")  # flags that are no settings of a single run
-OF_NO_CONSEQUENCE = ("threads", "log_every", "save_every")  # flags that --resume may change
+MAY_CHANGE = ("threads", "log_every", "save_every")  # flags that --resume may change
 RESOLVED_LATER = ("epochs", "max_length", "selection", "gate_lr", "lr", "r", "dtype")  # flags for which None means: what the run takes
 RECIPES = {  # what the two recipes set, unless a flag says otherwise
     "default": dict(beta=0.01, orth_reduction="mean", selection=None, straight_through=True, fold_gates=False, gate_lr=None, rewarm=True),
@@ -61,7 +60,8 @@ def flag_group(parser, title):
 def method_flags(parser, methods, letters):
     arg = flag_group(parser, "method")
     arg("--method", choices=methods, default="salora", help="SaLoRA, or what it is compared with: see baselines.py")
-    arg("--adapter", metavar="DIR", help="go on from this LoRA adapter, of this project or of PEFT, with its own --r, --alpha, --targets and --layers; "
+    arg("--adapter", metavar="DIR",
+        help="go on from this LoRA adapter, of this project or of PEFT, with its own --r, --alpha, --targets and --layers; "
         "with --epochs 0 only score it (default: start anew)")
     arg("--r", type=int, help="rank at the start (default: 8)")
     arg("--alpha", type=float, help="the update is scaled by alpha/r (default: r, a scale of 1)")
@@ -70,24 +70,30 @@ def method_flags(parser, methods, letters):
     arg("--layers", type=int, nargs="+", help="numbers of the layers that low-rank methods adapt, from 0 (default: all)")
     arg("--budget", type=float, default=0.5, help="share b of the adapter parameters to keep (adalora: of the triplets)")
     arg("--beta", type=float, help="weight of the orthogonal regulariser (default: 0.01; adalora 0.1)")
-    arg("--window", type=float, nargs=2, default=[0.2, 0.5], metavar=("START", "END"), help="fractions of the run between which gates are "
+    arg("--window", type=float, nargs=2, default=[0.2, 0.5], metavar=("START", "END"),
+        help="fractions of the run between which gates are "
         "learned (adalora: between which the budget falls)")
     arg("--recipe", choices=list(RECIPES), default="default", help="paper: the letter of the paper, "
         "--beta 0.1 --orth-reduction sum --selection paper --no-straight-through --fold-gates --gate-lr 0.01 --no-rewarm")
     arg("--orth-reduction", choices=["mean", "sum"], help="of the regulariser over the matrices (default: mean)")
     arg("--selection", choices=["budget", "paper"], help="keep what fits the budget, or what has a gate above 0 "
         "(default: budget; with --price: paper)")
-    arg("--straight-through", action=argparse.BooleanOptionalAction, help="in the window, train the weights with gates of 1 and log theta with "
+    arg("--straight-through", action=argparse.BooleanOptionalAction,
+        help="in the window, train the weights with gates of 1 and log theta with "
         "the gradient of the drawn gates; no: train the weights with the drawn gates (default: yes)")
-    arg("--fold-gates", action=argparse.BooleanOptionalAction, help="multiply kept gates into B instead of setting them to 1 (default: no)")
-    arg("--gate-lr", type=float, help="learning rate of log theta and lambda (default: 0.2; in a window of less than 160 steps more, 32 / steps, up to 1)")
-    arg("--price", type=float, metavar="LAMBDA", help="eq. 10: a constant price of an open gate instead of a budget (default: off)")
+    arg("--fold-gates", action=argparse.BooleanOptionalAction,
+        help="multiply kept gates into B instead of setting them to 1 (default: no)")
+    arg("--gate-lr", type=float,
+        help="learning rate of log theta and lambda (default: 0.2; in a window of less than 160 steps more, 32 / steps, up to 1)")
+    arg("--price", type=float, metavar="LAMBDA",
+        help="eq. 10: a constant price of an open gate instead of a budget (default: off)")
 
 
 def machine_flags(parser, dtype):
     arg = flag_group(parser, "machine")
     arg("--device", default="auto", help="auto, cpu, cuda or cuda:i")
-    arg("--dtype", choices=["float32", "bfloat16"], help=f"of the frozen weights; what is trained is float32 (default: {dtype})")
+    arg("--dtype", choices=["float32", "bfloat16"],
+        help=f"of the frozen weights; what is trained is float32 (default: {dtype})")
     arg("--threads", type=int, help="CPU threads (default: torch's choice; for demo 1, its tensors are too small to share)")
     return arg
 
@@ -100,8 +106,10 @@ def run_flags(parser, epochs, lr, batch_size, dtype, out):
     arg("--batch-size", type=int, default=batch_size, help="rows of a forward pass, in each process")
     arg("--accumulate", type=int, default=1, help="forward passes a step")
     arg("--lr", type=float, help=f"of the weights (default: {lr})")
-    arg("--warmup", type=float, default=0.06, help="share of the steps in which the learning rates rise, before they fall linearly to 0")
-    arg("--rewarm", action=argparse.BooleanOptionalAction, help="salora: after the window, when the adapter has been cut down, the learning rate "
+    arg("--warmup", type=float, default=0.06,
+        help="share of the steps in which the learning rates rise, before they fall linearly to 0")
+    arg("--rewarm", action=argparse.BooleanOptionalAction,
+        help="salora: after the window, when the adapter has been cut down, the learning rate "
         "starts at --lr again (default: yes)")
     arg("--weight-decay", type=float, default=0.01, help="of the weights; gates and lambda have none")
     arg("--seed", type=int, default=0, help="of head and adapter weights, order of rows, dropout and gates")
@@ -109,14 +117,16 @@ def run_flags(parser, epochs, lr, batch_size, dtype, out):
 
     arg = machine_flags(parser, dtype)
     arg("--compile", action="store_true", default=False, help="compile the model with torch.compile")
-    arg("--checkpoint-activations", action="store_true", default=False, help="recompute activations in the backward pass: less memory, more time")
+    arg("--checkpoint-activations", action="store_true", default=False,
+        help="recompute activations in the backward pass: less memory, more time")
 
     arg = flag_group(parser, "output")
     arg("--out", help=f"folder of the run (default: {out}, with a number behind it if that is taken)")
     arg("--resume", action="store_true", default=False, help="go on from --out/checkpoint")
     arg("--overwrite", action="store_true", default=False, help="replace a finished run in --out")
     arg("--log-every", type=int, default=10, help="steps from one line of log.jsonl to the next")
-    arg("--save-every", type=int, metavar="N", help="write a checkpoint every N steps too (default: after each epoch, and on Ctrl-C or SIGTERM)")
+    arg("--save-every", type=int, metavar="N",
+        help="write a checkpoint every N steps too (default: after each epoch, and on Ctrl-C or SIGTERM)")
 
 
 def settle(args):
@@ -126,7 +136,8 @@ def settle(args):
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    need(args.adapter is None or args.method in ("lora", "salora"), "--adapter", "given", f"no adapter with --method {args.method}; lora and salora can go on from one")
+    need(args.adapter is None or args.method in ("lora", "salora"), "--adapter", "given",
+         f"no adapter with --method {args.method}; lora and salora can go on from one")
     if args.adapter is None:
         args.r, args.targets = 8 if args.r is None else args.r, args.targets or list("qkvoud")
         args.alpha = float(args.r) if args.alpha is None else args.alpha
@@ -146,11 +157,13 @@ def settle(args):
              "a positive number" + ", or 0 with --adapter or --method head, to score what is there" * (name == "epochs"))
     need(0 <= args.warmup < 1, "--warmup", args.warmup, "a share in [0, 1)")
     need(args.seeds is None or len(set(args.seeds)) == len(args.seeds), "--seeds", args.seeds, "different numbers")
-    need(args.layers is None or min(args.layers) >= 0 and len(set(args.layers)) == len(args.layers), "--layers", args.layers, "different numbers from 0")
+    need(args.layers is None or min(args.layers) >= 0 and len(set(args.layers)) == len(args.layers), "--layers", args.layers,
+         "different numbers from 0")
     need(len(set(args.targets or [])) == len(args.targets or []), "--targets", " ".join(args.targets or []), "each letter once")
     need(not args.resume or args.out, "--resume", "given without --out", "the --out of the run to go on with")
     find_device(args)
-    need(PROCESSES == 1 or args.device in ("cpu", "cuda"), "--device", args.device, "cpu or cuda under torchrun: each process takes a GPU of its own")
+    need(PROCESSES == 1 or args.device in ("cpu", "cuda"), "--device", args.device,
+         "cpu or cuda under torchrun: each process takes a GPU of its own")
 
 
 def find_device(args):
@@ -264,13 +277,14 @@ def load_checkpoint(out, progress, tensors, optimizer, lowrank, device, settings
     """The inverse of save_checkpoint, for what find_checkpoint gave. Pruned tensors come in the shapes they were saved in."""
     for name, value in settings.items():
         found = progress["settings"].get(name)
-        if found != value and name not in OF_NO_CONSEQUENCE:
-            raise InputError(f"--resume: {flag(name)} is {value}, but the checkpoint in {out} was written with {found}: give the run's own flags")
+        if found != value and name not in MAY_CHANGE:
+            raise InputError(f"--resume: {flag(name)} is {value}, but the checkpoint in {out} was written with {found}: "
+                             "give the run's own flags")
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
         kind, *rest = name.split(".")
         if kind in ("param", "state"):
-            p, value = trained[int(rest[0])], value.to(device)
+            p, value = trained[int(rest[0])], value.to(device, copy=True)  # a file aligns its tensors otherwise: other last bits
             if value.dim() == 2 and p.stride(0) == 1:  # lora_B and its moments lie column by column
                 value = value.mT.contiguous().mT
             if kind == "param":
@@ -288,8 +302,8 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def noticed_signals():
-    """A list to which the number of a SIGINT or SIGTERM is added, so that a step can be finished first; a second one interrupts at once. Only the
-    main thread hears signals."""
+    """A list to which the number of a SIGINT or SIGTERM is added, so that a step can be finished first; a second one interrupts at
+    once. Only the main thread hears signals."""
     seen = []
     if threading.current_thread() is not threading.main_thread():
         yield seen
@@ -308,36 +322,51 @@ def noticed_signals():
             signal.signal(number, handler)
 
 
-class FolderLock:
-    """Keeps other processes out of a run's folder for as long as it lives, or the process does."""
-
-    def __init__(self, out):
-        self.handle = os.open(out, os.O_RDONLY)
+@contextlib.contextmanager
+def own_folder(args, out):
+    """Makes the folder of a run and keeps other processes out of it until the run is through, or the process ends."""
+    if RANK:
+        yield
+        return
+    make_folder(out)
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(out, wait=False))
         except BlockingIOError:
             raise InputError(f"--out {out}: another run is writing into it; give another folder, or wait") from None
-
-    def __del__(self):
-        os.close(self.handle)
+        refuse_finished(args, out)  # by another process while this one was loading
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one run
 
 
-def schedule(args, rows, epochs):
-    """How long a run over `rows` training rows takes: epochs, rows_per_step, epoch_steps, steps, window (the numbers of its steps), and
-    gate_lr, the gates' learning rate, with which log theta can travel several units within a short window."""
+def schedule(args, lengths, weights, epochs):
+    """The plan of a run. lengths: the tokens of each training row; weights: what it counts in the mean loss of a step. In the plan
+    besides: epochs, rows_per_step, epoch_steps, steps; gated: are there gates; window: the numbers of its steps; gate_lr: the gates'
+    learning rate, with which log theta can travel several units within a short window; warmup and restart, in steps: see lr_factor."""
     rows_per_step = args.batch_size * args.accumulate * PROCESSES
-    epoch_steps = math.ceil(rows / rows_per_step)
+    epoch_steps = math.ceil(len(lengths) / rows_per_step)
     steps = min(math.ceil(epochs * epoch_steps), args.max_steps or math.inf)
     window = [step for step in range(steps) if args.window[0] <= step / steps < args.window[1]]
     if args.method in ("salora", "adalora") and steps and not any(window):
-        raise InputError(f"--window {args.window[0]} {args.window[1]} holds none of the {steps} steps after the first, in which B is 0 and no gate "
-                         "has a gradient: widen it or train longer")
+        raise InputError(f"--window {args.window[0]} {args.window[1]} holds none of the {steps} steps after the first, in which B is 0 "
+                         "and no gate has a gradient: widen it or train longer")
     gate_lr = min(max(0.2, 32 / max(len(window), 1)), 1.0) if args.gate_lr is None else args.gate_lr
-    return SimpleNamespace(epochs=epochs, rows_per_step=rows_per_step, epoch_steps=epoch_steps, steps=steps, window=window, gate_lr=gate_lr)
+    rewarm = args.method == "salora" and args.rewarm and window
+    return SimpleNamespace(
+        lengths=lengths, weights=weights, epochs=epochs, rows_per_step=rows_per_step, epoch_steps=epoch_steps, steps=steps,
+        gated=args.method == "salora", window=window, gate_lr=gate_lr,
+        warmup=math.ceil(args.warmup * steps), restart=window[-1] + 1 if rewarm else steps)
+
+
+def lr_factor(plan, step):
+    """The share of its peak that a learning rate has: it rises linearly over the warm-up and falls linearly to 0; when the adapter
+    has been cut down (restart) it falls from the peak once more."""
+    if step >= plan.restart:
+        return (plan.steps - step) / (plan.steps - plan.restart)
+    return min((step + 1) / max(plan.warmup, 1), (plan.steps - step) / max(plan.steps - plan.warmup, 1))
 
 
 def own_device(args):
@@ -359,9 +388,9 @@ def install(args, model, steps, seed):
         need(len(found) == 1 or args.method == "lora" or not steps, f"--adapter {args.adapter}: its rank", f"{min(found)} to {max(found)}",
              "one for all where gates are to be learned; --method lora goes on from it")
     if args.method == "salora":
-        return sl.SaLoRA(model, paths, r=args.r, alpha=args.alpha, budget=args.budget, beta=args.beta, window=args.window if steps else None,
-                         orth_reduction=args.orth_reduction, price=args.price, selection=args.selection,
-                         straight_through=args.straight_through, fold_gates=args.fold_gates, seed=seed)
+        return sl.SaLoRA(model, paths, r=args.r, alpha=args.alpha, budget=args.budget, beta=args.beta,
+                         window=args.window if steps else None, orth_reduction=args.orth_reduction, price=args.price,
+                         selection=args.selection, straight_through=args.straight_through, fold_gates=args.fold_gates, seed=seed)
     return baselines.install(model, args.method, paths, steps, args.r, args.alpha, args.budget, args.beta, args.window,
                              getattr(args, "bottleneck", None), getattr(args, "virtual_tokens", None))
 
@@ -383,45 +412,90 @@ def announce(settings, line):
     print(line)
 
 
-def fit(*args):
-    """run_steps, between whose steps SIGINT and SIGTERM are heard."""
-    plan = args[1]
-    with noticed_signals() as stop:
-        try:
-            return run_steps(*args, stop)
-        except BaseException:
-            plan.lock = None  # a traceback may keep the plan, but not the folder
-            raise
+class Log:
+    """log.jsonl, and the same on the screen: now and then a line, with means over the steps since the last one."""
+
+    def __init__(self, out, plan, device):
+        self.file, self.plan = out / "log.jsonl", plan
+        self.sums = torch.zeros(2, device=device)  # loss, task loss since the last line
+        self.tokens = self.steps = 0  # since then
+        self.seconds = 0.0  # of the whole run
+        self.restart_clock()
+
+    def restart_clock(self):
+        """After what is not training: an evaluation, a checkpoint."""
+        self.start = time.time()
+
+    def state(self):
+        """What a checkpoint needs to go on between two lines."""
+        return [*self.sums.tolist(), self.tokens, self.steps]
+
+    def resume(self, step, seconds, state):
+        """Goes on where a run was stopped, without the lines that were written after that."""
+        self.seconds = seconds
+        self.sums, self.tokens, self.steps = torch.tensor(state[:2], device=self.sums.device), *state[2:]
+        if RANK == 0:
+            lines = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
+            write_text(self.file, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step))
+
+    def write(self, step, lr, lowrank):
+        plan = self.plan
+        if PROCESSES > 1:
+            dist.all_reduce(self.sums)
+        loss, task_loss = (self.sums / self.steps).tolist()
+        now = time.time()  # after the line above, which waits for the device
+        self.seconds, speed = self.seconds + now - self.start, self.tokens / (now - self.start)
+        entry = {"step": step, "epoch": round((step + 1) / plan.epoch_steps, 4), "loss": loss, "task_loss": task_loss, "lr": lr,
+                 "density": None, "lambda": None, "orth_a": None, "orth_b": None, "tokens_per_second": round(speed, 1)}
+        if lowrank:
+            with torch.no_grad():
+                orth_a, orth_b = lowrank.orthogonality()
+                entry |= {"density": lowrank.density().item(), "orth_a": orth_a.item(), "orth_b": orth_b.item()}
+                if isinstance(lowrank, sl.SaLoRA):
+                    entry["lambda"] = lowrank.lam.item()
+        for name in ("loss", "density", "lambda", "orth_a", "orth_b"):
+            if not math.isfinite(entry[name] or 0):
+                raise InputError(f"the run came apart: {name} is {entry[name]} at step {step}, or in one of the {self.steps - 1} before "
+                                 f"it, with a learning rate of {lr:.3g}. Try a smaller --lr; checkpoints in {self.file.parent} are from "
+                                 "before that")
+        if RANK == 0:
+            with self.file.open("a") as f:
+                f.write(json.dumps(entry) + "\n")
+
+        line = f"step {step + 1}/{plan.steps} loss {task_loss:.4f}"
+        if plan.gated:
+            line += f" density {entry['density']:.3f} lambda {entry['lambda']:.3f}"
+        left = int(self.seconds / (step + 1) * (plan.steps - step - 1))
+        line += f" {speed:.0f} tokens/s, {left // 60}:{left % 60:02d} left"
+        if sys.stdout.isatty():
+            print(f"\r{line:<100}", end="", flush=True)
+        elif step * 20 // plan.steps != (step - self.steps) * 20 // plan.steps:  # a file gets 20 lines
+            print(line, flush=True)
+        self.sums.zero_()
+        self.tokens = self.steps = 0
+        self.restart_clock()
 
 
-def run_steps(args, plan, settings, out, model, lowrank, lengths, weights, loss_of, evaluate, stop):
-    """The training loop, which writes log.jsonl and checkpoint/ into `out`. lengths: the tokens of each training row; weights: what it counts in the
-    mean loss of a step; loss_of(rows): the summed loss of some rows, given by their numbers; evaluate(): a pair, outputs on the dev rows
-    and {metric: value}. Returns evaluate()'s pair for the trained model, the scores after each epoch, and the seconds it took."""
-    device, seed, gated = next(model.parameters()).device, settings["seed"], args.method == "salora"
-    steps, epoch_steps = plan.steps, plan.epoch_steps
-    if gated:
+def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
+    """The training loop, which writes log.jsonl and checkpoint/ into `out`. loss_of(rows): the summed loss of some rows, given by
+    their numbers; evaluate(): a pair, outputs on the dev rows and {metric: value}. Returns evaluate()'s pair for the trained model,
+    the scores after each epoch, and the seconds it took."""
+    device, seed, steps, epoch_steps = next(model.parameters()).device, settings["seed"], plan.steps, plan.epoch_steps
+    if plan.gated:
         groups = lowrank.param_groups(args.lr, plan.gate_lr, args.weight_decay)
     else:
         groups = [dict(params=[p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=args.weight_decay)]
     optimizer = torch.optim.AdamW(groups, fused=True)  # one call for all parameters
-    for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]
+    peaks = [group["lr"] for group in groups]
 
-    # ---- the folder: go on where a run was stopped, or start anew
-    step, history, seconds, log_file = 0, [], 0.0, out / "log.jsonl"
-    if RANK == 0:
-        make_folder(out)
-        plan.lock = FolderLock(out)  # until the results are written
-        refuse_finished(args, out)  # by another process while this one was loading
+    # ---- go on where a run was stopped, or start anew
+    log, step, history = Log(out, plan, device), 0, []
     saved = find_checkpoint(out) if args.resume else None
     if saved:
         progress, tensors = saved
         load_checkpoint(out, progress, tensors, optimizer, lowrank, device, settings)
-        step, history, seconds = progress["step"], progress["history"], progress["seconds"]
-        if RANK == 0:
-            lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
-            write_text(log_file, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step))
+        step, history = progress["step"], progress["history"]
+        log.resume(step, progress["seconds"], progress["open_line"])
         print(f"resumed at step {step} of {steps}")
     else:
         if args.resume:
@@ -430,127 +504,90 @@ def run_steps(args, plan, settings, out, model, lowrank, lengths, weights, loss_
             print(f"{out}: holds a run that did not finish and is replaced (--resume would have gone on with it)")
         if RANK == 0:
             clear_folder(out)
-            log_file.write_text("")
-
-    # ---- the loop
-    warmup = math.ceil(args.warmup * steps)
-    restart = plan.window[-1] + 1 if plan.window and gated and args.rewarm else steps
-    batches, outputs, scores = None, None, None
-    sums, log_tokens, log_steps, log_start = torch.zeros(2, device=device), 0, 0, time.time()  # sums: loss, task loss since the last line
-    if saved:
-        sums, log_tokens, log_steps = torch.tensor(progress["open_line"][:2], device=device), *progress["open_line"][2:]
+            log.file.write_text("")
 
     def checkpoint():
         if RANK == 0:
             save_checkpoint(out / "checkpoint", optimizer, lowrank, dict(
-                step=step, history=history, seconds=seconds, settings=settings, open_line=[*sums.tolist(), log_tokens, log_steps]))
+                step=step, history=history, seconds=log.seconds, settings=settings, open_line=log.state()))
+        log.restart_clock()
 
+    # ---- the loop
+    batches, outputs, scores = None, None, None
     model.train()
-    while step < steps:
-        if batches is None or step % epoch_steps == 0:  # the order of an epoch depends on the seed and its number alone
-            batches = batch_order(lengths, plan.rows_per_step, np.random.default_rng([seed, step // epoch_steps]))
-        batch = batches[step % epoch_steps]
-        factor = min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1))
-        if step >= restart:
-            factor = (steps - step) / (steps - restart)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+    with noticed_signals() as stop:
+        while step < steps:
+            if batches is None or step % epoch_steps == 0:  # the order of an epoch depends on the seed and its number alone
+                batches = batch_order(plan.lengths, plan.rows_per_step, np.random.default_rng([seed, step // epoch_steps]))
+            batch = batches[step % epoch_steps]
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * lr_factor(plan, step)
 
-        torch.manual_seed((seed * steps + step) * PROCESSES + RANK)  # of dropout: a resumed run needs no generator's state
-        total = sum(weights[j] for j in batch)
-        share = batch[RANK::PROCESSES] or batch[:1]  # a last batch may be too small for all: one row then, which does not count
-        for i in range(0, len(share), args.batch_size):
+            torch.manual_seed((seed * steps + step) * PROCESSES + RANK)  # of dropout: a resumed run needs no generator's state
+            total = sum(plan.weights[j] for j in batch)
+            share = batch[RANK::PROCESSES] or batch[:1]  # a last batch may be too small for all: one row then, which does not count
+            for i in range(0, len(share), args.batch_size):
+                if lowrank:
+                    lowrank.begin_step(step / steps, optimizer)  # draws the step's gates; at the end of the window it prunes
+                part = share[i:i + args.batch_size]
+                loss = loss_of(part) * ((RANK < len(batch)) / total)
+                log.sums += loss.detach()
+                loss = loss * PROCESSES  # average_gradients takes a mean over the processes
+                if lowrank and i + args.batch_size >= len(share):
+                    penalty = lowrank.penalty()  # beta R_orth + lambda (C - b)^2, once a step
+                    log.sums[0] += penalty.detach() / PROCESSES
+                    loss = loss + penalty
+                loss.backward()
+            sl.average_gradients(optimizer)
+            optimizer.step()
             if lowrank:
-                lowrank.begin_step(step / steps, optimizer)  # draws the step's gates; at the end of the window it prunes
-            part = share[i:i + args.batch_size]
-            loss = loss_of(part) * ((RANK < len(batch)) / total)
-            sums += loss.detach()
-            loss = loss * PROCESSES  # average_gradients takes a mean over the processes
-            if lowrank and i + args.batch_size >= len(share):
-                penalty = lowrank.penalty()  # beta R_orth + lambda (C - b)^2, once a step
-                sums[0] += penalty.detach() / PROCESSES
-                loss = loss + penalty
-            loss.backward()
-        sl.average_gradients(optimizer)
-        optimizer.step()
-        if lowrank:
-            lowrank.end_step()  # lambda >= 0
-        optimizer.zero_grad()
+                lowrank.end_step()  # lambda >= 0
+            optimizer.zero_grad()
 
-        # ---- a line in log.jsonl now and then
-        log_steps, log_tokens = log_steps + 1, log_tokens + sum(lengths[j] for j in batch)
-        epoch_end, save = (step + 1) % epoch_steps == 0 or step + 1 == steps, args.save_every and (step + 1) % args.save_every == 0
-        if step % args.log_every == 0 or epoch_end or save:
-            if PROCESSES > 1:
-                dist.all_reduce(sums)
-            loss, task_loss = (sums / log_steps).tolist()
-            now = time.time()  # after the line above, which waits for the device
-            seconds, speed = seconds + now - log_start, log_tokens / (now - log_start)
-            entry = {"step": step, "epoch": round((step + 1) / epoch_steps, 4), "loss": loss, "task_loss": task_loss,
-                     "lr": optimizer.param_groups[0]["lr"], "density": None, "lambda": None, "orth_a": None, "orth_b": None,
-                     "tokens_per_second": round(speed, 1)}
-            if lowrank:
-                with torch.no_grad():
-                    orth_a, orth_b = lowrank.orthogonality()
-                    entry |= {"density": lowrank.density().item(), "lambda": None if args.method == "adalora" else lowrank.lam.item(),
-                              "orth_a": orth_a.item(), "orth_b": orth_b.item()}
-            bad = [f"{name} is {entry[name]}" for name in ("loss", "density", "lambda", "orth_a", "orth_b") if not math.isfinite(entry[name] or 0)]
-            if bad:
-                raise InputError(f"the run came apart: {bad[0]} at step {step}, or in one of the {log_steps - 1} before it, with a learning rate of {entry['lr']:.3g}. Try a "
-                                 f"smaller --lr; checkpoints in {out} are from before that")
-            if RANK == 0:
-                with log_file.open("a") as f:
-                    f.write(json.dumps(entry) + "\n")
-            gates = f" density {entry['density']:.3f} lambda {entry['lambda']:.3f}" if gated else ""
-            left = int(seconds / (step + 1) * (steps - step - 1))
-            line = f"step {step + 1}/{steps} loss {task_loss:.4f}{gates} {speed:.0f} tokens/s, {left // 60}:{left % 60:02d} left"
-            if sys.stdout.isatty():
-                print(f"\r{line:<100}", end="", flush=True)
-            elif step * 20 // steps != (step - log_steps) * 20 // steps:  # a file gets 20 lines
-                print(line, flush=True)
-            sums.zero_()
-            log_tokens, log_steps, log_start = 0, 0, time.time()
-        step += 1
+            log.steps, log.tokens = log.steps + 1, log.tokens + sum(plan.lengths[j] for j in batch)
+            epoch_end, save = (step + 1) % epoch_steps == 0 or step + 1 == steps, args.save_every and (step + 1) % args.save_every == 0
+            if step % args.log_every == 0 or epoch_end or save:
+                log.write(step, optimizer.param_groups[0]["lr"], lowrank)
+            step += 1
 
-        # ---- scores after each epoch, and a checkpoint
-        if epoch_end:
-            if lowrank and step == steps:
-                lowrank.begin_step(1.0, optimizer)  # a window that lasts to the end closes here
-            outputs, scores = evaluate()
-            history.append(dict(step=step, epoch=round(step / epoch_steps, 4), **scores))
-            line = f"epoch {step / epoch_steps:.4g}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
-            print(f"\r{line:<100}" if sys.stdout.isatty() else line, flush=True)
-            checkpoint()
-            log_start = time.time()
-        elif save:
-            checkpoint()
-        if stop and step < steps:
-            if PROCESSES == 1:
-                seconds += time.time() - log_start
+            # ---- scores after each epoch, and a checkpoint
+            if epoch_end:
+                if lowrank and step == steps:
+                    lowrank.begin_step(1.0, optimizer)  # a window that lasts to the end closes here
+                outputs, scores = evaluate()
+                history.append(dict(step=step, epoch=round(step / epoch_steps, 4), **scores))
+                line = f"epoch {step / epoch_steps:.4g}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
+                print(f"\r{line:<100}" if sys.stdout.isatty() else line, flush=True)
                 checkpoint()
-            raise Stopped(f"stopped at step {step} of {steps}; the same command with --resume goes on from "
-                          + ("there" if PROCESSES == 1 else "the last checkpoint") + f" ({out})", stop[0])
+            elif save:
+                checkpoint()
+            if stop and step < steps:
+                if PROCESSES == 1:
+                    log.seconds += time.time() - log.start
+                    checkpoint()
+                raise Stopped(f"stopped at step {step} of {steps}; the same command with --resume goes on from "
+                              + ("there" if PROCESSES == 1 else "the last checkpoint") + f" ({out})", stop[0])
 
-    if outputs is None:  # stopped between the last step and here, or no step at all
-        outputs, scores = evaluate()
-        history = history or [dict(step=0, epoch=0.0, **scores)]
-    if stop:  # while the last epoch was scored
-        raise Stopped(f"stopped after step {step} of {steps}; the same command with --resume goes on ({out})", stop[0])
-    return outputs, scores, history, seconds
+        if outputs is None:  # stopped between the last step and here, or no step at all
+            outputs, scores = evaluate()
+            history = history or [dict(step=0, epoch=0.0, **scores)]
+        if stop:  # while the last epoch was scored
+            raise Stopped(f"stopped after step {step} of {steps}; the same command with --resume goes on ({out})", stop[0])
+    return outputs, scores, history, log.seconds
 
 
 def count_trainable(model, head_params=0):
     return sum(p.numel() for p in model.parameters() if p.requires_grad) - head_params
 
 
-def common_result(args, plan, settings, model, lowrank, trainable_params, head_params, rows, history, seconds):
-    """What every result.json holds besides task and scores. trainable_params: at the start; rows: of the training set."""
+def common_result(args, plan, settings, model, lowrank, trainable_params, head_params, history, seconds):
+    """What every result.json holds besides task and scores. trainable_params: at the start."""
     kept_params = count_trainable(model, head_params)
     return dict(
         trainable_params=trainable_params, kept_params=kept_params, head_params=head_params,
         budget=budget_of(args), density=lowrank.final_density if lowrank else None,
         kept_density=kept_params / max(trainable_params, 1), ranks=sl.ranks(model), steps=plan.steps, seconds=round(seconds, 2),
-        examples_per_second=round(rows * plan.steps / plan.epoch_steps / seconds, 1) if seconds else None,
+        examples_per_second=round(len(plan.lengths) * plan.steps / plan.epoch_steps / seconds, 1) if seconds else None,
         peak_memory_mb=round(peak_memory_mb(next(model.parameters()).device), 1), history=history, settings=settings)
 
 
@@ -568,11 +605,11 @@ def load_adapter(model, folder):
 
 
 def report_ranks(args, result, linears, at):
-    """The budget and the rank map, for a person. linears: {letter: name of the module}; at: where in a path the number of the layer stands."""
+    """The budget and the rank map, for a person. linears: {letter: name of the module}; at: where in a path the layer's number is."""
     if args.method == "salora" and result["steps"]:
         goal = f"budget {args.budget:.4g}" if args.price is None else f"price {args.price:.4g}"
-        print(f"{goal}: the gates came to a density of {result['density']:.3f}; kept {result['kept_params']:,} of {result['trainable_params']:,} "
-              f"adapter parameters ({100 * result['kept_density']:.2f} %)")
+        print(f"{goal}: the gates came to a density of {result['density']:.3f}; kept {result['kept_params']:,} of "
+              f"{result['trainable_params']:,} adapter parameters ({100 * result['kept_density']:.2f} %)")
     if result["ranks"]:
         letters = {name: letter for letter, name in linears.items()}
         table = {}
@@ -635,7 +672,7 @@ def finished(args, out):
     result = read_json(file)
     for name, value in vars(args).items():
         found = result.get("settings", {}).get(name, value)
-        if found != value and (value is not None or name not in RESOLVED_LATER) and name not in (*NOT_OF_A_RUN, *OF_NO_CONSEQUENCE, "seed"):
+        if found != value and (value is not None or name not in RESOLVED_LATER) and name not in (*NOT_OF_A_RUN, *MAY_CHANGE, "seed"):
             raise InputError(f"--out {out} holds a finished run with {flag(name)} {found}, not {value}: give another folder")
     return result
 
@@ -646,7 +683,8 @@ def run(args, seed, out, train, report):
         raise InputError(f"--out {out}: --adapter lies in it and would be overwritten; give another folder")
     result = finished(args, out) if args.resume else None
     if result:
-        need(result.get("seed") == seed, f"--out {out} holds a finished run; its --seed", result.get("seed"), f"{seed}: give another folder")
+        need(result.get("seed") == seed, f"--out {out} holds a finished run; its --seed", result.get("seed"),
+             f"{seed}: give another folder")
         print(f"{out}: finished already")
     else:
         refuse_finished(args, out)
@@ -712,7 +750,8 @@ def command(main, argv):
     except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is one; a CPU's is told by its words alone
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
             raise
-        sys.exit(fail("out of memory. What helps: a smaller --batch-size with --accumulate, --checkpoint-activations, --dtype bfloat16, a smaller --max-length"))
+        sys.exit(fail("out of memory. What helps: a smaller --batch-size with --accumulate, --checkpoint-activations, --dtype bfloat16, "
+                      "a smaller --max-length"))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

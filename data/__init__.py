@@ -3,6 +3,9 @@ Everything between a file and a tensor: GLUE and other tasks (glue.py), instruct
 downloads (download.py), batches (batching.py), scores (metrics.py).
 """
 
+import contextlib
+import fcntl
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,17 @@ import numpy as np
 
 class InputError(ValueError):
     """Bad input from outside: a file, a folder, a flag. Its one line says what was found, what was expected and what to do."""
+
+
+@contextlib.contextmanager
+def locked(folder, wait=True):
+    """Keeps other processes that ask for this out of a folder. BlockingIOError: one is in it, and we do not want to wait."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def read_text(file, encoding="utf-8", hint=""):

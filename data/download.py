@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from data import InputError
+from data import InputError, locked
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
@@ -93,6 +93,12 @@ def split_mrpc(scratch, folder):
 def download_task(name, into):
     """Puts GLUE's folder `name` (CoLA, SST-2 ..) with its train.tsv and dev files below `into`."""
     into = Path(into)
+    with locked(into):  # under torchrun all processes come here: the first one downloads, the others find it done
+        if not (into / name).is_dir():
+            fetch_task(name, into)
+
+
+def fetch_task(name, into):
     with tempfile.TemporaryDirectory(prefix=".download-", dir=into) as scratch:
         scratch = Path(scratch)
         folder = scratch / name

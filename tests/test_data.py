@@ -6,7 +6,9 @@ import http.server
 import io
 import json
 import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +169,16 @@ def test_missing_task_is_downloaded_once_and_read(name, server):
     (www / download.ARCHIVES[folder]).unlink()
     assert load_task(name)[1].labels == FIRST[name][1]  # from disk this time
     assert [p.name for p in into.iterdir()] == [folder] and set(LAYOUT[folder]) == {p.name for p in (into / folder).iterdir()}
+
+
+def test_two_processes_that_miss_a_task_download_it_once(server, monkeypatch):
+    www, into = server
+    (www / "CoLA.zip").write_bytes(archive("CoLA"))
+    fetched, fetch = [], download.fetch
+    monkeypatch.setattr(download, "fetch", lambda url, file: (fetched.append(url), time.sleep(0.3), fetch(url, file)))
+    with ThreadPoolExecutor(2) as pool:  # locks of one process on two open folders keep each other out, too
+        both = list(pool.map(lambda _: load_task("cola")[1].labels, range(2)))
+    assert both == [FIRST["cola"][1]] * 2 and len(fetched) == 1
 
 
 def test_mrpc_is_split_by_dev_ids_as_glue_does(server):
