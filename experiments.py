@@ -11,9 +11,9 @@ results) and, with matplotlib, pictures.
     python train_glue.py components  density, lambda and orthogonality over the steps (Figure 6)
 
 Further flags, such as --model, --data, --epochs, --dtype or --lr-grid, go to every run (python train_glue.py --help). An entry of
---tasks and --methods may have flags of its own, which come last, and a name: --tasks "cola --epochs 4" mrpc --methods salora
-"small=lora --r 4". A cell of a table is one train_glue.py command with --seeds, in a process of its own; what is finished is not
-run again.
+--tasks and --methods may have flags of its own, which come last, and one of --methods a name:
+--tasks "cola --epochs 4" mrpc --methods salora "small=lora --r 4". A cell of a table is one train_glue.py command with --seeds, in
+a process of its own; what is finished is not run again.
 """
 
 import argparse
@@ -133,6 +133,9 @@ class Cell:
 def run_cells(tasks, methods, common, args):
     """{(task, name of the method): [result ..]}, after running what is not finished."""
     cells = [Cell(task, method, common, args) for task in tasks for method in methods]
+    for i, cell in enumerate(cells):
+        if cell.folder in [other.folder for other in cells[:i]]:
+            raise InputError(f"{cell.task} with {cell.label} is asked for twice: give methods that differ different names, small=lora ..")
     missing = {cell: cell.missing() for cell in cells}
     todo = {cell: runs for cell, runs in missing.items() if runs}
     if todo:
@@ -312,14 +315,19 @@ def ablation(args, common):
 def efficiency(args, common):
     if "--max-steps" not in common:
         common = [*common, "--max-steps", "20"]
-    results = run_cells(args.tasks, [f"{m} --batch-size {b}" for m in args.methods for b in args.batch_sizes], common, args)
+
+    def sized(method, b):
+        """The entry with that batch size, in its flags and its name."""
+        return f"{name_of(method)} batch-size {b}={method.rpartition('=')[2]} --batch-size {b}"
+
+    results = run_cells(args.tasks, [sized(m, b) for m in args.methods for b in args.batch_sizes], common, args)
     values = {"peak memory (MB)": lambda r: r["peak_memory_mb"], "time of a step (ms)": lambda r: 1000 * r["seconds"] / max(r["steps"], 1)}
     panels = {}
     for task in names(args.tasks):
         for what, value in values.items():
             lines = {}
             for m in args.methods:
-                runs = {b: results[task, name_of(f"{m} --batch-size {b}")] for b in args.batch_sizes}
+                runs = {b: results[task, name_of(sized(m, b))] for b in args.batch_sizes}
                 lines[name_of(m)] = [(b, *mean_std(map(value, runs[b]))) for b in args.batch_sizes]
             panels[f"{task}: {what}"] = lines
     tables = []

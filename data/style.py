@@ -94,9 +94,9 @@ def classifier_data(folder, out):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m data.style DIR/yelp OUT")
     try:
         classifier_data(*sys.argv[1:])
     except InputError as e:
         sys.exit(f"error: {e}")
-    except TypeError:
-        sys.exit("usage: python -m data.style DIR/yelp OUT")

@@ -69,6 +69,13 @@ def test_efficiency_has_memory_and_time_by_batch_size(tmp_path, here):
     table = (tmp_path / "table.md").read_text()
     assert [r["steps"] for r in rows] == ["4", "4"] and "demo: peak memory (MB)" in table and "| method | batch 4 | batch 8 |" in table
     assert f"| LoRA | {float(rows[0]['peak_memory_mb']):.0f} | {float(rows[1]['peak_memory_mb']):.0f} |" in table
+    rows = go("efficiency", tmp_path / "named", "--methods", "small=lora --r 4", "--batch-sizes", "4", "8")
+    assert [r["method"] for r in rows] == ["small batch-size 4", "small batch-size 8"]
+
+
+def test_what_is_only_scored_needs_no_estimate(tmp_path, here):
+    rows = go("table1", tmp_path, "--methods", "head --epochs 0", "--seeds", "0")
+    assert [(r["method"], r["steps"]) for r in rows] == [("Head epochs 0", "0")]
 
 
 def test_ranks_adapts_every_kind_and_every_group_of_layers_alone(tmp_path, here):
@@ -123,6 +130,7 @@ def test_a_failed_cell_is_told_and_the_others_are_done(tmp_path, capsys):
     ("sweep", ["--over", "alpha"], "invalid choice: 'alpha'"), ("ablation", ["--nonsense"], "unrecognized arguments: --nonsense"),
     ("components", ["--jobs", "0"], "--jobs is 0"), ("ranks", ["--targets", "x"], "invalid choice: 'x'"), ("efficiency", ["--window", "0.5", "0.2"], "--window is 0.5 0.2"),
     ("table1", ["--methods", "lora", ""], "has an empty entry"),
+    ("table1", ["--methods", "a=lora", "a=lora --r 4"], "demo with a is asked for twice: give methods that differ different names"),
     ("table1", ["--methods", "small="], "has an empty entry"), ("table1", ["--methods", "lora '"], "unrecognized arguments: '")])
 def test_bad_flags_end_in_one_line_before_anything_is_run(name, flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
