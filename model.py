@@ -93,7 +93,7 @@ def attention(q, k, v, mask, p, training):
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p if training else 0.0)
     scores = q / math.sqrt(q.shape[-1]) @ k.mT  # (b, heads, t, t)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # not -inf: a row may have nothing to read
     return dropout(scores.softmax(-1), p, training) @ v
 
 

@@ -87,7 +87,8 @@ class SaLoRALinear(nn.Module):
     """h = W x + (alpha/r) B diag(g) A x around an nn.Linear.
 
     A is Gaussian and B zero, so the first step sees the pretrained model. A and B are float32 whatever W is; the product is
-    computed in W's dtype. Outside the window all gates are 1."""
+    computed in W's dtype. Outside the window all gates are 1. Inside it they have the value 1 and the gradient of the step's
+    draw; or, without SaLoRA's straight_through, they are the draw in train() and, as with dropout, without noise in eval()."""
 
     def __init__(self, base, r, scale):
         super().__init__()
@@ -96,7 +97,8 @@ class SaLoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.randn(r, k, device=device) / math.sqrt(k))  # (r, k), rows of about unit norm
         self.lora_B = nn.Parameter(torch.zeros(r, d, device=device).mT)  # (d, r), column by column in memory: a faster backward
         self.r, self.scale = r, scale  # at the start: the scale alpha / r stays when the rank falls
-        self.gated = None  # inside the window: A and B diag(g), as SaLoRA.draw computes them for all layers at once
+        self.drawn = None  # inside a step of the window: A and B diag(g), as SaLoRA.draw computes them for all layers at once
+        self.gates = None  # inside the window, without straight_through: (r,), without noise
 
     # its parameters, and what is left of them when triplets go (AdaLoRA has a third); B stays column by column in memory
     cuts = dict(lora_A=lambda t, keep: t[keep], lora_B=lambda t, keep: t.mT[keep].mT)
@@ -109,20 +111,20 @@ class SaLoRALinear(nn.Module):
         h = self.base(x)  # (.., d)
         if self.rank == 0:
             return h
-        a, b = self.matrices()
+        a, b = self.drawn if self.training and self.drawn else self.matrices()
         z = F.linear(x, a.to(x.dtype))  # (.., r)
         h2, z2 = h.reshape(-1, h.shape[-1]), z.reshape(-1, z.shape[-1])  # (n, d), (n, r): addmm multiplies, scales and adds in one go
         return torch.addmm(h2, z2, b.mT.to(z.dtype), alpha=self.scale).view_as(h)  # eq. 3, 5
 
     def matrices(self):
-        """A (r, k) and B diag(g) (d, r)."""
-        return self.gated or (self.lora_A, self.lora_B)
+        """A (r, k) and B diag(g) (d, r), without noise."""
+        return self.lora_A, self.lora_B if self.gates is None else self.lora_B * self.gates
 
     @torch.no_grad()
     def prune(self, keep, fold=None, optimizer=None):
         """Cuts A and B down to the triplets that `keep` (r,) names; fold (r,) multiplies B's columns first. New, smaller
         Parameters take the places of the old ones, in `optimizer` too, where the moments of the kept triplets stay."""
-        self.gated = None
+        self.drawn = self.gates = None
         if fold is not None:
             self.lora_B.mul_(fold)
         for name, cut in self.cuts.items():
@@ -137,8 +139,9 @@ class SaLoRALinear(nn.Module):
             if optimizer:
                 for group in optimizer.param_groups:
                     group["params"] = [new if p is old else p for p in group["params"]]
+                optimizer.state.pop(old, None)
             if state:
-                optimizer.state[new] = optimizer.state.pop(old) | {key: cut(t, keep) for key, t in moments.items()}
+                optimizer.state[new] = state | {key: cut(t, keep) for key, t in moments.items()}
 
 
 def linears_of(model):
@@ -275,25 +278,21 @@ class SaLoRA:
             self.draw()
 
     def draw(self):
-        """The step's gates."""
+        """The step's gates, and with them A and B diag(g) of every layer. All A and B' of one width are stacked: gates and
+        regulariser then cost a fixed number of operators, however many layers there are."""
         gates = sample_gates(self.log_theta, self.noise)  # (K, r)
         if self.straight_through:
             gates = 1 + (gates - gates.detach())  # the value of plain LoRA, the gradient of the draw
-        self.stack_and_gate(gates)
-
-    def stack_and_gate(self, gates):
-        """A and B diag(g) of every layer, for gates g (K, r). All A and B' of one width are stacked: gates and regulariser then
-        cost a fixed number of operators, however many layers there are."""
-        self.stacks, gated_a, gated_b = [], {}, {}
+        self.stacks, drawn_a, drawn_b = [], {}, {}
         counts = [len(of_b) for _, of_b in self.widths.values()]
         for (of_a, of_b), g in zip(self.widths.values(), gates.split(counts)):  # g (count, r)
             stack = torch.stack([m.lora_A for m in of_a] + [m.lora_B.mT for m in of_b])  # (count, r, n)
             a, b = stack.split([len(of_a), len(of_b)])
-            gated_a |= zip(of_a, a)
-            gated_b |= zip(of_b, (b * g.unsqueeze(2)).mT)  # eq. 5: B diag(g)
+            drawn_a |= zip(of_a, a)
+            drawn_b |= zip(of_b, (b * g.unsqueeze(2)).mT)  # eq. 5: B diag(g)
             self.stacks.append(stack)
         for layer in self.layers:
-            layer.gated = gated_a[layer], gated_b[layer]
+            layer.drawn = drawn_a[layer], drawn_b[layer]
 
     def penalty(self):
         """What is added to the task's loss: the regulariser, and inside the window the price of the gates."""
@@ -310,15 +309,13 @@ class SaLoRA:
     @torch.no_grad()
     def end_step(self):
         """Last line of a step, after the optimiser's: forgets the draw, and projects lambda to >= 0, as the paper has it; its
-        gradient (C - b)^2 is never negative, so it does not fall by itself. Until the next step, in an evaluation for instance, the
-        gates are what the weights are trained with: 1, or without straight_through those without noise."""
+        gradient (C - b)^2 is never negative, so it does not fall by itself."""
         self.lam.clamp_(min=0)
-        self.noise = None
-        for layer in self.layers:
-            layer.gated = None
-        if self.open and not self.straight_through:
-            self.stack_and_gate(deterministic_gates(self.log_theta))
-        self.stacks = []
+        self.noise, self.stacks = None, []
+        for layer, g in zip(self.layers, deterministic_gates(self.log_theta)):
+            layer.drawn = None
+            if self.open and not self.straight_through:
+                layer.gates = g
 
     def density(self):
         """C, the share of adapter parameters expected to stay: a differentiable scalar. Without gates, the share that is there."""

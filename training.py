@@ -293,7 +293,10 @@ def load_checkpoint(out, progress, tensors, optimizer, lowrank, device, settings
                 optimizer.state[p][rest[1]] = value
     if lowrank:
         state = {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
-        lowrank.load_state_dict(progress["method"] | state)
+        try:
+            lowrank.load_state_dict(progress["method"] | state)
+        except KeyError as e:
+            raise InputError(f"--resume: the checkpoint in {out} has no {e}, as another version wrote it: start anew") from None
 
 
 class Stopped(Exception):
@@ -378,15 +381,26 @@ def own_device(args):
     return device
 
 
+def start_from(args, model, steps):
+    """Puts the adapter of --adapter into the model, unless the run cannot go on with it."""
+    load_adapter(model, args.adapter)
+    name, ranks = f"--adapter {args.adapter}", set(sl.ranks(model).values())
+    need(ranks, f"{name}: its target_modules", "empty", "at least one matrix to go on with")
+    need(len(ranks) == 1 or args.method == "lora" or not steps, f"{name}: its rank", f"{min(ranks)} to {max(ranks)}",
+         "one for all where gates are to be learned; --method lora goes on from it")
+    head = [m for part in getattr(model, "head", ()) for m in part.modules()]
+    need(not any(isinstance(m, sl.SaLoRALinear) for m in head), f"{name}: its target_modules", "one that reaches into the head",
+         "names in the body: the head is trained whole")
+    adapted = {id(p) for m in [*head, *sl.adapters(model).values()] for p in m.parameters()}
+    others = [path for path, p in model.named_parameters() if p.requires_grad and id(p) not in adapted]
+    need(not others, f"{name}: its modules_to_save", f"with {', '.join(others)}", "nothing but the head")
+
+
 def install(args, model, steps, seed):
     """Puts the method into the model. Returns the SaLoRA or AdaLoRA object that takes part in every step, None if the method has none."""
-    paths = None if args.adapter else model.target_paths(args.targets, args.layers)
     if args.adapter:
-        load_adapter(model, args.adapter)
-        found = set(sl.ranks(model).values())
-        need(found, f"--adapter {args.adapter}: its target_modules", "empty", "at least one matrix to go on with")
-        need(len(found) == 1 or args.method == "lora" or not steps, f"--adapter {args.adapter}: its rank", f"{min(found)} to {max(found)}",
-             "one for all where gates are to be learned; --method lora goes on from it")
+        start_from(args, model, steps)
+    paths = None if args.adapter else model.target_paths(args.targets, args.layers)
     if args.method == "salora":
         return sl.SaLoRA(model, paths, r=args.r, alpha=args.alpha, budget=args.budget, beta=args.beta,
                          window=args.window if steps else None, orth_reduction=args.orth_reduction, price=args.price,
@@ -513,6 +527,7 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
         log.restart_clock()
 
     # ---- the loop
+    log.restart_clock()
     batches, outputs, scores = None, None, None
     model.train()
     with noticed_signals() as stop:

@@ -286,6 +286,18 @@ def test_adapters_to_start_from_that_cannot_be_are_one_line(flags, words, tmp_pa
     assert e.value.code == 2 and words in captured.err and captured.err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("targets,saved,words", [
+    (["query", "classifier.dense"], (), "its target_modules is one that reaches into the head"),
+    (["query"], ["LayerNorm"], "its modules_to_save is with roberta.embeddings.LayerNorm.weight")])
+def test_an_adapter_that_the_run_could_not_save_again_is_refused_before_training(targets, saved, words, tmp_path, capsys):
+    model = load_encoder(train_glue.HERE / "demo" / "model", 2)
+    sl.SaLoRA(model, targets, r=2)
+    sl.save(model, tmp_path / "a", saved)
+    with pytest.raises(SystemExit) as e:
+        train_glue.command(["--adapter", str(tmp_path / "a"), "--method", "lora", "--max-steps", "10", "--out", str(tmp_path / "r")])
+    assert e.value.code == 2 and words in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
 def test_gates_need_one_rank(tmp_path, capsys):
     model = load_encoder(train_glue.HERE / "demo" / "model", 2)
     sl.save(scattered(model), tmp_path / "a", ["classifier"])

@@ -369,6 +369,25 @@ def test_evaluation_in_the_window_uses_the_current_deterministic_gates():
     assert torch.allclose(layer(x), layer.base(x) + (x @ layer.lora_A.T * g) @ layer.lora_B.T, atol=1e-5)  # with autograd on, too
 
 
+@pytest.mark.parametrize("straight_through", [True, False])
+def test_what_is_saved_in_the_midst_of_a_step_is_the_weights_of_now(straight_through, tmp_path):
+    model, salora = wrapped(straight_through=straight_through)
+    scatter(salora)
+    salora.begin_step(0.3, None)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)  # an optimiser's step
+    a, b = salora.layers[0].matrices()
+    assert torch.equal(a, salora.layers[0].lora_A) and torch.equal(b, salora.layers[0].lora_B)
+    salora.end_step()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in adapters(copied).values():
+            layer.lora_B.zero_()
+    x = torch.randn(4, 10)
+    assert torch.equal(copied[0](x), copied[0].base(x)) and not torch.equal(model[0](x), model[0].base(x))
+
+
 def test_between_two_steps_of_the_window_a_model_can_be_copied():
     model, salora = wrapped(window=(0, 1))
     train(model, salora, 3)
@@ -444,6 +463,22 @@ def test_pruning_shrinks_tensors_and_moments_and_keeps_those_of_the_kept(make, k
                     assert value == was
     assert salora.log_theta not in optimizer.state and salora.lam not in optimizer.state
     assert sum(p.numel() for p in optimizer.state if p.dim() == 2) == salora.kept_params()
+
+
+def test_pruning_forgets_the_old_tensors_of_an_optimiser_without_moments():
+    class Plain(torch.optim.SGD):
+        def step(self):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p]  # creates an empty entry, as some optimisers do
+            super().step()
+
+    model, salora = wrapped(window=(0, 1))
+    optimizer = train(model, salora, 5, make=Plain)
+    salora.prune(optimizer)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in optimizer.state} <= held
+    optimizer.state_dict()
 
 
 def test_training_goes_on_after_pruning():

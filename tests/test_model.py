@@ -125,6 +125,16 @@ def test_attention_with_dropout_is_pytorchs_attention_when_nothing_is_dropped(ma
     torch.testing.assert_close(*grads)
 
 
+def test_attention_of_a_row_of_padding_harms_no_other():
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, 5, 8, generator=g, requires_grad=True)
+    mask = torch.tensor([[False] * 5, [True] * 5])[:, None, None]
+    y = attention(q, q, q, mask, 1e-9, training=True)
+    torch.testing.assert_close(y[1], F.scaled_dot_product_attention(q, q, q)[1])
+    y.sum().backward()
+    assert y.isfinite().all() and q.grad.isfinite().all()
+
+
 def test_attention_drops_a_share_p_of_the_softmax():
     torch.manual_seed(0)
     q = k = torch.zeros(64, 4, 50, 8)
