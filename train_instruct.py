@@ -1,7 +1,7 @@
 """
 Tunes a LLaMA on instructions with SaLoRA or LoRA, and lets it answer.
 
-    python train_instruct.py                                              # offline demo, about two minutes on two CPU cores
+    python train_instruct.py                                              # offline demo, about a minute
     python train_instruct.py --model DIR --data alpaca.json --out runs/NAME
     python train_instruct.py generate --model DIR --adapter runs/NAME/adapter --instruction ".." [--input ".."]
     python train_instruct.py style --model DIR --adapter runs/NAME/adapter --data DIR/yelp --direction neg2pos

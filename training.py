@@ -580,14 +580,15 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
                 if PROCESSES == 1:
                     log.seconds += time.time() - log.start
                     checkpoint()
-                raise Stopped(f"stopped at step {step} of {steps}; the same command with --resume goes on from "
-                              + ("there" if PROCESSES == 1 else "the last checkpoint") + f" ({out})", stop[0])
+                where = "there" if PROCESSES == 1 else "the last checkpoint"
+                raise Stopped(f"stopped at step {step} of {steps}; the same command with --resume --out {args.out} goes on from {where}",
+                              stop[0])
 
         if outputs is None:  # stopped between the last step and here, or no step at all
             outputs, scores = evaluate()
             history = history or [dict(step=0, epoch=0.0, **scores)]
         if stop:  # while the last epoch was scored
-            raise Stopped(f"stopped after step {step} of {steps}; the same command with --resume goes on ({out})", stop[0])
+            raise Stopped(f"stopped after step {step} of {steps}; the same command with --resume --out {args.out} goes on", stop[0])
     return outputs, scores, history, log.seconds
 
 
@@ -726,6 +727,7 @@ def choose_lr(args, root, train, report):
 
 def run_all(args, root, train, report):
     """The run, or the runs of --seeds, after the choice of --lr-grid; their results (in the first process)."""
+    args.out = root  # also where the flag was not given
     if args.threads:
         torch.set_num_threads(args.threads)
     if PROCESSES > 1:
