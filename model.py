@@ -541,7 +541,7 @@ def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="c
     missing = [key for key in wanted if key not in state and key not in new]
     if missing or unexpected:
         kind, keys = ("lacks", missing) if missing else ("has unexpected", unexpected)
-        raise InputError(f"{folder}: the checkpoint {kind} {', '.join(keys[:3])}{' ..' * (len(keys) > 3)} "
+        raise InputError(f"{folder}: the checkpoint {kind} {', '.join(keys[:3])}{' ..' if len(keys) > 3 else ''} "
                          f"({len(keys)} in all); is it a {model.config.model_type} model?")
     model.load_state_dict(state, assign=True, strict=False)
     return [key for key in wanted if key not in state]
@@ -577,14 +577,14 @@ def load_encoder(folder, num_labels, dtype=torch.float32):
 
 def stop_ids(folder):
     """The token ids that end a text, from the folder's generation_config.json, else its config.json: a set."""
-    first = Path(folder) / "generation_config.json"
-    for file in [first] * first.is_file() + [Path(folder) / "config.json"]:
+    own, general = Path(folder) / "generation_config.json", Path(folder) / "config.json"
+    for file in (own, general) if own.is_file() else (general,):
         ids = read_json(file).get("eos_token_id")
         if isinstance(ids, int):
             return {ids}
         if isinstance(ids, list) and ids and all(isinstance(i, int) for i in ids):
             return set(ids)
-    raise InputError(f"{folder}/config.json: eos_token_id is {ids!r}, expected the id, or a list of ids, that end a text")
+    raise InputError(f"{general}: eos_token_id is {ids!r}, expected the id, or a list of ids, that end a text")
 
 
 def load_decoder(folder, dtype=torch.float32, device="cpu"):

@@ -65,8 +65,9 @@ def method_flags(parser, methods, letters):
         "with --epochs 0 only score it (default: start anew)")
     arg("--r", type=int, help="rank at the start (default: 8)")
     arg("--alpha", type=float, help="the update is scaled by alpha/r (default: r, a scale of 1)")
-    arg("--targets", nargs="+", choices=list(letters), help="adapted matrices of each layer: W^Q W^K W^V W^O W^U W^D"
-        + ", and W^G if named" * ("g" in letters) + " (default: q k v o u d)")
+    more = ", and W^G if named" if "g" in letters else ""
+    arg("--targets", nargs="+", choices=list(letters),
+        help=f"adapted matrices of each layer: W^Q W^K W^V W^O W^U W^D{more} (default: q k v o u d)")
     arg("--layers", type=int, nargs="+", help="numbers of the layers that low-rank methods adapt, from 0 (default: all)")
     arg("--budget", type=float, default=0.5, help="share b of the adapter parameters to keep (adalora: of the triplets)")
     arg("--beta", type=float, help="weight of the orthogonal regulariser (default: 0.01; adalora 0.1)")
@@ -130,17 +131,22 @@ def run_flags(parser, epochs, lr, batch_size, dtype, out):
 
 
 def settle(args):
-    """Fills in what the recipe decides, and refuses what can be known to be wrong before a file is opened."""
+    """Fills in what the recipe decides, then check()."""
     if args.method == "adalora" and args.beta is None:
         args.beta = 0.1
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    need(args.adapter is None or args.method in ("lora", "salora"), "--adapter", "given",
-         f"no adapter with --method {args.method}; lora and salora can go on from one")
     if args.adapter is None:
         args.r, args.targets = 8 if args.r is None else args.r, args.targets or list("qkvoud")
         args.alpha = float(args.r) if args.alpha is None else args.alpha
+    check(args)
+
+
+def check(args):
+    """Refuses what can be known to be wrong before a file is opened."""
+    need(args.adapter is None or args.method in ("lora", "salora"), "--adapter", "given",
+         f"no adapter with --method {args.method}; lora and salora can go on from one")
     for name in ("r", "alpha", "targets", "layers"):
         need(args.adapter is None or getattr(args, name) is None, flag(name), "given", "none with --adapter, which has its own")
 
@@ -152,9 +158,9 @@ def settle(args):
     at_least(args, 0, "seed", "beta", "weight_decay", "price")
     for name in ("lr", "gate_lr", "alpha", "epochs", "hold_out"):
         value = getattr(args, name)
-        scored = name == "epochs" and value == 0 and (args.adapter or args.method == "head")  # and not trained
-        need(value is None or 0 < value < math.inf or scored, flag(name), value,
-             "a positive number" + ", or 0 with --adapter or --method head, to score what is there" * (name == "epochs"))
+        only_scored = name == "epochs" and value == 0 and (args.adapter or args.method == "head")
+        hint = ", or 0 with --adapter or --method head, to score what is there" if name == "epochs" else ""
+        need(value is None or 0 < value < math.inf or only_scored, flag(name), value, f"a positive number{hint}")
     need(0 <= args.warmup < 1, "--warmup", args.warmup, "a share in [0, 1)")
     need(args.seeds is None or len(set(args.seeds)) == len(args.seeds), "--seeds", args.seeds, "different numbers")
     need(args.layers is None or min(args.layers) >= 0 and len(set(args.layers)) == len(args.layers), "--layers", args.layers,
