@@ -1,5 +1,4 @@
 import torch  # torchrun --nproc-per-node 2 distributed.py
-import torch.nn.functional as F
 from salora import SaLoRA, average_gradients
 
 torch.distributed.init_process_group("gloo")
@@ -11,6 +10,7 @@ parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_paramete
 optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-2, gate_lr=0.5))
 for step in range(200):
     salora.begin_step(step / 200, optimizer)
-    loss = F.cross_entropy(parallel(x), y)
+    loss = torch.nn.functional.cross_entropy(parallel(x), y)
     (loss + salora.penalty()).backward(), average_gradients(optimizer)
     optimizer.step(), salora.end_step(), optimizer.zero_grad(), print("loss", loss.item())
+torch.distributed.destroy_process_group()  # or its threads may outlive the interpreter, which then aborts
