@@ -318,6 +318,13 @@ def test_full_fine_tuning_in_bfloat16_trains_float32_weights(tmp_path, still):
     assert [a["task_loss"] for a in whole] != [a["task_loss"] for a in rounded]
 
 
+@pytest.mark.parametrize("method,then", [("salora", [1, 0.8, 0.6, 0.4, 0.2]), ("lora", [5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])])
+def test_learning_rate_warms_up_falls_and_starts_again_when_the_window_closes(method, then):
+    args = train_glue.parse_args(["--method", method, "--warmup", "0.2", "--window", "0.2", "0.5"])
+    plan = training.schedule(args, [5] * 320, [1] * 320, epochs=1)  # ten steps
+    assert [training.lr_factor(plan, step) for step in range(10)] == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, *then])
+
+
 # ---- seeds, repeating, resuming, overwriting
 
 
