@@ -312,9 +312,10 @@ class SaLoRA:
         gradient (C - b)^2 is never negative, so it does not fall by itself."""
         self.lam.clamp_(min=0)
         self.noise, self.stacks = None, []
-        for layer, g in zip(self.layers, deterministic_gates(self.log_theta)):
+        for layer in self.layers:
             layer.drawn = None
-            if self.open and not self.straight_through:
+        if self.open and not self.straight_through:
+            for layer, g in zip(self.layers, deterministic_gates(self.log_theta)):
                 layer.gates = g
 
     def density(self):
