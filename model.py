@@ -428,7 +428,7 @@ def read_json(file):
 def upper_limit(name):
     """Of a number of that name in a config.json: beyond, a model would take forever to build."""
     if "dropout" in name:
-        return 1
+        return 0.99
     return 1000 if name.startswith("num_") else 10**8
 
 
@@ -465,9 +465,10 @@ def read_config(folder, kind=EncoderConfig):
     if fits and decoder:
         fits = c.num_key_value_heads >= 1 and heads % c.num_key_value_heads == 0 and c.head_dim % 2 == 0
     elif fits:
-        fits = c.hidden_size % heads == 0
+        fits = c.hidden_size % heads == 0 and c.pad_token_id < c.vocab_size
     if not fits:
-        names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers", "max_position_embeddings")
+        names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers", "max_position_embeddings",
+                 "vocab_size", "pad_token_id")
         sizes = ", ".join(f"{name} {getattr(c, name)}" for name in names if hasattr(c, name))
         raise InputError(f"{file}: sizes do not fit together ({sizes})")
     return c

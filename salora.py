@@ -222,6 +222,11 @@ class SaLoRA:
             raise ValueError(f"budget is {budget}, expected a share in (0, 1]")
         if window is not None and not 0 <= window[0] < window[1] <= 1:
             raise ValueError(f"window is {window}, expected two fractions of the run, 0 <= start < end <= 1")
+        for name, value in dict(beta=beta, price=price).items():
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}, expected a number from 0")
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise ValueError(f"alpha is {alpha}, expected a positive number")
         if orth_reduction not in ("mean", "sum") or selection not in ("budget", "paper"):
             raise ValueError(f"orth_reduction {orth_reduction!r} is mean or sum, selection {selection!r} is budget or paper")
         layers = list(adapters(model).values()) if targets is None else adapt(model, targets, r, alpha)
@@ -522,6 +527,7 @@ def save(model, folder, modules_to_save=(), budget=None, **config):
     # two files: PEFT warns of settings that it does not know, not of files
     for name, value in (("adapter_config.json", settings), ("salora.json", known)):
         (folder / f"{name}.new").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(folder / "salora.json.new", folder / "adapter_model.safetensors.new")  # save_file lets nobody else read it
     for name in ("salora.json", "adapter_model.safetensors", "adapter_config.json"):  # written beside, then renamed: never half a file
         os.replace(folder / f"{name}.new", folder / name)
 
@@ -762,6 +768,8 @@ def merge_folder(model, adapter, out):
             written["model.safetensors.index.json"] = index | dict(weight_map=weight_map)
         for name, value in written.items():
             (beside / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        for file in files:
+            shutil.copymode(beside / "config.json", beside / file)
         for file in model.iterdir():  # the tokenizer, and what else is text
             if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name not in written:
                 shutil.copy(file, beside)
@@ -801,6 +809,13 @@ def main(argv=None):
     command.add_argument("--out", required=True, metavar="DIR", help="folder to write, which must not be there yet")
     command = commands.add_parser("show", help="print the ranks, parameters and budget of an adapter")
     command.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter")
+
+    def error(message):
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+    for each in (parser, *commands.choices.values()):
+        each.error = error  # one line, as all others
     args = parser.parse_args(argv)
     from safetensors import SafetensorError
     try:
@@ -810,8 +825,7 @@ def main(argv=None):
             merge_folder(args.model, args.adapter, args.out)
             print(f"{args.out}/: {args.model} with {args.adapter} in its weights")
     except (OSError, ValueError, SafetensorError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        error(f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def parse_args(argv=None):
     arg = training.flag_group(parser, "choice of the learning rate")
     arg("--lr-grid", type=float, nargs="+", metavar="LR",
         help="a run for each, scored on rows held out of training (--hold-out, by default a fifth, at "
-        "most 3000), with a seed of its own; then the run, or those of --seeds, on all rows at the best")
+        "most 3000), with a seed of its own; then the run, or those of --seeds, on all rows at the best (default: no choice, --lr)")
     args = parser.parse_args(argv)
 
     demo = args.task == "demo"
@@ -80,7 +80,8 @@ def parse_args(argv=None):
         expected = f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv"
         training.need(Path(args.task).is_dir(), "--task", repr(args.task), expected)
         training.need(args.data is None, "--data", repr(args.data), "nothing when --task is itself the folder with the data")
-    training.need(min(args.lr_grid or [1]) > 0 and max(args.lr_grid or [1]) < math.inf, "--lr-grid", args.lr_grid, "positive numbers")
+    grid = args.lr_grid or []
+    training.need(all(0 < lr < math.inf for lr in grid) and len(set(grid)) == len(grid), "--lr-grid", grid, "different positive numbers")
     return args
 
 

@@ -33,7 +33,7 @@ from data.batching import batch_order, load_tokenizer, tokenize
 from data.download import model_folder
 from data.instruct import TEMPLATES, encode, encode_prompt, fill, load_instructions, split
 from data.style import PROMPTS, read_beside, read_lines, read_task, task_files, tidy
-from model import DECODER_LINEARS, DecoderConfig, load_decoder, load_encoder, read_config, read_json, stop_ids
+from model import DECODER_LINEARS, DecoderConfig, load_decoder, load_encoder, read_config, stop_ids
 from training import PROCESSES, RANK
 
 DEMO = Path(__file__).parent / "data" / "demo"
@@ -185,7 +185,7 @@ def train(args, seed, out):
     def evaluate_dev():
         sums = evaluate(model, dev, device)
         loss = (sums[:, 0].sum() / sums[:, 1].sum()).item()
-        return sums, dict(loss=loss, perplexity=math.exp(min(loss, 700)))
+        return [sums.numpy()], dict(loss=loss, perplexity=math.exp(min(loss, 700)))
 
     with training.own_folder(args, out):
         _, scores, history, seconds = training.fit(args, plan, settings, out, model, lowrank, loss_of, evaluate_dev)
@@ -251,19 +251,22 @@ def model_flags(parser, arg):
 
 
 def open_model(args):
-    """The model that model_flags name, ready to answer; its tokenizer, the ids that end a text, and the template of its prompts."""
+    """The model that model_flags name, ready to answer; its tokenizer and the ids that end a text. Fills in the flags' defaults."""
     training.at_least(args, 1, "max_new_tokens")
     training.at_least(args, 0, "temperature", "seed")
     training.need(0 < args.top_p <= 1, "--top-p", args.top_p, "a share in (0, 1]")
+    training.need(args.temperature == 0 or args.temperature >= 0.001, "--temperature", args.temperature, "0, or at least 0.001")
     device = training.use_machine(args)
-    folder = model_folder(args.model or str(DEMO / "llama"))
+    args.model, args.dtype = args.model or str(DEMO / "llama"), args.dtype or "float32"
+    args.template = args.template or template_of(args.adapter)
+    folder = model_folder(args.model)
     tokenizer, stop = load_tokenizer(folder), stop_ids(folder)
-    model = load_decoder(folder, getattr(torch, args.dtype or "float32"), device).eval()
+    model = load_decoder(folder, getattr(torch, args.dtype), device).eval()
     if args.adapter:
         training.load_adapter(model, args.adapter)
         if args.merge:
             sl.merge(model)
-    return model, tokenizer, stop, args.template or template_of(args.adapter)
+    return model, tokenizer, stop
 
 
 def check_room(args, model, prompts):
@@ -279,8 +282,11 @@ def generate(argv):
     arg("--input", default="", help="what to do it with")
     model_flags(parser, arg)
     args = parser.parse_args(argv)
-    model, tokenizer, stop, template = open_model(args)
-    prompt = encode_prompt(tokenizer, fill(template, args.instruction, args.input))
+    for name in ("instruction", "input"):
+        text = getattr(args, name)
+        training.need(not re.search("[\ud800-\udfff]", text), f"--{name}", ascii(text), "text in UTF-8")
+    model, tokenizer, stop = open_model(args)
+    prompt = encode_prompt(tokenizer, fill(args.template, args.instruction, args.input))
     check_room(args, model, [prompt])
     ids, printed = [], ""
     for (token,) in model.generate([prompt], args.max_new_tokens, stop, args.temperature, args.top_p, args.seed):
@@ -295,11 +301,8 @@ def generate(argv):
 
 def template_of(adapter):
     """The template of the run that an adapter lies in."""
-    if adapter:
-        file = Path(adapter) / ".." / "result.json"
-        if file.is_file():
-            return read_json(file)["settings"].get("template", "alpaca")
-    return "alpaca"
+    result = training.read_result(Path(adapter) / "..") if adapter else None
+    return result["settings"].get("template", "alpaca") if result else "alpaca"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,13 +329,13 @@ def style(argv):
     out = Path(args.out) if args.out else training.free_folder(f"runs/style-{args.direction}")
     if (out / "scores.json").exists():
         raise InputError(f"--out {out} holds a finished run: give another folder")
-    model, tokenizer, stop, template = open_model(args)
-    prompts = [encode_prompt(tokenizer, fill(template, PROMPTS[args.direction], sentence)) for sentence in sources]
+    training.make_folder(out)
+    model, tokenizer, stop = open_model(args)
+    prompts = [encode_prompt(tokenizer, fill(args.template, PROMPTS[args.direction], sentence)) for sentence in sources]
     check_room(args, model, prompts)
     answers = answer(model, tokenizer, prompts, stop, args.max_new_tokens, args.batch_size,
                      temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     outputs = [tidy(text, args.direction) for text in answers]
-    training.make_folder(out)
     training.write_text(out / f"outputs.{args.direction}", "\n".join(outputs) + "\n")
     lines = [json.dumps(dict(source=a, answer=b, output=c)) + "\n" for a, b, c in zip(sources, answers, outputs)]
     training.write_text(out / "answers.jsonl", "".join(lines))
@@ -349,13 +352,13 @@ def score(argv):
     arg("--outputs", required=True, nargs="+", metavar="FILE", help="files of transferred sentences, one a line")
     arg("--data", help="folder of Yelp's files, or of one of GYAFC's domains: sources and references are its own, by the direction at "
                        "the end of an --outputs, as in .neg2pos; a file is not scored against itself")
-    arg("--sources", metavar="FILE", help="sentences they were made from, line by line")
+    arg("--sources", metavar="FILE", help="sentences they were made from, line by line (default: none, no self-BLEU)")
     arg("--references", nargs="+", default=[], metavar="FILE",
-        help="human transfers, line by line; of a line with tabs the last column counts")
+        help="human transfers, line by line; of a line with tabs the last column counts (default: none, no BLEU)")
     arg("--target", help="label of the style that was to be reached (default: what stands behind the 2 in the direction)")
     arg("--out", help="folder for table.md and scores.json (default: none, only printed)")
     score_flags(arg)
-    training.machine_flags(parser, dtype="float32")
+    training.machine_flags(parser)
     args = parser.parse_args(argv)
     training.need(not (args.data and (args.sources or args.references)), "--data", "given", "either --data, or --sources and --references")
     training.use_machine(args)
@@ -375,6 +378,8 @@ def score(argv):
         sources = read_beside(sources, outputs, file) if sources else None
         entries.append((file, outputs, sources, references, target))
     scorers = open_scorers(args, [target for *_, target in entries])
+    if not (scorers or args.data or args.sources or args.references):
+        raise InputError("nothing to score by: give --data, --sources, --references, --classifier or --lm")
     scores = {file: dict(sentences=len(outputs), **scores_of(outputs, *rest, scorers)) for file, outputs, *rest in entries}
     names = [name for name in SCORES if any(name in row for row in scores.values())]
     rows = [[file, row["sentences"], *(f"{row[name]:.2f}" if name in row else "" for name in names)] for file, row in scores.items()]
@@ -391,8 +396,8 @@ def score(argv):
 
 def score_flags(arg):
     arg("--classifier", help="for ACC: folder of a train_glue.py run, with an adapter, on sentences labelled with their style "
-                             "(python -m data.style)")
-    arg("--lm", metavar="FILE", help="for PPL: an n-gram model in ARPA or KenLM's binary form; needs the kenlm module")
+                             "(python -m data.style) (default: none, no ACC)")
+    arg("--lm", metavar="FILE", help="for PPL: an n-gram model in ARPA or KenLM's binary form; needs the kenlm module (default: none, no PPL)")
 
 
 def open_scorers(args, targets):
@@ -400,9 +405,10 @@ def open_scorers(args, targets):
     scorers = {}
     if args.classifier:
         run = Path(args.classifier)
-        settings, labels = (read_json(run / "result.json").get(name) for name in ("settings", "labels"))
-        if not isinstance(settings, dict):
-            raise InputError(f"--classifier {run}: its result.json has no settings, expected a run of train_glue.py")
+        result = training.read_result(run)
+        if result is None:
+            raise InputError(f"--classifier {run}: has no result.json, expected the folder of a finished run of train_glue.py")
+        settings, labels = result["settings"], result.get("labels")
         for target in targets:
             if not labels or target not in labels:
                 raise InputError(f"--classifier {run}: its labels are {labels}, expected {target!r} among them")

@@ -31,6 +31,7 @@ from model import read_json
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 TUNING_SEED = 100  # of the runs of --lr-grid
+LARGEST = 2**31  # no number that a flag takes comes near it
 NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid")  # flags that are no settings of a single run
 MAY_CHANGE = ("threads", "log_every", "save_every")  # flags that --resume may change
 RESOLVED_LATER = ("epochs", "max_length", "selection", "gate_lr", "lr", "r", "dtype")  # flags for which None means: what the run takes
@@ -90,12 +91,14 @@ def method_flags(parser, methods, letters):
         help="eq. 10: a constant price of an open gate instead of a budget (default: off)")
 
 
-def machine_flags(parser, dtype):
+def machine_flags(parser, dtype=None):
+    """`dtype`: the words of its default; None: there is no such flag."""
     arg = flag_group(parser, "machine")
     arg("--device", default="auto", help="auto, cpu, cuda or cuda:i")
-    arg("--dtype", choices=["float32", "bfloat16"],
-        help=f"of the frozen weights; what is trained is float32 (default: {dtype})")
-    arg("--threads", type=int, help="CPU threads (default: torch's choice; for demo 1, its tensors are too small to share)")
+    if dtype:
+        arg("--dtype", choices=["float32", "bfloat16"],
+            help=f"of the frozen weights; what is trained is float32 (default: {dtype})")
+    arg("--threads", type=int, help="CPU threads (default: torch's choice; to train the demo 1, its tensors are too small to share)")
     return arg
 
 
@@ -114,7 +117,7 @@ def run_flags(parser, epochs, lr, batch_size, dtype, out):
         "starts at --lr again (default: yes)")
     arg("--weight-decay", type=float, default=0.01, help="of the weights; gates and lambda have none")
     arg("--seed", type=int, default=0, help="of head and adapter weights, order of rows, dropout and gates")
-    arg("--seeds", type=int, nargs="+", help="several runs, --out/seed0 .., and their mean and standard deviation")
+    arg("--seeds", type=int, nargs="+", help="several runs, --out/seed0 .., and their mean and standard deviation (default: one run, with --seed)")
 
     arg = machine_flags(parser, dtype)
     arg("--compile", action="store_true", default=False, help="compile the model with torch.compile")
@@ -156,11 +159,12 @@ def check(args):
     at_least(args, 1, "r", "batch_size", "accumulate", "log_every", "save_every", "max_steps", "threads", "limit_train", "limit_dev")
     at_least(args, 8, "max_length")
     at_least(args, 0, "seed", "beta", "weight_decay", "price")
+    need(all(0 <= seed < LARGEST for seed in args.seeds or []), "--seeds", args.seeds, f"numbers from 0, below {LARGEST}")
     for name in ("lr", "gate_lr", "alpha", "epochs", "hold_out"):
         value = getattr(args, name)
         only_scored = name == "epochs" and value == 0 and (args.adapter or args.method == "head")
         hint = ", or 0 with --adapter or --method head, to score what is there" if name == "epochs" else ""
-        need(value is None or 0 < value < math.inf or only_scored, flag(name), value, f"a positive number{hint}")
+        need(value is None or 0 < value < LARGEST or only_scored, flag(name), value, f"a positive number, below {LARGEST}{hint}")
     need(0 <= args.warmup < 1, "--warmup", args.warmup, "a share in [0, 1)")
     need(args.seeds is None or len(set(args.seeds)) == len(args.seeds), "--seeds", args.seeds, "different numbers")
     need(args.layers is None or min(args.layers) >= 0 and len(set(args.layers)) == len(args.layers), "--layers", args.layers,
@@ -201,7 +205,7 @@ def need(ok, name, found, expected):
 def at_least(args, least, *names):
     for name in names:
         value = getattr(args, name)
-        need(value is None or least <= value < math.inf, flag(name), value, f"at least {least}")
+        need(value is None or least <= value < LARGEST, flag(name), value, f"at least {least}, below {LARGEST}")
 
 
 def flag(name):
@@ -254,6 +258,7 @@ def save_checkpoint(folder, optimizer, lowrank, progress):
         beside.mkdir()
         save_file({name: value.contiguous() for name, value in tensors.items()}, beside / "state.safetensors")
         (beside / "progress.json").write_text(json.dumps(progress))
+        shutil.copymode(beside / "progress.json", beside / "state.safetensors")  # save_file lets nobody else read it
     except (OSError, SafetensorError):
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -343,7 +348,7 @@ def own_folder(args, out):
             held.enter_context(locked(out, wait=False))
         except BlockingIOError:
             raise InputError(f"--out {out}: another run is writing into it; give another folder, or wait") from None
-        refuse_finished(args, out)  # by another process while this one was loading
+        refuse_taken(args, out)  # by another process while this one was loading
         yield
 
 
@@ -455,8 +460,13 @@ class Log:
         self.seconds = seconds
         self.sums, self.tokens, self.steps = torch.tensor(state[:2], device=self.sums.device), *state[2:]
         if RANK == 0:
-            lines = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
-            write_text(self.file, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step))
+            kept = []
+            for number, line in enumerate(self.file.read_text().splitlines(keepends=True) if self.file.exists() else [], 1):
+                try:
+                    kept += [line] if line.endswith("\n") and json.loads(line)["step"] < step else []
+                except (ValueError, KeyError, TypeError):
+                    raise InputError(f"{self.file}: line {number} is damaged: take it out to go on") from None
+            write_text(self.file, "".join(kept))
 
     def write(self, step, lr, lowrank):
         plan = self.plan
@@ -498,7 +508,7 @@ class Log:
 
 def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
     """The training loop, which writes log.jsonl and checkpoint/ into `out`. loss_of(rows): the summed loss of some rows, given by
-    their numbers; evaluate(): a pair, outputs on the dev rows and {metric: value}. Returns evaluate()'s pair for the trained model,
+    their numbers; evaluate(): a pair, a list of arrays of outputs on the dev rows and {metric: value}. Returns evaluate()'s pair for the trained model,
     the scores after each epoch, and the seconds it took."""
     device, seed, steps, epoch_steps = next(model.parameters()).device, settings["seed"], plan.steps, plan.epoch_steps
     if plan.gated:
@@ -520,8 +530,6 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
     else:
         if args.resume:
             print(f"{out}: no checkpoint to resume from, starting at step 0")
-        elif (out / "checkpoint").is_dir():
-            print(f"{out}: holds a run that did not finish and is replaced (--resume would have gone on with it)")
         if RANK == 0:
             clear_folder(out)
             log.file.write_text("")
@@ -575,7 +583,7 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
             if epoch_end:
                 if lowrank and step == steps:
                     lowrank.begin_step(1.0, optimizer)  # a window that lasts to the end closes here
-                outputs, scores = evaluate()
+                outputs, scores = finite(evaluate(), step)
                 history.append(dict(step=step, epoch=round(step / epoch_steps, 4), **scores))
                 line = f"epoch {step / epoch_steps:.4g}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
                 print(f"\r{line:<100}" if sys.stdout.isatty() else line, flush=True)
@@ -591,11 +599,19 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
                               stop[0])
 
         if outputs is None:  # stopped between the last step and here, or no step at all
-            outputs, scores = evaluate()
+            outputs, scores = finite(evaluate(), step)
             history = history or [dict(step=0, epoch=0.0, **scores)]
         if stop:  # while the last epoch was scored
             raise Stopped(f"stopped after step {step} of {steps}; the same command with --resume --out {args.out} goes on", stop[0])
     return outputs, scores, history, log.seconds
+
+
+def finite(evaluated, step):
+    """What evaluate() gave, unless the model came apart since the last line of the log."""
+    if not all(np.isfinite(values).all() for values in evaluated[0]):
+        raise InputError("the model's outputs on the dev rows are not all finite numbers "
+                         + (f"after {step} steps: try a smaller --lr" if step else "before any training: --model or --adapter is damaged"))
+    return evaluated
 
 
 def count_trainable(model, head_params=0):
@@ -681,19 +697,32 @@ def free_folder(stem):
     return folder
 
 
-def refuse_finished(args, out):
+def refuse_taken(args, out):
+    """Unless flags say otherwise, no run is replaced: neither one that is finished nor one that could go on."""
     if (out / "result.json").exists() and not args.overwrite:
         raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
+    if (out / "checkpoint").exists() and not (args.overwrite or args.resume):
+        raise InputError(f"--out {out} holds a run that did not finish: --resume goes on with it, --overwrite replaces it")
+
+
+def read_result(out):
+    """result.json of a run's folder, or None if there is none."""
+    file = Path(out) / "result.json"
+    if not file.exists():
+        return None
+    result = read_json(file)
+    if not isinstance(result.get("settings"), dict) or not isinstance(result.get("score"), float):
+        raise InputError(f"{file}: has no settings or no score, so it is not of a run")
+    return result
 
 
 def finished(args, out):
     """The result of a finished run of the same flags in `out`, or None."""
-    file = out / "result.json"
-    if not file.exists():
+    result = read_result(out)
+    if result is None:
         return None
-    result = read_json(file)
     for name, value in vars(args).items():
-        found = result.get("settings", {}).get(name, value)
+        found = result["settings"].get(name, value)
         if found != value and (value is not None or name not in RESOLVED_LATER) and name not in (*NOT_OF_A_RUN, *MAY_CHANGE, "seed"):
             raise InputError(f"--out {out} holds a finished run with {flag(name)} {found}, not {value}: give another folder")
     return result
@@ -709,7 +738,6 @@ def run(args, seed, out, train, report):
              f"{seed}: give another folder")
         print(f"{out}: finished already")
     else:
-        refuse_finished(args, out)
         result = train(args, seed, out)
         if RANK == 0:
             report(args, result, out)
@@ -738,10 +766,16 @@ def run_all(args, root, train, report):
         torch.set_num_threads(args.threads)
     if PROCESSES > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    if getattr(args, "lr_grid", None):
+    runs = [(args.seed, root)] if args.seeds is None else [(seed, root / f"seed{seed}") for seed in args.seeds]
+    grid = getattr(args, "lr_grid", None) or []
+    if not args.resume:  # all of them, before the first takes its hours
+        for out in [root / f"lr{lr:g}" for lr in grid] + [out for _, out in runs]:
+            if out.exists():
+                with own_folder(args, out):
+                    pass
+    if grid:
         args.lr = choose_lr(args, root, train, report)
         args.hold_out = None
-    runs = [(args.seed, root)] if args.seeds is None else [(seed, root / f"seed{seed}") for seed in args.seeds]
     results = [run(args, seed, out, train, report) for seed, out in runs]
     if args.seeds is not None and RANK == 0:
         scores = [r["score"] for r in results]
@@ -757,6 +791,7 @@ def command(main, argv):
     """main(argv) as a shell sees it: bad input is one line on stderr and exit status 2."""
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    sys.stdout.reconfigure(errors="replace")  # a terminal that knows nothing but ASCII
     try:
         main(sys.argv[1:] if argv is None else argv)
     except InputError as e:
@@ -769,7 +804,7 @@ def command(main, argv):
         sys.exit(128 + signal.SIGINT)
     except (OSError, SafetensorError) as e:
         where = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e
-        sys.exit(fail(f"{where}; what was saved before is still there, and --resume goes on from it"))
+        sys.exit(fail(f"{where}; what was saved before is still there, and where a checkpoint was, --resume goes on from it"))
     except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is one; a CPU's is told by its words alone
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
             raise

@@ -55,7 +55,8 @@ TASKS = {
 
 def read_table(file, header):
     """Column names (numbers without a header) and the rows as (line number, cells)."""
-    text = read_text(file, "utf-8-sig")
+    text = read_text(file, "utf-8-sig", "; expected GLUE's files in --data, as in CoLA/train.tsv and CoLA/dev.tsv, "
+                                        "or for a --task of your own train.tsv and dev.tsv in its folder")
     lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]  # not splitlines: a text may hold U+2028
     if lines[-1] == [""]:
         lines.pop()

@@ -50,9 +50,13 @@ def task_files(folder, direction):
     folder = Path(folder)
     source, target = direction.split("2")
     if "formal" in direction:
-        return folder / "test" / source, sorted((folder / "test").glob(f"{target}.ref*"))
-    references = sorted(folder.glob(f"ref[0-9].{direction}")) or sorted(folder.glob(f"ref.{direction}"))
-    return folder / f"test.{source}", references
+        file, names = folder / "test" / source, [f"test/{target}.ref*"]
+    else:
+        file, names = folder / f"test.{source}", [f"ref[0-9].{direction}", f"ref.{direction}"]
+    references = next(filter(None, (sorted(folder.glob(name)) for name in names)), [])
+    if not references:
+        print(f"{folder}: no references ({' or '.join(names)}), so there is no BLEU against them")
+    return file, references
 
 
 def read_task(folder, direction):
@@ -94,9 +98,10 @@ def classifier_data(folder, out):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m data.style DIR/yelp OUT")
     try:
+        if len(sys.argv) != 3:
+            raise InputError(f"{len(sys.argv) - 1} arguments, expected 2: python -m data.style DIR/yelp OUT")
         classifier_data(*sys.argv[1:])
-    except InputError as e:
-        sys.exit(f"error: {e}")
+    except (InputError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -324,12 +324,13 @@ def test_perplexity_is_kenlms_per_token(tmp_path, capsys):
 @pytest.mark.parametrize("flags,words", [
     (["--outputs", "o"], "o: not found"), (["--outputs", "two", "--data", "."], "two: does not end in a direction"), (["--outputs", "two", "--data", ".", "--sources", "one"], "--data is given"), (["--outputs", "two", "--sources", "one"], "one: has 1 lines, but two has 2"), (["--outputs", "empty"], "empty: is empty"),
     (["--outputs", "two", "--classifier", "run"], "--target is not given"), (["--outputs", "two", "--target", "x", "--classifier", "run"], "its labels are ['neg', 'pos'], expected 'x'"),
-    (["--outputs", "two", "--target", "pos", "--classifier", "run"], "has no adapter/ (method ft)"), (["--outputs", "two", "--lm", "nowhere.arpa"], "--lm")])
+    (["--outputs", "two", "--target", "pos", "--classifier", "run"], "has no adapter/ (method ft)"), (["--outputs", "two", "--lm", "nowhere.arpa"], "--lm"),
+    (["--outputs", "two"], "nothing to score by"), (["--outputs", "two", "--target", "pos", "--classifier", "."], "has no result.json")])
 def test_what_cannot_be_scored_is_said_in_one_line(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one").write_text("a\n"), (tmp_path / "two").write_text("a\nb\n"), (tmp_path / "empty").write_text("\n")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "result.json").write_text(json.dumps(dict(labels=["neg", "pos"], settings=dict(method="ft"))))
+    (tmp_path / "run" / "result.json").write_text(json.dumps(dict(score=0.5, labels=["neg", "pos"], settings=dict(method="ft"))))
     with pytest.raises(SystemExit) as e:
         train_instruct.command(["score", *flags])
     captured = capsys.readouterr()
