@@ -121,7 +121,7 @@ CASES = [  # what is changed, the command, what its line says
     (config(C, model_type="gpt2"), GLUE, "model/config.json: model_type is 'gpt2'"), (config(C, hidden_size=...), GLUE, "hidden_size is missing"), (config(C, hidden_size="128"), GLUE, "hidden_size is '128'"),
     (config(C, hidden_size=-1), GLUE, "hidden_size is -1"), (config(C, hidden_size=10**9), GLUE, "model/config.json: hidden_size is 1000000000"), (config(C, num_hidden_layers=10**9), GLUE, "num_hidden_layers is 1000000000"),
     (config(C, num_attention_heads=0), GLUE, "sizes do not fit together"), (config(C, num_attention_heads=3), GLUE, "sizes do not fit together"), (config(C, vocab_size=True), GLUE, "vocab_size is True"),
-    (config(C, hidden_dropout_prob=2.0), GLUE, "hidden_dropout_prob is 2.0"), (config(C, num_hidden_layers=3), GLUE, "model: the checkpoint has unexpected"), (config(C, num_hidden_layers=5), GLUE, "model: the checkpoint lacks"),
+    (config(C, hidden_dropout_prob=1.0), GLUE, "hidden_dropout_prob is 1.0"), (config(C, pad_token_id=10**6), GLUE, "pad_token_id 1000000"), (config(C, num_hidden_layers=3), GLUE, "model: the checkpoint has unexpected"), (config(C, num_hidden_layers=5), GLUE, "model: the checkpoint lacks"),
     (config(C, vocab_size=30), GLUE, "vocab_size is 30"), (folder_instead(C), GLUE, "model/config.json: cannot be read"),
     (write(W, None), GLUE, "found neither model.safetensors nor"), (write(W, ""), GLUE, "model/model.safetensors: not a readable safetensors file"), (cut(W, 5), GLUE, "not a readable safetensors file"),
     (cut(W, 100_000), GLUE, "not a readable safetensors file"), (header(W, size=10**15), GLUE, "not a readable safetensors file"), (header(W, edit=offsets), GLUE, "not a readable safetensors file"),

@@ -390,6 +390,35 @@ def test_finished_run_is_not_overwritten_unasked(tmp_path, short):
     assert (short[0] / "result.json").read_bytes() == before
 
 
+def test_unfinished_run_is_not_replaced_unasked(tmp_path, capsys):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "thesis.pt").write_text("years of work")
+    with pytest.raises(InputError, match="did not finish: --resume goes on with it, --overwrite replaces it"):
+        run(tmp_path, "--max-steps", "4")
+    assert (tmp_path / "checkpoint" / "thesis.pt").read_text() == "years of work" and not (tmp_path / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags", [["--seeds", "0", "1"], ["--lr-grid", "1e-3", "2e-3"]])
+def test_all_folders_are_looked_at_before_the_first_run(flags, tmp_path):
+    for name in ("seed1", "lr0.002"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a finished run"):
+        run(tmp_path, "--max-steps", "4", *flags)
+    assert not (tmp_path / "seed0").exists() and not (tmp_path / "lr0.001").exists()
+
+
+def test_a_run_that_came_apart_in_its_last_step_does_not_count(tmp_path):
+    with pytest.raises(InputError, match="not all finite numbers after 1 steps: try a smaller --lr"):
+        run(tmp_path, "--method", "ft", "--max-steps", "1", "--lr", "1e9", "--weight-decay", "1e9")
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_files_can_be_read_by_whom_the_folder_lets_in(short):
+    modes = {file.name: file.stat().st_mode for file in short[0].rglob("*") if file.is_file()}
+    assert {"adapter_model.safetensors", "state.safetensors"} <= modes.keys() and len(set(modes.values())) == 1
+
+
 def test_default_folders_do_not_collide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -408,7 +437,8 @@ def test_default_folders_do_not_collide(tmp_path, monkeypatch):
     (["--budget", "1.5"], "--budget is 1.5"), (["--budget", "nan"], "--budget is nan"), (["--window", "0.5", "0.2"], "--window is 0.5 0.2"),
     (["--window", "-1", "0.5"], "--window is -1.0 0.5"), (["--r", "0"], "--r is 0, expected at least 1"), (["--r", "129"], "--r is 129, but the narrowest matrix of"),
     (["--lr", "-1"], "--lr is -1.0"), (["--lr", "0"], "--lr is 0.0"), (["--alpha", "0"], "--alpha is 0.0"),
-    (["--task", ".", "--data", "."], "--data is '.', expected nothing"), (["--epochs", "inf"], "--epochs is inf"), (["--batch-size", "0"], "--batch-size is 0"), (["--seeds", "1", "1"], "--seeds is [1, 1]"),
+    (["--task", ".", "--data", "."], "--data is '.', expected nothing"), (["--epochs", "inf"], "--epochs is inf"), (["--batch-size", "0"], "--batch-size is 0"), (["--seeds", "1", "1"], "--seeds is [1, 1]"), (["--seeds", "-1", "2"], "--seeds is [-1, 2]"), (["--seed", "99999999999"], "--seed is 99999999999"), (["--threads", "99999999999"], "--threads is"),
+    (["--epochs", "1e308"], "--epochs is 1e+308"), (["--lr-grid", "1e-3", "1e-3"], "--lr-grid is [0.001, 0.001]"), (["table1", "--seeds", "-1"], "--seeds is [-1]"),
     (["--device", "tpu"], "--device is 'tpu'"), (["--device", "cuda:99"], "--device is cuda:99"), (["--max-length", "999"], "--max-length is 999, but"),
     (["--window", "0.5", "0.51", "--max-steps", "3"], "holds none of the 3 steps"), (["--window", "0", "1", "--max-steps", "1"], "holds none of the 1 steps after the first"), (["--resume"], "--resume is given without --out"),
     (["--model", "./nowhere"], "--model ./nowhere: no such folder"), (["--task", "cola", "--data", "."], "CoLA/train.tsv: not found"),
