@@ -100,7 +100,8 @@ class Cell:
         self.label, self.seeds = name_of(method), args.seeds
         self.flags = [*common, "--task", self.task, *task_flags, "--method", name, *method_flags]
         self.folder = Path(args.out) / Path(self.task).name / self.label.replace(" ", "_")
-        self.settings = train_glue.parse_args([*self.flags, "--seeds", *map(str, self.seeds)])  # refuses what is wrong before anything is loaded
+        # refuses what is wrong before anything is loaded
+        self.settings = train_glue.parse_args([*self.flags, "--seeds", *map(str, self.seeds)])
 
     def results(self):
         """[result or None] of its seeds."""

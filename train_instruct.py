@@ -329,10 +329,10 @@ def style(argv):
     out = Path(args.out) if args.out else training.free_folder(f"runs/style-{args.direction}")
     if (out / "scores.json").exists():
         raise InputError(f"--out {out} holds a finished run: give another folder")
-    training.make_folder(out)
     model, tokenizer, stop = open_model(args)
     prompts = [encode_prompt(tokenizer, fill(args.template, PROMPTS[args.direction], sentence)) for sentence in sources]
     check_room(args, model, prompts)
+    training.make_folder(out)
     answers = answer(model, tokenizer, prompts, stop, args.max_new_tokens, args.batch_size,
                      temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     outputs = [tidy(text, args.direction) for text in answers]
@@ -397,7 +397,8 @@ def score(argv):
 def score_flags(arg):
     arg("--classifier", help="for ACC: folder of a train_glue.py run, with an adapter, on sentences labelled with their style "
                              "(python -m data.style) (default: none, no ACC)")
-    arg("--lm", metavar="FILE", help="for PPL: an n-gram model in ARPA or KenLM's binary form; needs the kenlm module (default: none, no PPL)")
+    arg("--lm", metavar="FILE",
+        help="for PPL: an n-gram model in ARPA or KenLM's binary form; needs the kenlm module (default: none, no PPL)")
 
 
 def open_scorers(args, targets):

@@ -117,7 +117,8 @@ def run_flags(parser, epochs, lr, batch_size, dtype, out):
         "starts at --lr again (default: yes)")
     arg("--weight-decay", type=float, default=0.01, help="of the weights; gates and lambda have none")
     arg("--seed", type=int, default=0, help="of head and adapter weights, order of rows, dropout and gates")
-    arg("--seeds", type=int, nargs="+", help="several runs, --out/seed0 .., and their mean and standard deviation (default: one run, with --seed)")
+    arg("--seeds", type=int, nargs="+",
+        help="several runs, --out/seed0 .., and their mean and standard deviation (default: one run, with --seed)")
 
     arg = machine_flags(parser, dtype)
     arg("--compile", action="store_true", default=False, help="compile the model with torch.compile")
@@ -508,8 +509,8 @@ class Log:
 
 def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
     """The training loop, which writes log.jsonl and checkpoint/ into `out`. loss_of(rows): the summed loss of some rows, given by
-    their numbers; evaluate(): a pair, a list of arrays of outputs on the dev rows and {metric: value}. Returns evaluate()'s pair for the trained model,
-    the scores after each epoch, and the seconds it took."""
+    their numbers; evaluate(): a pair, a list of arrays of outputs on the dev rows and {metric: value}. Returns evaluate()'s pair for
+    the trained model, the scores after each epoch, and the seconds it took."""
     device, seed, steps, epoch_steps = next(model.parameters()).device, settings["seed"], plan.steps, plan.epoch_steps
     if plan.gated:
         groups = lowrank.param_groups(args.lr, plan.gate_lr, args.weight_decay)
