@@ -816,6 +816,7 @@ def main(argv=None):
 
     for each in (parser, *commands.choices.values()):
         each.error = error  # one line, as all others
+    sys.stdout.reconfigure(errors="replace")  # a terminal that knows nothing but ASCII
     args = parser.parse_args(argv)
     from safetensors import SafetensorError
     try:
