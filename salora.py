@@ -42,6 +42,7 @@ The lines with `salora` are all that a training loop has to know:
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -816,7 +817,8 @@ def main(argv=None):
 
     for each in (parser, *commands.choices.values()):
         each.error = error  # one line, as all others
-    sys.stdout.reconfigure(errors="replace")  # a terminal that knows nothing but ASCII
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a notebook has is none
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that knows nothing but ASCII
     args = parser.parse_args(argv)
     from safetensors import SafetensorError
     try:

@@ -4,6 +4,7 @@ What train_glue.py and train_instruct.py share: flags and their checks, the trai
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from model import read_json
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 TUNING_SEED = 100  # of the runs of --lr-grid
+CHECKPOINTS = ("checkpoint", "checkpoint.previous")  # in a run's folder: the last, and the one before, should the last be damaged
 LARGEST = 2**31  # no number that a flag takes comes near it
 NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid")  # flags that are no settings of a single run
 MAY_CHANGE = ("threads", "log_every", "save_every")  # flags that --resume may change
@@ -160,14 +162,15 @@ def check(args):
     at_least(args, 1, "r", "batch_size", "accumulate", "log_every", "save_every", "max_steps", "threads", "limit_train", "limit_dev")
     at_least(args, 8, "max_length")
     at_least(args, 0, "seed", "beta", "weight_decay", "price")
-    need(all(0 <= seed < LARGEST for seed in args.seeds or []), "--seeds", args.seeds, f"numbers from 0, below {LARGEST}")
     for name in ("lr", "gate_lr", "alpha", "epochs", "hold_out"):
         value = getattr(args, name)
         only_scored = name == "epochs" and value == 0 and (args.adapter or args.method == "head")
         hint = ", or 0 with --adapter or --method head, to score what is there" if name == "epochs" else ""
         need(value is None or 0 < value < LARGEST or only_scored, flag(name), value, f"a positive number, below {LARGEST}{hint}")
     need(0 <= args.warmup < 1, "--warmup", args.warmup, "a share in [0, 1)")
-    need(args.seeds is None or len(set(args.seeds)) == len(args.seeds), "--seeds", args.seeds, "different numbers")
+    seeds = args.seeds or []
+    need(all(0 <= seed < LARGEST for seed in seeds) and len(set(seeds)) == len(seeds), "--seeds", seeds,
+         f"different numbers from 0, below {LARGEST}")
     need(args.layers is None or min(args.layers) >= 0 and len(set(args.layers)) == len(args.layers), "--layers", args.layers,
          "different numbers from 0")
     need(len(set(args.targets or [])) == len(args.targets or []), "--targets", " ".join(args.targets or []), "each letter once")
@@ -271,7 +274,7 @@ def save_checkpoint(folder, optimizer, lowrank, progress):
 
 def find_checkpoint(out):
     """(progress, tensors) of the last checkpoint in a run's folder that is whole, or None."""
-    for folder in (out / "checkpoint", out / "checkpoint.previous"):
+    for folder in (out / name for name in CHECKPOINTS):
         if not folder.is_dir():
             continue
         try:
@@ -461,10 +464,11 @@ class Log:
         self.seconds = seconds
         self.sums, self.tokens, self.steps = torch.tensor(state[:2], device=self.sums.device), *state[2:]
         if RANK == 0:
-            kept = []
-            for number, line in enumerate(self.file.read_text().splitlines(keepends=True) if self.file.exists() else [], 1):
+            lines, kept = self.file.read_text().splitlines(keepends=True) if self.file.exists() else [], []
+            for number, line in enumerate(lines, 1):
                 try:
-                    kept += [line] if line.endswith("\n") and json.loads(line)["step"] < step else []
+                    if line.endswith("\n") and json.loads(line)["step"] < step:
+                        kept.append(line)
                 except (ValueError, KeyError, TypeError):
                     raise InputError(f"{self.file}: line {number} is damaged: take it out to go on") from None
             write_text(self.file, "".join(kept))
@@ -702,7 +706,7 @@ def refuse_taken(args, out):
     """Unless flags say otherwise, no run is replaced: neither one that is finished nor one that could go on."""
     if (out / "result.json").exists() and not args.overwrite:
         raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
-    if (out / "checkpoint").exists() and not (args.overwrite or args.resume):
+    if any((out / name).exists() for name in CHECKPOINTS) and not (args.overwrite or args.resume):
         raise InputError(f"--out {out} holds a run that did not finish: --resume goes on with it, --overwrite replaces it")
 
 
@@ -792,7 +796,8 @@ def command(main, argv):
     """main(argv) as a shell sees it: bad input is one line on stderr and exit status 2."""
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-    sys.stdout.reconfigure(errors="replace")  # a terminal that knows nothing but ASCII
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a notebook has is none
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that knows nothing but ASCII
     try:
         main(sys.argv[1:] if argv is None else argv)
     except InputError as e:

@@ -53,7 +53,7 @@ def task_files(folder, direction):
         file, names = folder / "test" / source, [f"test/{target}.ref*"]
     else:
         file, names = folder / f"test.{source}", [f"ref[0-9].{direction}", f"ref.{direction}"]
-    references = next(filter(None, (sorted(folder.glob(name)) for name in names)), [])
+    references = sorted(folder.glob(names[0])) or sorted(folder.glob(names[-1]))
     if not references:
         print(f"{folder}: no references ({' or '.join(names)}), so there is no BLEU against them")
     return file, references

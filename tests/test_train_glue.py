@@ -398,6 +398,23 @@ def test_unfinished_run_is_not_replaced_unasked(tmp_path, capsys):
     assert (tmp_path / "checkpoint" / "thesis.pt").read_text() == "years of work" and not (tmp_path / "log.jsonl").exists()
 
 
+@pytest.mark.parametrize("name", training.CHECKPOINTS)
+def test_damaged_log_is_named_and_the_checkpoint_before_the_last_counts_too(name, tmp_path):
+    run(tmp_path, "--max-steps", "4")
+    (tmp_path / "result.json").unlink()
+    if name != "checkpoint":
+        (tmp_path / "checkpoint").rename(tmp_path / name)
+    with pytest.raises(InputError, match="did not finish"):
+        run(tmp_path, "--max-steps", "4")
+    good = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text("\0\n" + good)
+    with pytest.raises(InputError, match="log.jsonl: line 1 is damaged"):
+        run(tmp_path, "--max-steps", "4", "--resume")
+    (tmp_path / "log.jsonl").write_text(good)
+    run(tmp_path, "--max-steps", "4", "--resume")
+    assert (tmp_path / "log.jsonl").read_text() == good
+
+
 @pytest.mark.parametrize("flags", [["--seeds", "0", "1"], ["--lr-grid", "1e-3", "2e-3"]])
 def test_all_folders_are_looked_at_before_the_first_run(flags, tmp_path):
     for name in ("seed1", "lr0.002"):
