@@ -7,7 +7,7 @@ What SaLoRA is compared with. install(model, method, ..) puts one of these into 
     adapter-p  Pfeiffer et al. 2021, arXiv 2005.00247: a bottleneck after the feed-forward only. Theirs has another layer norm and residual
                sum around it; here it sits where Houlsby's does
     prefix     Li and Liang 2021, arXiv 2101.00190: n keys and values in every layer, the output of a small network that is dropped at the
-               end. Without their dropout on the prefix
+               end. Without their dropout on the prefix, and with the network's output divided by the root of its width
     prompt     Lester et al. 2021, arXiv 2104.08691: n input vectors that start as random words. They stand behind the first token, not
                before it, so that the token that the classifier reads stays the first
     lora       Hu et al. 2022, arXiv 2106.09685: SaLoRA without gates and regulariser
@@ -53,7 +53,10 @@ class Prefix(nn.Module):
         if self.network is None:
             return self.table
         layers, two, n, d = self.shape
-        return self.network(self.table).view(n, layers, two, d).permute(1, 2, 0, 3)  # (layers, 2, n, d)
+        # Adam moves every weight of the network by about the learning rate, and the prefix by the sum of `inner` such moves. Divided, both
+        # prefix and head can learn at one rate; undivided, on STS-B, it ended far below the head alone.
+        y = self.network(self.table) / self.network[2].in_features**0.5
+        return y.view(n, layers, two, d).permute(1, 2, 0, 3)  # (layers, 2, n, d)
 
     @torch.no_grad()
     def finish(self):

@@ -31,8 +31,8 @@ from model import LINEARS, load_encoder, read_config
 from training import PROCESSES, RANK
 
 METHODS = ("salora", *baselines.METHODS)
-LEARNING_RATES = dict(ft=3e-5, prefix=1e-4, prompt=1e-3)  # all others 3e-4
-DEMO_LEARNING_RATES = dict(ft=5e-4, prefix=1e-3, prompt=1e-2)  # all others 3e-3
+LEARNING_RATES = dict(ft=3e-5, prefix=1e-3, prompt=1e-3)  # all others 3e-4
+DEMO_LEARNING_RATES = dict(ft=5e-4, prompt=1e-2)  # all others 3e-3
 EXPERIMENTS = ("table1", "ablation", "efficiency", "ranks", "sweep", "components")
 
 
@@ -56,7 +56,7 @@ def parse_args(argv=None):
         help="width of adapter-h and adapter-p (default: 32 and 64, with which they are as large as LoRA of rank 8)")
     arg("--virtual-tokens", type=int, default=20, help="length of the prefix or the prompt")
 
-    training.run_flags(parser, epochs="by task, 3 to 20", lr="3e-4; ft 3e-5, prefix 1e-4, prompt 1e-3; more for demo", batch_size=32,
+    training.run_flags(parser, epochs="by task, 3 to 20", lr="3e-4; ft 3e-5, prefix and prompt 1e-3; more for demo", batch_size=32,
                        dtype="float32", out="runs/TASK-METHOD")
     arg = training.flag_group(parser, "choice of the learning rate")
     arg("--lr-grid", type=float, nargs="+", metavar="LR",

@@ -70,6 +70,16 @@ def test_a_prefix_is_two_vectors_a_layer_and_token_once_its_network_is_dropped()
     torch.testing.assert_close(model(*batch(2)), before)
 
 
+def test_a_step_moves_a_prefix_gently_although_a_whole_network_steps():
+    torch.manual_seed(0)
+    prefix = baselines.Prefix(2, 20, 64, "cpu")
+    optimizer = torch.optim.AdamW(prefix.parameters(), lr=1e-3)
+    before = prefix()
+    before.sum().backward()
+    optimizer.step()
+    assert 1e-4 < (prefix() - before).abs().max() < 0.02  # 0.13 if the network's output were not divided
+
+
 # ---- where they start, what they compute
 
 
