@@ -5,7 +5,7 @@ What SaLoRA is compared with. install(model, method, ..) puts one of these into 
     adapter-h  Houlsby et al. 2019, arXiv 1902.00751: a bottleneck after the attention and one after the feed-forward of each layer, before
                the residual sum. They train the layer norms too; here, as in the tables of LoRA's paper, those are frozen
     adapter-p  Pfeiffer et al. 2021, arXiv 2005.00247: a bottleneck after the feed-forward only. Theirs has another layer norm and residual
-               sum around it; here it sits where Houlsby's does
+               sum around it, and ReLU; here it is Houlsby's, in the same place
     prefix     Li and Liang 2021, arXiv 2101.00190: n keys and values in every layer, the output of a small network that is dropped at the
                end. Without their dropout on the prefix, and with the network's output divided by the root of its width
     prompt     Lester et al. 2021, arXiv 2104.08691: n input vectors that start as random words. They stand behind the first token, not
@@ -113,9 +113,10 @@ class AdaLoRA:
     that lost are cut out of the tensors, where their code goes on with zeros."""
 
     BETA1 = BETA2 = 0.85  # of the two moving averages
+    SCALE = 16  # alpha/r if no alpha is given, as in their scripts for GLUE: Adam moves one singular value as slowly as one element of B
 
     def __init__(self, model, targets, steps, r=8, alpha=None, budget=0.5, beta=0.1, window=(0.2, 0.5)):
-        self.layers = sl.adapt(model, targets, r, alpha, AdaLoRALinear)
+        self.layers = sl.adapt(model, targets, r, self.SCALE * r if alpha is None else alpha, AdaLoRALinear)
         self.steps, self.beta = steps, beta
         self.start, self.end = (round(share * steps) for share in window)
         self.interval = max(1, (self.end - self.start) // 100)  # steps from one choice of triplets to the next

@@ -67,7 +67,7 @@ def method_flags(parser, methods, letters):
         help="go on from this LoRA adapter, of this project or of PEFT, with its own --r, --alpha, --targets and --layers; "
         "with --epochs 0 only score it (default: start anew)")
     arg("--r", type=int, help="rank at the start (default: 8)")
-    arg("--alpha", type=float, help="the update is scaled by alpha/r (default: r, a scale of 1)")
+    arg("--alpha", type=float, help=f"the update is scaled by alpha/r (default: r, a scale of 1; adalora {baselines.AdaLoRA.SCALE} r)")
     more = ", and W^G if named" if "g" in letters else ""
     arg("--targets", nargs="+", choices=list(letters),
         help=f"adapted matrices of each layer: W^Q W^K W^V W^O W^U W^D{more} (default: q k v o u d)")
@@ -145,7 +145,8 @@ def settle(args):
             setattr(args, name, value)
     if args.adapter is None:
         args.r, args.targets = 8 if args.r is None else args.r, args.targets or list("qkvoud")
-        args.alpha = float(args.r) if args.alpha is None else args.alpha
+        if args.alpha is None:
+            args.alpha = float(args.r * (baselines.AdaLoRA.SCALE if args.method == "adalora" else 1))
     check(args)
 
 
