@@ -23,7 +23,7 @@ def test_example_runs_beside_a_lone_copy_of_the_file(name, tmp_path):
     shutil.copy(sl.__file__, tmp_path), shutil.copy(EXAMPLES / name, tmp_path)
     start = [sys.executable] if name != "distributed.py" else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | dict(OMP_NUM_THREADS="1")
-    for _ in range(3):
+    for _ in range(6):
         done = subprocess.run([*start, name], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300)
         if "terminate called without an active exception" not in done.stderr:
             break  # or a thread of torch's gloo outlived the interpreter, which happens on a busy machine: once more
