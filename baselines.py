@@ -53,8 +53,8 @@ class Prefix(nn.Module):
         if self.network is None:
             return self.table
         layers, two, n, d = self.shape
-        # Adam moves every weight of the network by about the learning rate, and the prefix by the sum of `inner` such moves. Divided, both
-        # prefix and head can learn at one rate; undivided, on STS-B, it ended far below the head alone.
+        # Adam moves every weight by about the learning rate, so the prefix by a sum of 512 such moves. Divided, both prefix and head can
+        # learn at one rate; undivided, on STS-B, it ended far below the head alone.
         y = self.network(self.table) / self.network[2].in_features**0.5
         return y.view(n, layers, two, d).permute(1, 2, 0, 3)  # (layers, 2, n, d)
 
