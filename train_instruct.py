@@ -54,7 +54,7 @@ def parse_args(argv=None):
         help="random rows, always the same, that are not trained on but scored; below 1: this share of them")
     arg("--max-length", type=int, default=512, help="prompt and response are cut to this many tokens")
     arg("--generate", type=int, metavar="N",
-        help="held-out rows that are answered after training, for predictions.tsv (default: 8; for demo 100)")
+        help="held-out rows that are answered before and after training (default: 8; for demo 100)")
     training.method_flags(parser, ("salora", "lora"), DECODER_LINEARS)
     training.run_flags(parser, epochs="3", lr="3e-4; for demo 5e-3", batch_size=16, dtype="bfloat16; for demo float32",
                        out="runs/DATA-METHOD")
@@ -173,7 +173,7 @@ def train(args, seed, out):
     training.announce(settings, f"{args.method} on {args.data}: {len(examples)} training rows, {sum(asked):,} tokens of them trained on; "
                                 f"{plan.steps} steps of {plan.rows_per_step}; {trainable_params:,} parameters to train")
     prompts = [encode_prompt(tokenizer, fill(args.template, row["instruction"], row["input"])) for row in held[:args.generate]]
-    before = answer(model, tokenizer, prompts[:3], stop, 40) if RANK == 0 else []
+    before = answer(model, tokenizer, prompts, stop, 40) if RANK == 0 else []
 
     # ---- training
     hidden = torch.compile(model.hidden, dynamic=True) if args.compile else model.hidden
@@ -198,12 +198,15 @@ def train(args, seed, out):
         lines += [f"{i}\t{escape(row['output'])}\t{escape(text)}" for i, (row, text) in enumerate(zip(held, answers))]
         training.write_text(out / "predictions.tsv", "\n".join(lines) + "\n")
         sl.save(model, out / "adapter", budget=training.budget_of(args), base_model_name_or_path=str(args.model), task_type="CAUSAL_LM")
-        if answers:
-            scores["exact_match"] = sum(row["output"] == text for row, text in zip(held, answers)) / len(answers)
         shown = [dict(instruction=row["instruction"], input=row["input"], reference=row["output"], before=b, after=a)
                  for row, b, a in zip(held, before, answers)]
+        if shown:
+            scores["exact_match"] = sum(e["after"] == e["reference"] for e in shown) / len(shown)
+        shown.sort(key=lambda e: (e["before"] == e["reference"], e["after"] != e["reference"]))
         result = dict(task=Path(args.data).stem, model=args.model, method=args.method, seed=seed, metric="loss", score=scores["loss"],
-                      metrics=scores, best_score=min(h["loss"] for h in history), dev_rows=[len(dev)], examples=shown)
+                      metrics=scores, best_score=min(h["loss"] for h in history),
+                      dev_rows=[len(dev)], answered=len(answers),
+                      examples=shown[:3])  # first what training has taught
         result |= training.common_result(args, plan, settings, model, lowrank, trainable_params, 0, history, seconds)
         training.write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
@@ -224,7 +227,10 @@ def report(args, result, out):
     print(f"\nloss {result['score']:.4f} (perplexity {scores['perplexity']:.2f}) on {held_out} held-out rows "
           f"after {result['steps']} steps, {result['seconds']:.0f} s")
     if "exact_match" in scores:
-        print(f"{scores['exact_match']:.0%} of {min(args.generate, held_out)} answers are the reference")
+        right = round(scores["exact_match"] * result["answered"])
+        few = any(e["after"] != e["reference"] for e in result["examples"])
+        print(f"{right} of {result['answered']} held-out instructions answered exactly"
+              + "; fewer than three to show, so the examples above have other answers, too" * few)
     training.report_ranks(args, result, DECODER_LINEARS, at=2)
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT)")
 
