@@ -241,19 +241,26 @@ def test_glue_goes_on_from_an_adapter_scores_it_and_merges_it(tmp_path, capsys):
     def predictions(name):
         return [list(map(float, line.split("\t")[3:])) for line in (tmp_path / name / "predictions.tsv").read_text().splitlines()[1:]]
 
+    def same_predictions(a, b, atol):
+        """The logits, and the decisions where they are not a matter of rounding."""
+        x, y = (torch.tensor(predictions(name)) for name in (a, b))
+        sure = (y[:, 0] - y[:, 1]).abs() > 2 * atol
+        assert torch.allclose(x, y, rtol=0, atol=atol) and y.std() > 10 * atol
+        assert torch.equal(x.argmax(1)[sure], y.argmax(1)[sure]) and sure.float().mean() > 0.5
+
     start = run("start", "--method", "lora", "--r", 4, "--epochs", 1)
     adapter = ["--adapter", tmp_path / "start" / "adapter"]
     scored = run("scored", *adapter, "--epochs", 0)
-    assert scored["score"] == start["score"] and scored["steps"] == 0 and scored["trainable_params"] == start["kept_params"]
-    assert torch.allclose(torch.tensor(predictions("scored")), torch.tensor(predictions("start")), atol=1e-5)
+    assert scored["steps"] == 0 and scored["trainable_params"] == start["kept_params"]
+    same_predictions("scored", "start", atol=1e-4)
     on = run("on", *adapter, "--epochs", 2, "--seed", 1)
     first = json.loads((tmp_path / "on" / "log.jsonl").read_text().splitlines()[0])
     last = json.loads((tmp_path / "start" / "log.jsonl").read_text().splitlines()[-1])
     assert on["settings"]["r"] == 4 and on["kept_params"] <= on["trainable_params"] // 2 and first["orth_b"] == pytest.approx(last["orth_b"], rel=0.05)
     assert run("lora", "--adapter", tmp_path / "on" / "adapter", "--method", "lora", "--epochs", 1)["kept_params"] == on["kept_params"]
     sl.merge_folder(train_glue.HERE / "demo" / "model", tmp_path / "on" / "adapter", tmp_path / "merged")
-    assert run("plain", "--model", tmp_path / "merged", "--method", "head", "--epochs", 0)["score"] == on["score"]
-    assert torch.allclose(torch.tensor(predictions("plain")), torch.tensor(predictions("on")), atol=2e-3)  # the demo is stored in float16
+    run("plain", "--model", tmp_path / "merged", "--method", "head", "--epochs", 0)
+    same_predictions("plain", "on", atol=5e-3)  # the demo is stored in float16
     assert "budget 0.5; rank 4 at the start" in shell("show", tmp_path / "on" / "adapter").stdout
     run("on", *adapter, "--epochs", 2, "--seed", 1, "--resume")
     assert "finished already" in capsys.readouterr().out
@@ -317,6 +324,13 @@ def test_instructions_go_on_from_an_adapter_and_score_it(tmp_path):
 
     start = run("start", "--epochs", 2)
     scored = run("scored", "--adapter", tmp_path / "start" / "adapter", "--epochs", 0)
-    assert scored["score"] == pytest.approx(start["score"], abs=1e-6) and scored["examples"][0]["after"] == start["examples"][0]["after"]
+    assert scored["score"] == pytest.approx(start["score"], rel=1e-4)
+    llama = train_instruct.DEMO / "llama"
+    a, b = (sl.adapters(sl.load(load_decoder(llama), tmp_path / name / "adapter"))
+            for name in ("start", "scored"))
+    assert a.keys() == b.keys()
+    for path in a:
+        assert torch.allclose(*(x[path].lora_B @ x[path].lora_A for x in (a, b)), atol=1e-6)
+    assert all(e["after"].startswith(e["before"]) for e in scored["examples"])  # it was not trained
     on = run("on", "--adapter", tmp_path / "start" / "adapter", "--method", "lora", "--epochs", 1)
     assert on["score"] < start["score"] and on["kept_params"] == start["kept_params"]
