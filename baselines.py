@@ -11,6 +11,7 @@ What SaLoRA is compared with. install(model, method, ..) puts one of these into 
     prompt     Lester et al. 2021, arXiv 2104.08691: n input vectors that start as random words. They stand behind the first token, not
                before it, so that the token that the classifier reads stays the first
     lora       Hu et al. 2022, arXiv 2106.09685: SaLoRA without gates and regulariser
+    lora-svd   LoRA, cut in the middle of the run to the largest singular values of all its updates, the simplest way to find ranks: below
     adalora    Zhang et al. 2023, arXiv 2303.10512: below
 """
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 import salora as sl
 
-METHODS = ("lora", "adalora", "ft", "head", "adapter-h", "adapter-p", "prefix", "prompt")
+METHODS = ("lora", "lora-svd", "adalora", "ft", "head", "adapter-h", "adapter-p", "prefix", "prompt")
 
 
 class Adapter(nn.Module):
@@ -65,10 +66,12 @@ class Prefix(nn.Module):
 
 def install(model, method, paths, steps, r=8, alpha=None, budget=0.5, beta=0.1, window=(0.2, 0.5), bottleneck=32, virtual_tokens=20):
     """Freezes what `method` does not train (the head too: unfreeze it afterwards) and puts in what it does, in place. `paths`: the
-    nn.Linear modules that lora and adalora adapt; `steps`: of the run; budget, beta and window are adalora's, bottleneck the
-    adapters', virtual_tokens the prefix's and the prompt's. Returns the SaLoRA or AdaLoRA of a low-rank method, else None."""
+    nn.Linear modules that low-rank methods adapt; `steps`: of the run; budget and window are lora-svd's and adalora's, beta
+    adalora's, bottleneck the adapters', virtual_tokens the prefix's and the prompt's. Returns the SaLoRA or AdaLoRA of a low-rank method, else None."""
     if method == "lora":
-        return sl.SaLoRA(model, paths, r=r, alpha=alpha, beta=0.0, window=None)
+        return sl.SaLoRA(model, paths, max(steps, 1), r, alpha, window=None)
+    if method == "lora-svd":
+        return LoRASVD(model, paths, steps, r, alpha, budget, window)
     if method == "adalora":
         return AdaLoRA(model, paths, steps, r=r, alpha=alpha, budget=budget, beta=beta, window=window)
     model.requires_grad_(method == "ft")
@@ -84,14 +87,43 @@ def install(model, method, paths, steps, r=8, alpha=None, budget=0.5, beta=0.1, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# LoRA, cut by singular values
+
+
+class LoRASVD(sl.SaLoRA):
+    """LoRA until the window ends. Then each update is turned into its singular directions, and of all triplets
+    those of the largest singular values stay that fit into the budget. It needs no gates: what SaLoRA has to
+    beat."""
+
+    def __init__(self, model, targets, steps, r=8, alpha=None, budget=0.5, window=(0.4, 0.5)):
+        super().__init__(model, targets, steps, r, alpha, budget, window=window, turn=False)
+        self.gated = False
+
+    def select(self, optimizer):
+        return sl.largest(sl.turn(self.layers, optimizer), self.size, self.budget)
+
+    def prune(self, optimizer=None):
+        super().prune(optimizer)
+        self.final_density = self.kept_params() / self.initial_params
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # AdaLoRA
+
+
+def stack_by_shape(matrices):
+    """Matrices (r, n) of one shape in one tensor (count, r, n): fewer, larger products."""
+    shapes = {}
+    for m in matrices:
+        shapes.setdefault(m.shape, []).append(m)
+    return [torch.stack(same) for same in shapes.values()]
 
 
 class AdaLoRALinear(sl.SaLoRALinear):
     """h = W x + (alpha/r) P diag(lambda) Q x, the form of a singular value decomposition: Q is lora_A (r, k), P lora_B (d, r), and lora_E
     (r,) the singular values, which start at 0."""
 
-    cuts = sl.SaLoRALinear.cuts | dict(lora_E=lambda t, keep: t[keep])
+    triplet_dim = sl.SaLoRALinear.triplet_dim | dict(lora_E=0)
 
     def __init__(self, base, r, scale):
         super().__init__(base, r, scale)
@@ -118,7 +150,7 @@ class AdaLoRA:
     def __init__(self, model, targets, steps, r=8, alpha=None, budget=0.5, beta=0.1, window=(0.2, 0.5)):
         self.layers = sl.adapt(model, targets, r, self.SCALE * r if alpha is None else alpha, AdaLoRALinear)
         self.steps, self.beta = steps, beta
-        self.start, self.end = (round(share * steps) for share in window)
+        self.start, self.end = sl.window_steps(window, steps)
         self.interval = max(1, (self.end - self.start) // 100)  # steps from one choice of triplets to the next
         self.total = self.live = len(self.layers) * r  # triplets in all; those that the last choice left
         self.target = int(budget * self.total + 1e-6)  # the margin is for products such as 0.29 * 100 = 28.999..
@@ -127,29 +159,33 @@ class AdaLoRA:
         self.sensitivity = [torch.zeros_like(p) for p in self.params]
         self.uncertainty = [torch.zeros_like(p) for p in self.params]
 
-    def begin_step(self, progress, optimizer):
-        """First line of a step; progress = step / steps. At the end of the window it prunes, also in `optimizer`."""
-        self.step = round(progress * self.steps)
-        if self.step >= self.end and not self.pruned:
-            for m, keep in zip(self.layers, self.choose(self.target)):
-                m.prune(keep, optimizer=optimizer)
-            self.pruned, self.final_density = True, self.live / self.total
-            self.params, self.sensitivity, self.uncertainty = [], [], []
+    def begin_step(self):
+        """As SaLoRA's: there is nothing to draw."""
 
     def penalty(self):
         """beta times the mean over the matrices of |MM' - I|: a scalar."""
         live = [m for m in self.layers if m.rank]
         if not live:
             return torch.zeros(())
-        stacks = sl.stack_by_shape([m.lora_A for m in live] + [m.lora_B.mT for m in live])  # (count, r, n) each
+        stacks = stack_by_shape([m.lora_A for m in live] + [m.lora_B.mT for m in live])  # (count, r, n) each
         norms = [(m @ m.mT - torch.eye(m.shape[1], device=m.device)).flatten(1).norm(dim=1) for m in stacks]
         return self.beta * torch.cat(norms).mean()
 
     @torch.no_grad()
-    def end_step(self):
-        """Last line of a step, after the optimiser's, while the gradients are still there."""
-        if self.pruned:
-            return
+    def end_step(self, optimizer):
+        """After the optimiser's step, while the gradients are still there. At the end of the window it prunes, also in
+        `optimizer`."""
+        if not self.pruned:
+            self.measure()
+        self.step += 1
+        if self.step == self.end:
+            for m, keep in zip(self.layers, self.choose(self.target)):
+                m.prune(keep, optimizer)
+            self.pruned, self.final_density = True, self.live / self.total
+            self.params, self.sensitivity, self.uncertainty = [], [], []
+
+    def measure(self):
+        """Takes this step's gradients into the importance of the triplets, and now and then masks those that matter least."""
         importance = torch._foreach_mul(self.params, [p.grad for p in self.params])
         torch._foreach_abs_(importance)  # eq. 8 of their paper
         torch._foreach_lerp_(self.sensitivity, importance, 1 - self.BETA1)  # eq. 9
@@ -176,10 +212,10 @@ class AdaLoRA:
     def state_dict(self):
         """What a checkpoint needs besides the parameters and the optimiser's state: a flat dict of tensors and plain values."""
         tensors = {f"{name}.{i}": t for name in ("sensitivity", "uncertainty") for i, t in enumerate(getattr(self, name))}
-        return tensors | dict(live=self.live, pruned=self.pruned, final_density=self.final_density)
+        return tensors | dict(step=self.step, live=self.live, pruned=self.pruned, final_density=self.final_density)
 
     def load_state_dict(self, state):
-        self.live, self.pruned, self.final_density = state["live"], state["pruned"], state["final_density"]
+        self.step, self.live, self.pruned, self.final_density = (state[name] for name in ("step", "live", "pruned", "final_density"))
         if self.pruned:
             self.params, self.sensitivity, self.uncertainty = [], [], []
         for i in range(len(self.params)):
@@ -190,6 +226,4 @@ class AdaLoRA:
         """The share of triplets with a singular value other than 0."""
         return torch.tensor(self.live / self.total)
 
-    def orthogonality(self):
-        """As SaLoRA's: squared."""
-        return sl.orthogonality(self.layers)
+    orthogonality = sl.SaLoRA.orthogonality  # squared

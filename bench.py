@@ -17,6 +17,7 @@ memory     a paper estimate for RoBERTa-large, SmolLM2-135M and LLaMA-7B; nothin
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -38,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.glue import HERE, load_task
 from model import Decoder, DecoderConfig, Encoder, EncoderConfig, load_decoder, load_encoder, read_config
-from salora import SaLoRA
+from salora import GAMMA, ZETA, SaLoRA
 from train_instruct import token_losses
 from training import markdown, peak_memory_mb
 
@@ -60,31 +61,30 @@ class Operators(TorchDispatchMode):
 
 
 def make_step(model, kind, r=8, targets="qkvoud"):
-    """step(batch, labels), one training step of LoRA, of SaLoRA in its window, or of SaLoRA pruned to b = 0.5."""
+    """step(batch, labels), one training step of LoRA, of SaLoRA in its window, or of SaLoRA pruned to b = 0.5. The run is longer than
+    any measurement, and the window lasts from its second step to its end."""
     torch.manual_seed(0)
     device = next(model.parameters()).device
-    gates = dict(window=None, beta=0.0) if kind == "lora" else dict(window=(0, 0.5))
-    salora = SaLoRA(model, model.target_paths(targets), r=r, **gates)
+    window = None if kind == "lora" else (0, 1)
+    salora = SaLoRA(model, model.target_paths(targets), steps=10**9, r=r, budget=0.5, window=window, turn=kind == "salora")
     for module in model.head:
         module.requires_grad_(True)
     optimizer = torch.optim.AdamW(salora.param_groups(1e-3), fused=True)
-    count = 0
 
     def step(batch, labels):
-        nonlocal count
-        count += 1
-        salora.begin_step(1.0 if kind == "pruned" else count * 1e-7, optimizer)
+        salora.begin_step()
         loss = F.cross_entropy(model(*batch), labels)
         if kind != "lora":
             loss = loss + salora.penalty()
         loss.backward()
         optimizer.step()
-        salora.end_step()
+        salora.end_step(optimizer)
         optimizer.zero_grad()
 
     if kind == "pruned":
-        with torch.no_grad():  # uneven ranks, as learned gates leave them
-            salora.log_theta.normal_(generator=torch.Generator(device).manual_seed(0))
+        with torch.no_grad():  # uneven ranks, as learned gates leave them; about half of the gates are open
+            salora.log_theta.normal_(math.log(-GAMMA / ZETA), generator=torch.Generator(device).manual_seed(0))
+        salora.prune(optimizer)
     model.train()
     return step
 
@@ -245,7 +245,7 @@ MODELS = {
 def paper_memory(m, batch, length, size, recompute):
     """Bytes of a step with LoRA or SaLoRA, r = 8 on the six matrices, with attention that does not store length x length:
         frozen       weights x size of the dtype
-        adapter      16 for each parameter: float32 weight, gradient and two moments of AdamW; SaLoRA's stacks in the window: 12 more
+        adapter      16 for each parameter: float32 weight, gradient and two moments of AdamW; 2 more in the window, for B diag(g)
         activations  tokens x layers x what a layer keeps; recomputed (--checkpoint-activations): x of each layer, and all of one
         logits       LLaMA only, of one chunk of 1024 tokens: in the dtype, and in float32 themselves, their log-softmax and its gradient"""
     d, layers, tokens = m["d"], m["layers"], batch * length
@@ -253,7 +253,7 @@ def paper_memory(m, batch, length, size, recompute):
     kept = kept_by_llama_layer(d, m["i"], size) if m["vocab"] else kept_by_encoder_layer(d, m["i"], size)
     activations = tokens * (layers * d * size + kept if recompute else layers * kept)
     logits = min(tokens, 1024) * m["vocab"] * (size + 12)
-    return dict(frozen=m["weights"] * size, adapter=28 * adapter, activations=activations, logits=logits)
+    return dict(frozen=m["weights"] * size, adapter=18 * adapter, activations=activations, logits=logits)
 
 
 def bench_memory(args):
@@ -272,17 +272,21 @@ def bench_memory(args):
 
 
 def peak_of_a_step(folder, device, dtype, batch, length, recompute):
-    """Peak memory in bytes of a training step of a LLaMA with SaLoRA in its window, in this process, which has done nothing else."""
+    """Peak memory in bytes of two training steps of a LLaMA with SaLoRA, the second one in the window, in this process, which has
+    done nothing else."""
     torch.set_num_threads(1)
     start = 0 if device.startswith("cuda") else peak_memory_mb(torch.device("cpu"))
     model = load_decoder(folder, getattr(torch, dtype), device).train()
     model.checkpoint_activations = recompute
-    salora = SaLoRA(model, model.target_paths("qkvoud"), window=(0, 0.5))
+    salora = SaLoRA(model, model.target_paths("qkvoud"), steps=10**9, window=(0, 1))
     optimizer = torch.optim.AdamW(salora.param_groups(1e-3), fused=True)
     ids, targets = torch.randint(model.config.vocab_size, (2, batch, length), device=device)
-    salora.begin_step(0.1, optimizer)
-    (token_losses(model, model.hidden(ids), targets).mean() + salora.penalty()).backward()
-    optimizer.step()
+    for _ in range(2):
+        salora.begin_step()
+        (token_losses(model, model.hidden(ids), targets).mean() + salora.penalty()).backward()
+        optimizer.step()
+        salora.end_step(optimizer)
+        optimizer.zero_grad()
     return (peak_memory_mb(torch.device(device)) - start) * 2**20
 
 

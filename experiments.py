@@ -3,11 +3,13 @@ The experiments of the paper. Each is one command, which prints its table and le
 results) and, with matplotlib, pictures.
 
     python train_glue.py table1      methods by tasks (Table 1)
-    python train_glue.py ablation    the whole method, a constant price of gates instead of a budget, no regulariser (Table 3)
+    python train_glue.py ablation    the whole method, a constant price of gates instead of a
+                                     budget, no turn into singular directions (Table 3)
     python train_glue.py efficiency  peak memory and time of a step, by batch size (Table 4)
     python train_glue.py ranks       the ranks that are left (Figure 7); one kind of matrix, or one group of layers, adapted alone
                                      (Figure 1)
-    python train_glue.py sweep       score over the rank or the budget, LoRA beside it (Figures 4 and 5)
+    python train_glue.py sweep       score over the rank or the budget, with LoRA and, over the
+                                     budget, LoRA-SVD beside it (Figures 4 and 5)
     python train_glue.py components  density, lambda and orthogonality over the steps (Figure 6)
 
 Further flags, such as --model, --data, --epochs, --dtype or --lr-grid, go to every run (python train_glue.py --help). An entry of
@@ -39,9 +41,10 @@ from data.glue import load_task
 from model import LINEARS, read_config
 
 TASKS = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
-METHODS = ["ft", "adapter-h", "adapter-p", "prefix", "prompt", "lora", "adalora", "salora"]
+METHODS = ["ft", "adapter-h", "adapter-p", "prefix", "prompt", "lora", "adalora", "lora-svd",
+           "salora"]
 LABELS = {"ft": "FT", "adapter-h": "Adapter-H", "adapter-p": "Adapter-P", "prefix": "Prefix", "prompt": "Prompt", "lora": "LoRA",
-          "adalora": "AdaLoRA", "salora": "SaLoRA", "head": "Head"}
+          "adalora": "AdaLoRA", "lora-svd": "LoRA-SVD", "salora": "SaLoRA", "head": "Head"}
 FIELDS = ("task", "method", "seed", "metric", "score", "lr", "trainable_params", "kept_params", "density", "kept_density", "steps",
           "seconds", "peak_memory_mb")
 
@@ -309,7 +312,8 @@ def table1(args, common):
 
 
 def ablation(args, common):
-    results = run_cells(args.tasks, ["salora", f"salora --price {args.price:g}", "salora --beta 0"], common, args)
+    methods = ["salora", f"salora --price {args.price:g}", "salora --no-turn"]
+    results = run_cells(args.tasks, methods, common, args)
     return results, score_table(results), {"scores.png": (dots, results)}
 
 
@@ -362,7 +366,8 @@ def sweep(args, common):
     else:  # LoRA with the rank that gives it as many parameters as the budget leaves
         values = args.values or [0.125, 0.25, 0.5, 0.75, 1.0]
         lines = {"salora": [(b, f"salora --budget {b:g}") for b in values],
-                 "lora": [(b, f"lora --r {max(1, round(b * r))}") for b in values]}
+                 "lora": [(b, f"lora --r {max(1, round(b * r))}") for b in values],
+                 "lora-svd": [(b, f"lora-svd --budget {b:g}") for b in values]}
     methods = dict.fromkeys(method for line in lines.values() for _, method in line)  # two budgets may have the same rank of LoRA
     results = run_cells(args.tasks, methods, common, args)
     panels = {}

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import adapter
 import baselines
-import salora as sl
 import training
 from data import InputError
 from data.batching import batch_order, collate, load_tokenizer, tokenize
@@ -166,7 +166,8 @@ def train(args, seed, out):
             training.write_text(out / name, "\n".join(lines) + "\n")
         if lowrank:
             head = ["classifier"] if config.model_type == "roberta" else ["classifier", "pooler"]
-            sl.save(model, out / "adapter", head, training.budget_of(args), base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
+            adapter.save(model, out / "adapter", head, training.budget_of(args),
+                         base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
         if args.method == "prefix":
             model.prefix.finish()
         result = dict(
@@ -182,11 +183,14 @@ def report(args, result, out):
     print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} {'held-out' if args.hold_out else 'dev'} rows "
           f"after {result['steps']} steps, {result['seconds']:.0f} s")
     training.report_ranks(args, result, LINEARS, at=3)
-    adapter = ", adapter/ (loads in PEFT)" if result["ranks"] else ""
-    print(f"\n{out}/: result.json, log.jsonl, predictions.tsv{adapter}")
+    loads = ", adapter/ (loads in PEFT)" if result["ranks"] else ""
+    print(f"\n{out}/: result.json, log.jsonl, predictions.tsv{loads}")
 
 
 def main(argv):
+    if argv and argv[0] == "recover":
+        import recover
+        return recover.main(argv[1:])
     if argv and argv[0] in EXPERIMENTS:
         import experiments  # which imports this file
         return experiments.main(argv[0], argv[1:])

@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import adapter
 import salora as sl
 import train_glue
 import training
@@ -197,7 +198,8 @@ def train(args, seed, out):
         lines = ["index\tlabel\tprediction"]
         lines += [f"{i}\t{escape(row['output'])}\t{escape(text)}" for i, (row, text) in enumerate(zip(held, answers))]
         training.write_text(out / "predictions.tsv", "\n".join(lines) + "\n")
-        sl.save(model, out / "adapter", budget=training.budget_of(args), base_model_name_or_path=str(args.model), task_type="CAUSAL_LM")
+        adapter.save(model, out / "adapter", budget=training.budget_of(args),
+                     base_model_name_or_path=str(args.model), task_type="CAUSAL_LM")
         shown = [dict(instruction=row["instruction"], input=row["input"], reference=row["output"], before=b, after=a)
                  for row, b, a in zip(held, before, answers)]
         if shown:
@@ -305,9 +307,9 @@ def generate(argv):
     print()
 
 
-def template_of(adapter):
-    """The template of the run that an adapter lies in."""
-    result = training.read_result(Path(adapter) / "..") if adapter else None
+def template_of(folder):
+    """The template of the run that an adapter's folder lies in."""
+    result = training.read_result(Path(folder) / "..") if folder else None
     return result["settings"].get("template", "alpaca") if result else "alpaca"
 
 

@@ -15,6 +15,7 @@ import statistics
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import adapter
 import baselines
 import salora as sl
 from data import InputError, locked
@@ -38,8 +40,9 @@ NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid")  # flags that 
 MAY_CHANGE = ("threads", "log_every", "save_every")  # flags that --resume may change
 RESOLVED_LATER = ("epochs", "max_length", "selection", "gate_lr", "lr", "r", "dtype")  # flags for which None means: what the run takes
 RECIPES = {  # what the two recipes set, unless a flag says otherwise
-    "default": dict(beta=0.01, orth_reduction="mean", selection=None, straight_through=True, fold_gates=False, gate_lr=None, rewarm=True),
-    "paper": dict(beta=0.1, orth_reduction="sum", selection="paper", straight_through=False, fold_gates=True, gate_lr=0.01, rewarm=False),
+    "default": dict(beta=0.0, orth_reduction="mean", window=(0.4, 0.5), gate_lr=None, turn=True, selection=None, fold_gates=False,
+                    rewarm=True),
+    "paper": sl.PAPER | dict(rewarm=False),
 }
 
 
@@ -73,22 +76,22 @@ def method_flags(parser, methods, letters):
         help=f"adapted matrices of each layer: W^Q W^K W^V W^O W^U W^D{more} (default: q k v o u d)")
     arg("--layers", type=int, nargs="+", help="numbers of the layers that low-rank methods adapt, from 0 (default: all)")
     arg("--budget", type=float, default=0.5, help="share b of the adapter parameters to keep (adalora: of the triplets)")
-    arg("--beta", type=float, help="weight of the orthogonal regulariser (default: 0.01; adalora 0.1)")
-    arg("--window", type=float, nargs=2, default=[0.2, 0.5], metavar=("START", "END"),
-        help="fractions of the run between which gates are "
-        "learned (adalora: between which the budget falls)")
+    arg("--beta", type=float, help="weight of the orthogonal regulariser (default: 0; adalora 0.1)")
+    arg("--window", type=float, nargs=2, metavar=("START", "END"),
+        help="fractions of the run between which gates are learned (adalora: between which the budget falls; lora-svd "
+        "cuts at END; default: 0.4 0.5, adalora 0.2 0.5)")
     arg("--recipe", choices=list(RECIPES), default="default", help="paper: the letter of the paper, "
-        "--beta 0.1 --orth-reduction sum --selection paper --no-straight-through --fold-gates --gate-lr 0.01 --no-rewarm")
+        "--beta 0.1 --orth-reduction sum --window 0.2 0.5 --gate-lr 0.01 --no-turn --selection paper --fold-gates --no-rewarm")
     arg("--orth-reduction", choices=["mean", "sum"], help="of the regulariser over the matrices (default: mean)")
     arg("--selection", choices=["budget", "paper"], help="keep what fits the budget, or what has a gate above 0 "
         "(default: budget; with --price: paper)")
-    arg("--straight-through", action=argparse.BooleanOptionalAction,
-        help="in the window, train the weights with gates of 1 and log theta with "
-        "the gradient of the drawn gates; no: train the weights with the drawn gates (default: yes)")
+    arg("--turn", action=argparse.BooleanOptionalAction,
+        help="when the window opens, turn A and B into the singular directions of BA and start the gates from the "
+        "singular values (default: yes)")
     arg("--fold-gates", action=argparse.BooleanOptionalAction,
         help="multiply kept gates into B instead of setting them to 1 (default: no)")
     arg("--gate-lr", type=float,
-        help="learning rate of log theta and lambda (default: 0.2; in a window of less than 160 steps more, 32 / steps, up to 1)")
+        help="learning rate of log theta and lambda (default: 12 / steps of the window, up to 1)")
     arg("--price", type=float, metavar="LAMBDA",
         help="eq. 10: a constant price of an open gate instead of a budget (default: off)")
 
@@ -115,8 +118,8 @@ def run_flags(parser, epochs, lr, batch_size, dtype, out):
     arg("--warmup", type=float, default=0.06,
         help="share of the steps in which the learning rates rise, before they fall linearly to 0")
     arg("--rewarm", action=argparse.BooleanOptionalAction,
-        help="salora: after the window, when the adapter has been cut down, the learning rate "
-        "starts at --lr again (default: yes)")
+        help="at the end of the window, when the adapter has been cut down, the learning rate "
+        "starts at --lr again (default: yes for salora and lora-svd)")
     arg("--weight-decay", type=float, default=0.01, help="of the weights; gates and lambda have none")
     arg("--seed", type=int, default=0, help="of head and adapter weights, order of rows, dropout and gates")
     arg("--seeds", type=int, nargs="+",
@@ -138,11 +141,14 @@ def run_flags(parser, epochs, lr, batch_size, dtype, out):
 
 def settle(args):
     """Fills in what the recipe decides, then check()."""
-    if args.method == "adalora" and args.beta is None:
-        args.beta = 0.1
+    if args.method == "adalora":
+        args.beta = 0.1 if args.beta is None else args.beta
+        args.window = args.window or [0.2, 0.5]
+    if args.method not in ("salora", "lora-svd") and args.rewarm is None:
+        args.rewarm = False
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, list(value) if name == "window" else value)
     if args.adapter is None:
         args.r, args.targets = 8 if args.r is None else args.r, args.targets or list("qkvoud")
         if args.alpha is None:
@@ -219,7 +225,7 @@ def flag(name):
 
 def check_sizes(args, config):
     """Refuses ranks and layers that the model does not have, before its weights are read."""
-    if (args.r or 0) > config.narrowest and args.method in ("salora", "lora", "adalora"):
+    if (args.r or 0) > config.narrowest and args.method in ("salora", "lora", "lora-svd", "adalora"):
         raise InputError(f"--r is {args.r}, but the narrowest matrix of {args.model} allows a rank of 1 to {config.narrowest}")
     if max(args.layers or [0]) >= config.num_hidden_layers:
         raise InputError(f"--layers has {max(args.layers)}, but {args.model} has layers 0 to {config.num_hidden_layers - 1}")
@@ -296,23 +302,21 @@ def load_checkpoint(out, progress, tensors, optimizer, lowrank, device, settings
         if found != value and name not in MAY_CHANGE:
             raise InputError(f"--resume: {flag(name)} is {value}, but the checkpoint in {out} was written with {found}: "
                              "give the run's own flags")
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, value in tensors.items():
-        kind, *rest = name.split(".")
-        if kind in ("param", "state"):
-            p, value = trained[int(rest[0])], value.to(device, copy=True)  # a file aligns its tensors otherwise: other last bits
-            if value.dim() == 2 and p.stride(0) == 1:  # lora_B and its moments lie column by column
-                value = value.mT.contiguous().mT
-            if kind == "param":
-                p.data = value
-            else:
-                optimizer.state[p][rest[1]] = value
-    if lowrank:
+    if lowrank:  # before the parameters: it brings A and B into the shapes they were saved in
         state = {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
         try:
             lowrank.load_state_dict(progress["method"] | state)
         except KeyError as e:
             raise InputError(f"--resume: the checkpoint in {out} has no {e}, as another version wrote it: start anew") from None
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, value in tensors.items():
+        kind, *rest = name.split(".")
+        if kind in ("param", "state"):
+            p, value = trained[int(rest[0])], value.to(device, copy=True)  # a file aligns its tensors otherwise: other last bits
+            if kind == "param":
+                p.data = value
+            else:
+                optimizer.state[p][rest[1]] = value
 
 
 class Stopped(Exception):
@@ -363,21 +367,16 @@ def own_folder(args, out):
 
 def schedule(args, lengths, weights, epochs):
     """The plan of a run. lengths: the tokens of each training row; weights: what it counts in the mean loss of a step. In the plan
-    besides: epochs, rows_per_step, epoch_steps, steps; gated: are there gates; window: the numbers of its steps; gate_lr: the gates'
-    learning rate, with which log theta can travel several units within a short window; warmup and restart, in steps: see lr_factor."""
+    besides: epochs, rows_per_step, epoch_steps, steps; gated: are there gates; warmup and restart, in steps: see lr_factor."""
     rows_per_step = args.batch_size * args.accumulate * PROCESSES
     epoch_steps = math.ceil(len(lengths) / rows_per_step)
     steps = min(math.ceil(epochs * epoch_steps), args.max_steps or math.inf)
-    window = [step for step in range(steps) if args.window[0] <= step / steps < args.window[1]]
-    if args.method in ("salora", "adalora") and steps and not any(window):
-        raise InputError(f"--window {args.window[0]} {args.window[1]} holds none of the {steps} steps after the first, in which B is 0 "
-                         "and no gate has a gradient: widen it or train longer")
-    gate_lr = min(max(0.2, 32 / max(len(window), 1)), 1.0) if args.gate_lr is None else args.gate_lr
-    rewarm = args.method == "salora" and args.rewarm and window
+    if args.method in ("salora", "lora-svd", "adalora") and steps == 1:
+        raise InputError(f"one step is too short a run for --method {args.method}: in the first, B is zero and gates have no gradient")
+    end = sl.window_steps(args.window, steps)[1]
     return SimpleNamespace(
         lengths=lengths, weights=weights, epochs=epochs, rows_per_step=rows_per_step, epoch_steps=epoch_steps, steps=steps,
-        gated=args.method == "salora", window=window, gate_lr=gate_lr,
-        warmup=math.ceil(args.warmup * steps), restart=window[-1] + 1 if rewarm else steps)
+        gated=args.method == "salora", warmup=math.ceil(args.warmup * steps), restart=end if args.rewarm else steps)
 
 
 def lr_factor(plan, step):
@@ -418,9 +417,9 @@ def install(args, model, steps, seed):
         start_from(args, model, steps)
     paths = None if args.adapter else model.target_paths(args.targets, args.layers)
     if args.method == "salora":
-        return sl.SaLoRA(model, paths, r=args.r, alpha=args.alpha, budget=args.budget, beta=args.beta,
-                         window=args.window if steps else None, orth_reduction=args.orth_reduction, price=args.price,
-                         selection=args.selection, straight_through=args.straight_through, fold_gates=args.fold_gates, seed=seed)
+        return sl.SaLoRA(model, paths, max(steps, 1), r=args.r, alpha=args.alpha, budget=args.budget, beta=args.beta,
+                         window=args.window if steps else None, seed=seed, gate_lr=args.gate_lr, turn=args.turn,
+                         orth_reduction=args.orth_reduction, selection=args.selection, fold_gates=args.fold_gates, price=args.price)
     return baselines.install(model, args.method, paths, steps, args.r, args.alpha, args.budget, args.beta, args.window,
                              getattr(args, "bottleneck", None), getattr(args, "virtual_tokens", None))
 
@@ -428,9 +427,9 @@ def install(args, model, steps, seed):
 def settings_of(args, seed, plan, lowrank):
     """Every flag of a run as it was resolved, for result.json and the check of --resume."""
     settings = {name: value for name, value in vars(args).items() if name not in NOT_OF_A_RUN}
-    settings |= dict(seed=seed, epochs=plan.epochs, gate_lr=plan.gate_lr, processes=PROCESSES)
+    settings |= dict(seed=seed, epochs=plan.epochs, processes=PROCESSES)
     if args.method == "salora":
-        settings["selection"] = lowrank.selection
+        settings |= dict(selection=lowrank.selection, gate_lr=lowrank.gate_lr)
     if args.adapter:
         settings["r"] = max(m.r for m in lowrank.layers)
     return settings
@@ -518,7 +517,7 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
     the trained model, the scores after each epoch, and the seconds it took."""
     device, seed, steps, epoch_steps = next(model.parameters()).device, settings["seed"], plan.steps, plan.epoch_steps
     if plan.gated:
-        groups = lowrank.param_groups(args.lr, plan.gate_lr, args.weight_decay)
+        groups = lowrank.param_groups(args.lr, args.weight_decay)
     else:
         groups = [dict(params=[p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=args.weight_decay)]
     optimizer = torch.optim.AdamW(groups, fused=True)  # one call for all parameters
@@ -563,7 +562,7 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
             share = batch[RANK::PROCESSES] or batch[:1]  # a last batch may be too small for all: one row then, which does not count
             for i in range(0, len(share), args.batch_size):
                 if lowrank:
-                    lowrank.begin_step(step / steps, optimizer)  # draws the step's gates; at the end of the window it prunes
+                    lowrank.begin_step()  # draws the step's gates
                 part = share[i:i + args.batch_size]
                 loss = loss_of(part) * ((RANK < len(batch)) / total)
                 log.sums += loss.detach()
@@ -576,7 +575,7 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
             sl.average_gradients(optimizer)
             optimizer.step()
             if lowrank:
-                lowrank.end_step()  # lambda >= 0
+                lowrank.end_step(optimizer)  # lambda >= 0; turns A and B where the window opens, cuts them where it closes
             optimizer.zero_grad()
 
             log.steps, log.tokens = log.steps + 1, log.tokens + sum(plan.lengths[j] for j in batch)
@@ -587,8 +586,6 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
 
             # ---- scores after each epoch, and a checkpoint
             if epoch_end:
-                if lowrank and step == steps:
-                    lowrank.begin_step(1.0, optimizer)  # a window that lasts to the end closes here
                 outputs, scores = finite(evaluate(), step)
                 history.append(dict(step=step, epoch=round(step / epoch_steps, 4), **scores))
                 line = f"epoch {step / epoch_steps:.4g}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
@@ -637,23 +634,24 @@ def common_result(args, plan, settings, model, lowrank, trainable_params, head_p
 
 def budget_of(args):
     """The share of parameters that a run steers to, or None."""
-    return args.budget if args.method in ("salora", "adalora") and args.price is None else None
+    return args.budget if args.method in ("salora", "lora-svd", "adalora") and args.price is None else None
 
 
 def load_adapter(model, folder):
-    """salora.load, with what is wrong with the folder as an InputError."""
+    """adapter.load, with what is wrong with the folder as an InputError."""
     try:
-        return sl.load(model, folder)
+        return adapter.load(model, folder)
     except (OSError, ValueError, SafetensorError) as e:
         raise InputError(f"--adapter {folder}: {str(e).removeprefix(f'{folder}: ')}") from None
 
 
 def report_ranks(args, result, linears, at):
     """The budget and the rank map, for a person. linears: {letter: name of the module}; at: where in a path the layer's number is."""
-    if args.method == "salora" and result["steps"]:
+    if args.method in ("salora", "lora-svd") and result["steps"]:
         goal = f"budget {args.budget:.4g}" if args.price is None else f"price {args.price:.4g}"
-        print(f"{goal}: the gates came to a density of {result['density']:.3f}; kept {result['kept_params']:,} of "
-              f"{result['trainable_params']:,} adapter parameters ({100 * result['kept_density']:.2f} %)")
+        gates = f"the gates came to a density of {result['density']:.3f}; " if args.method == "salora" else ""
+        print(f"{goal}: {gates}kept {result['kept_params']:,} of {result['trainable_params']:,} adapter parameters "
+              f"({100 * result['kept_density']:.2f} %)")
     if result["ranks"]:
         letters = {name: letter for letter, name in linears.items()}
         table = {}
@@ -797,6 +795,8 @@ def command(main, argv):
     """main(argv) as a shell sees it: bad input is one line on stderr and exit status 2."""
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+        warnings.simplefilter("ignore")
+    warnings.formatwarning = lambda message, *rest: f"warning: {message}\n"
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a notebook has is none
         sys.stdout.reconfigure(errors="replace")  # for a terminal that knows nothing but ASCII
     try:

@@ -1,6 +1,6 @@
 """
-Everything between a file and a tensor: GLUE and other tasks (glue.py), instructions (instruct.py), style transfer (style.py),
-downloads (download.py), batches (batching.py), scores (metrics.py).
+Everything between a file and a tensor: GLUE and other tasks (glue.py), instructions (instruct.py),
+style transfer (style.py), downloads (download.py), batches (batching.py), scores (metrics.py).
 """
 
 import contextlib
@@ -12,12 +12,14 @@ import numpy as np
 
 
 class InputError(ValueError):
-    """Bad input from outside: a file, a folder, a flag. Its one line says what was found, what was expected and what to do."""
+    """Bad input from outside: a file, a folder, a flag. One line says what was found, what was
+    expected and what to do."""
 
 
 @contextlib.contextmanager
 def locked(folder, wait=True):
-    """Keeps other processes that ask for this out of a folder. BlockingIOError: one is in it, and we do not want to wait."""
+    """Keeps other processes that call this out of a folder. BlockingIOError: one is in it, and
+    `wait` is False."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,11 +40,12 @@ def read_text(file, encoding="utf-8", hint=""):
         raise InputError(f"{file}: cannot be read ({e.strerror})") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise InputError(f"{file}: line {line} holds a NUL byte: this is no text file, or a damaged one")
+        raise InputError(f"{file}: line {line} holds a NUL byte: it is not a text file, or damaged")
     return text
 
 
 def draw_rows(n, count):
-    """The numbers 0 to n - 1 in two parts, each in order: those that stay, and `count` random ones, always the same, that are held out."""
+    """The numbers 0 to n - 1 in two parts, each in order: those that stay, and `count` random ones,
+    always the same, that are held out."""
     order = np.random.default_rng(0).permutation(n)
     return sorted(order[count:].tolist()), sorted(order[:count].tolist())

@@ -1,7 +1,9 @@
 """
-The nine GLUE tasks, the demo, and anybody's own TSV folder: from a name to rows of text with their labels.
+The nine GLUE tasks, the demo, and anybody's own TSV folder: from a name to rows of text with their
+labels.
 
-GLUE's TSV files have no quoting (a bare " is a character), one line a row, a header everywhere but in CoLA.
+GLUE's TSV files have no quoting (a bare " is a character), one line a row, and a header, except in
+CoLA.
 """
 
 import math
@@ -43,8 +45,10 @@ TASKS = {
     "sst2": Task("SST-2", ("sentence",), "label", BINARY, "accuracy", epochs=5),
     "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", BINARY, "accuracy"),
     "stsb": Task("STS-B", ("sentence1", "sentence2"), "score", None, "pearson"),
-    "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", BINARY, "accuracy", epochs=3, skip_broken=True),
-    "mnli": Task("MNLI", ("sentence1", "sentence2"), "gold_label", ("entailment", "neutral", "contradiction"), "accuracy", epochs=3,
+    "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", BINARY, "accuracy", epochs=3,
+                skip_broken=True),
+    "mnli": Task("MNLI", ("sentence1", "sentence2"), "gold_label",
+                 ("entailment", "neutral", "contradiction"), "accuracy", epochs=3,
                  dev=("dev_matched.tsv", "dev_mismatched.tsv")),
     "qnli": Task("QNLI", ("question", "sentence"), "label", ENTAILMENT, "accuracy", epochs=3),
     "rte": Task("RTE", ("sentence1", "sentence2"), "label", ENTAILMENT, "accuracy", epochs=20),
@@ -55,9 +59,11 @@ TASKS = {
 
 def read_table(file, header):
     """Column names (numbers without a header) and the rows as (line number, cells)."""
-    text = read_text(file, "utf-8-sig", "; expected GLUE's files in --data, as in CoLA/train.tsv and CoLA/dev.tsv, "
-                                        "or for a --task of your own train.tsv and dev.tsv in its folder")
-    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]  # not splitlines: a text may hold U+2028
+    text = read_text(file, "utf-8-sig", "; expected GLUE's files in --data, as in CoLA/train.tsv "
+                                        "and CoLA/dev.tsv, or for a --task of your own train.tsv "
+                                        "and dev.tsv in its folder")
+    # not splitlines: a text may hold U+2028
+    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
     if lines[-1] == [""]:
         lines.pop()
     if len(lines) <= header:
@@ -71,8 +77,11 @@ def read_rows(file, task, limit=None):
     names, table = read_table(file, task.header)
     for column in (*task.text, task.label):
         if column not in names:
-            found = f"columns {', '.join(map(repr, names))}" if task.header else f"{len(names)} columns"
-            raise InputError(f"{file}: no column {column!r}, found {found}; columns are separated by tabs")
+            found = f"{len(names)} columns"
+            if task.header:
+                found = f"columns {', '.join(map(repr, names))}"
+            raise InputError(f"{file}: no column {column!r}, found {found}; columns are separated "
+                             "by tabs")
     at = [names.index(column) for column in task.text]
     label_at = names.index(task.label)
     rows, broken = Rows([], []), []
@@ -81,7 +90,8 @@ def read_rows(file, task, limit=None):
             if task.skip_broken:
                 broken.append(line)
                 continue
-            raise InputError(f"{file}: line {line} has {len(cells)} columns, expected {len(names)}, separated by tabs")
+            raise InputError(f"{file}: line {line} has {len(cells)} columns, expected "
+                             f"{len(names)}, separated by tabs")
         label = cells[label_at]
         if task.labels is None:
             try:
@@ -89,9 +99,11 @@ def read_rows(file, task, limit=None):
             except ValueError:
                 value = math.nan
             if not math.isfinite(value):
-                raise InputError(f"{file}: line {line}: {task.label} is {label!r}, expected a number")
+                raise InputError(f"{file}: line {line}: {task.label} is {label!r}, expected a "
+                                 "number")
         elif label not in task.labels:
-            raise InputError(f"{file}: line {line}: label is {label!r}, expected one of {', '.join(task.labels)}")
+            raise InputError(f"{file}: line {line}: label is {label!r}, expected one of "
+                             f"{', '.join(task.labels)}")
         else:
             value = task.labels.index(label)
         rows.texts.append(tuple(cells[i] for i in at))
@@ -109,17 +121,19 @@ def own_task(folder):
     label = "label" if "label" in names else "score"
     for column in (*text, label):
         if column not in names:
-            raise InputError(f"{file}: columns are {', '.join(map(repr, names))}, expected sentence (or sentence1 and sentence2) "
-                             f"and label (or score), separated by tabs")
+            raise InputError(f"{file}: columns are {', '.join(map(repr, names))}, expected "
+                             "sentence (or sentence1 and sentence2) and label (or score), "
+                             "separated by tabs")
     task = Task(str(folder), text, label, None, "pearson")
     if label == "score":
         return task
     at = names.index(label)
     labels = {cells[at] for _, cells in table if len(cells) > at}
     if not 2 <= len(labels) <= 1000:
-        raise InputError(f"{file}: column label has {len(labels)} distinct values, expected 2 to 1000 classes "
-                         f"(for numbers name the column score)")
-    labels = sorted(labels, key=lambda x: (len(x), x) if x.isdigit() else (1 << 30, x))  # numbers by size, then words
+        raise InputError(f"{file}: column label has {len(labels)} distinct values, expected 2 to "
+                         "1000 classes (for numbers name the column score)")
+    # numbers by size, then words
+    labels = sorted(labels, key=lambda x: (len(x), x) if x.isdigit() else (1 << 30, x))
     return replace(task, labels=tuple(labels), metric="accuracy")
 
 
@@ -127,9 +141,10 @@ def load_task(name, data=None, limit_train=None, limit_dev=None, hold_out=None):
     """Task, train Rows and a list of dev Rows.
 
     name: one of TASKS, or a user's folder
-    data: a folder in GLUE's layout; by default this one, into which a missing GLUE task is downloaded
-    hold_out: so many rows of the training file, or below 1 this share of them (at most 3000), random but always the same, take the
-        place of the dev rows: settings can be chosen without a look at those"""
+    data: a folder in GLUE's layout; None: this one, into which a missing GLUE task is downloaded
+    hold_out: so many rows of the training file, or below 1 this share of them (at most 3000), take
+        the place of the dev rows, so that settings can be chosen without a look at those. They are
+        random, but always the same"""
     if name in TASKS:
         task = TASKS[name]
         folder = Path(data or HERE) / task.folder
@@ -143,19 +158,20 @@ def load_task(name, data=None, limit_train=None, limit_dev=None, hold_out=None):
     rows = read_rows(folder / "train.tsv", task)
     hold_out = int(hold_out) if hold_out >= 1 else min(math.ceil(hold_out * len(rows.labels)), 3000)
     if hold_out >= len(rows.labels):
-        raise InputError(f"--hold-out is {hold_out}, but {folder / 'train.tsv'} has {len(rows.labels)} rows: hold out fewer")
+        raise InputError(f"--hold-out is {hold_out}, but {folder / 'train.tsv'} has "
+                         f"{len(rows.labels)} rows: hold out fewer")
     rest, held = draw_rows(len(rows.labels), hold_out)
     parts = rest[:limit_train], held[:limit_dev]
-    train, dev = (Rows([rows.texts[i] for i in part], [rows.labels[i] for i in part]) for part in parts)
+    train, dev = (Rows([rows.texts[i] for i in part], [rows.labels[i] for i in part])
+                  for part in parts)
     return task, train, [dev]
 
 
 def score(task, labels, logits):
     """{metric: value} of numpy logits (n, num_labels)."""
     if task.labels is None:
-        return {"pearson": metrics.pearson(labels, logits[:, 0]), "spearmanr": metrics.spearmanr(labels, logits[:, 0])}
-    prediction = logits.argmax(1)
-    scores = {"accuracy": metrics.accuracy(labels, prediction), "matthews_correlation": metrics.matthews_correlation(labels, prediction)}
-    if len(task.labels) == 2:
-        scores["f1"] = metrics.f1(labels, prediction)
-    return scores
+        names, prediction = ["pearson", "spearmanr"], logits[:, 0]
+    else:
+        names, prediction = ["accuracy", "matthews_correlation"], logits.argmax(1)
+        names += ["f1"] * (len(task.labels) == 2)
+    return {name: getattr(metrics, name)(labels, prediction) for name in names}

@@ -1,4 +1,4 @@
-"""Instruction data: from {instruction, input, output} rows to tokens of a prompt and its response."""
+"""Instruction data: from {instruction, input, output} rows to tokens of prompts and responses."""
 
 import json
 import re
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from data import InputError, draw_rows, read_text
 from data.batching import check_ids
 
-TEMPLATES = {  # prompt with an input, prompt without one, what ends a response besides the end-of-text token
+TEMPLATES = {  # prompt with an input, prompt without one, what ends a response before end-of-text
     "alpaca": (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n\n"
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request.\n\n"
@@ -36,17 +36,21 @@ def fill(template, instruction, input=""):
     """The prompt as text."""
     with_input, without_input, _ = TEMPLATES[template]
     values = dict(instruction=instruction, input=input)
-    return re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], with_input if input else without_input)
+    prompt = with_input if input else without_input
+    return re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], prompt)
 
 
 def load_instructions(file):
-    """Rows of a JSON list or of JSONL, as Alpaca has them: dicts with instruction, input (may be missing) and output."""
-    text = read_text(file, hint="; expected a JSON list or JSONL of objects with instruction, input and output")
+    """Rows of a JSON list or of JSONL, as Alpaca has them: dicts with instruction, input (may be
+    missing) and output. InputError names the row."""
+    text = read_text(file, hint="; expected a JSON list or JSONL of objects with instruction, "
+                                "input and output")
     try:
         if text.lstrip().startswith("["):
             rows = [(f"row {i}", row) for i, row in enumerate(json.loads(text))]
         else:
-            rows = [(f"line {i}", json.loads(line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+            rows = [(f"line {i}", json.loads(line)) for i, line in enumerate(text.split("\n"), 1)
+                    if line.strip()]
     except (ValueError, RecursionError) as e:
         raise InputError(f"{file}: is neither a JSON list nor JSONL ({e})") from None
     names = ("instruction", "input", "output")
@@ -63,16 +67,18 @@ def load_instructions(file):
 
 
 def split(rows, hold_out):
-    """Training rows and held-out rows, in the order of the file: `hold_out` of them, or below 1 this share of them, are held out,
-    at random but always the same."""
+    """Training rows and held-out rows, in the order of the file. `hold_out` of them, or below 1
+    this share of them, are held out, at random but always the same."""
     n = int(hold_out) if hold_out >= 1 else max(1, round(hold_out * len(rows)))
     if n >= len(rows):
-        raise InputError(f"--hold-out is {hold_out}, but there are {len(rows)} rows: hold out fewer")
+        raise InputError(f"--hold-out is {hold_out}, but there are {len(rows)} rows: hold out "
+                         "fewer")
     return tuple([rows[i] for i in part] for part in draw_rows(len(rows), n))
 
 
 def encode_prompt(tokenizer, text):
-    """Token ids with what the tokenizer puts before a text (LLaMA's <s>), and without what it may put behind it."""
+    """Token ids with what the tokenizer puts before a text (LLaMA's <s>), without what it may put
+    behind it."""
     encoding = tokenizer.encode(text)
     ids, special = list(encoding.ids), list(encoding.special_tokens_mask)
     end = tokenizer.encode(text, add_special_tokens=False).ids
@@ -83,8 +89,9 @@ def encode_prompt(tokenizer, text):
 
 
 def encode(tokenizer, rows, template, end_id, max_length, vocab_size):
-    """[Example] of the rows. Prompt and response are tokenised apart, so that no token spans both. What is longer than max_length
-    loses the end of its response; a row whose prompt leaves no room for a response is left out, which is said in a printed line."""
+    """[Example] of the rows. Prompt and response are tokenized apart, so no token spans both. What
+    is longer than max_length loses the end of its response. A row whose prompt leaves no room for
+    a response is left out, and a printed line says so."""
     ending = TEMPLATES[template][2]
     examples = []
     for row in rows:
@@ -96,7 +103,9 @@ def encode(tokenizer, rows, template, end_id, max_length, vocab_size):
             examples.append(Example(prompt, response[:max_length - len(prompt)]))
     check_ids([e.prompt + e.response for e in examples], vocab_size)
     if len(examples) < len(rows):
-        print(f"{len(rows) - len(examples)} of {len(rows)} rows are left out: their prompts fill all of --max-length {max_length}")
+        print(f"{len(rows) - len(examples)} of {len(rows)} rows are left out: their prompts fill "
+              f"all of --max-length {max_length}")
     if not examples:
-        raise InputError(f"--max-length is {max_length}, and no prompt leaves room for a response: give more")
+        raise InputError(f"--max-length is {max_length}, and no prompt leaves room for a response: "
+                         "give more")
     return examples

@@ -1,13 +1,14 @@
 """
-Makes everything in data/demo: an acceptability task in CoLA's layout, and a small RoBERTa that has read the grammar's good
-sentences; instructions about such sentences, and a small LLaMA that has read much of the kind, but never an answer to a prompt in
-Alpaca's form.
+Makes everything in data/demo: an acceptability task in CoLA's layout, and a small RoBERTa that has
+read the grammar's good sentences; instructions about such sentences, and a small LLaMA that has
+read much of the kind, but never an answer to a prompt in Alpaca's form.
 
-    python -m data.make_demo            # data in a second, then about 40 minutes of pre-training on 2 CPU cores
+    python -m data.make_demo            # data in a second, then 40 minutes of training on 2 cores
     python -m data.make_demo data       # data only; likewise roberta, llama
 
-A row of the task is a sentence or its minimal corruption; the first column names the phenomenon, as CoLA's names the source.
-Sentences and instructions are the same bytes on every machine, the weights only on the same machine, torch build and thread count.
+A row of the task is a sentence or its minimal corruption; the first column names the phenomenon, as
+CoLA's names the source. Sentences and instructions are the same bytes on every machine, weights
+only on the same machine, torch build and number of threads.
 """
 
 import json
@@ -17,36 +18,43 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "demo"
 
-NOUNS = [  # singular, plural, reflexive of the singular
-    ("boy", "boys", "himself"), ("man", "men", "himself"), ("king", "kings", "himself"), ("uncle", "uncles", "himself"),
-    ("actor", "actors", "himself"), ("monk", "monks", "himself"), ("waiter", "waiters", "himself"), ("son", "sons", "himself"),
-    ("girl", "girls", "herself"), ("woman", "women", "herself"), ("queen", "queens", "herself"), ("aunt", "aunts", "herself"),
-    ("actress", "actresses", "herself"), ("nun", "nuns", "herself"), ("waitress", "waitresses", "herself"),
-    ("mother", "mothers", "herself"),
-]
-THINGS = [("house", "houses"), ("tree", "trees"), ("river", "rivers"), ("car", "cars"), ("box", "boxes"), ("lamp", "lamps"),
-          ("letter", "letters"), ("wall", "walls"), ("child", "children"), ("dog", "dogs"), ("horse", "horses"), ("bird", "birds")]
-NAMES = [("John", "himself"), ("Peter", "himself"), ("Paul", "himself"), ("Mary", "herself"), ("Susan", "herself"), ("Anna", "herself")]
-TRANSITIVE = [  # base, third person, past, participle, -ing
-    ("admire", "admires", "admired", "admired", "admiring"), ("see", "sees", "saw", "seen", "seeing"),
-    ("draw", "draws", "drew", "drawn", "drawing"), ("praise", "praises", "praised", "praised", "praising"),
-    ("forget", "forgets", "forgot", "forgotten", "forgetting"), ("choose", "chooses", "chose", "chosen", "choosing"),
-    ("hide", "hides", "hid", "hidden", "hiding"), ("blame", "blames", "blamed", "blamed", "blaming"),
-    ("describe", "describes", "described", "described", "describing"), ("protect", "protects", "protected", "protected", "protecting")]
-INTRANSITIVE = [
-    ("sleep", "sleeps", "slept", "slept", "sleeping"), ("arrive", "arrives", "arrived", "arrived", "arriving"),
-    ("fall", "falls", "fell", "fallen", "falling"), ("smile", "smiles", "smiled", "smiled", "smiling"),
-    ("vanish", "vanishes", "vanished", "vanished", "vanishing"), ("wait", "waits", "waited", "waited", "waiting"),
-    ("appear", "appears", "appeared", "appeared", "appearing"), ("rise", "rises", "rose", "risen", "rising")]
+
+def table(text):
+    return [tuple(row.split()) for row in text.split(",")]
+
+
+NOUNS = table(  # singular, plural, reflexive of the singular
+    "boy boys himself, man men himself, king kings himself, uncle uncles himself, "
+    "actor actors himself, monk monks himself, waiter waiters himself, son sons himself, "
+    "girl girls herself, woman women herself, queen queens herself, aunt aunts herself, "
+    "actress actresses herself, nun nuns herself, waitress waitresses herself, "
+    "mother mothers herself")
+THINGS = table(
+    "house houses, tree trees, river rivers, car cars, box boxes, lamp lamps, letter letters, "
+    "wall walls, child children, dog dogs, horse horses, bird birds")
+NAMES = table(
+    "John himself, Peter himself, Paul himself, Mary herself, Susan herself, Anna herself")
+TRANSITIVE = table(  # base, third person, past, participle, -ing
+    "admire admires admired admired admiring, see sees saw seen seeing, "
+    "draw draws drew drawn drawing, praise praises praised praised praising, "
+    "forget forgets forgot forgotten forgetting, choose chooses chose chosen choosing, "
+    "hide hides hid hidden hiding, blame blames blamed blamed blaming, "
+    "describe describes described described describing, "
+    "protect protects protected protected protecting")
+INTRANSITIVE = table(
+    "sleep sleeps slept slept sleeping, arrive arrives arrived arrived arriving, "
+    "fall falls fell fallen falling, smile smiles smiled smiled smiling, "
+    "vanish vanishes vanished vanished vanishing, wait waits waited waited waiting, "
+    "appear appears appeared appeared appearing, rise rises rose risen rising")
 ADJECTIVES = "old young tall small quiet happy tired clever strange famous gentle proud".split()
 PREPOSITIONS = "near behind beside with above".split()
 ADVERBS = "often never always rarely".split()
-DETERMINERS = [["the", "this", "that", "every", "a"], ["the", "these", "those", "many", "some"]]  # singular, plural
+DETERMINERS = table("the this that every a, the these those many some")  # singular, plural
 BASE, THIRD, PAST, PARTICIPLE, ING = range(5)
 
 
 class Grammar:
-    """Sentences as lists of words; `number` is 0 for the singular and 1 for the plural throughout."""
+    """Sentences as lists of words; `number` is 0 for the singular, 1 for the plural."""
 
     def __init__(self, seed):
         self.rng = random.Random(seed)
@@ -69,7 +77,7 @@ class Grammar:
             del words[1]
         if words[0] == "a" and words[1][0] in "aeiou":
             words[0] = "the"
-        if modified and self.chance(0.45):  # a modifier puts another noun between the head and its verb
+        if modified and self.chance(0.45):  # puts another noun between the head and its verb
             other = self.noun_phrase(modified=False, person=self.chance(0.5))
             if self.chance(0.5):
                 words += [self.pick(PREPOSITIONS)] + other[0]
@@ -87,18 +95,21 @@ class Grammar:
     def verb_phrase(self, form):
         if self.chance(0.5):
             return [self.pick(INTRANSITIVE)[form]]
-        return [self.pick(TRANSITIVE)[form]] + self.noun_phrase(person=self.chance(0.6), modified=self.chance(0.3))[0]
+        verb = [self.pick(TRANSITIVE)[form]]
+        return verb + self.noun_phrase(person=self.chance(0.6), modified=self.chance(0.3))[0]
 
     # Each phenomenon returns a good sentence and a bad one that differs from it in one respect.
 
     def agreement(self):
         subject, number, _ = self.noun_phrase()
         if self.chance(0.15):
-            subject = self.noun_phrase(modified=False)[0] + ["and"] + self.noun_phrase(modified=False)[0]
+            subject = self.noun_phrase(modified=False)[0] + ["and"]
+            subject += self.noun_phrase(modified=False)[0]
             number = 1
         if self.chance(0.3):
             tail = [self.pick(ADJECTIVES)]
-            return subject + [("is", "are")[number]] + tail, subject + [("are", "is")[number]] + tail
+            right, wrong = ("is", "are")[number], ("are", "is")[number]
+            return subject + [right] + tail, subject + [wrong] + tail
         adverb = self.pick(ADVERBS)
         start = subject + [adverb] if self.chance(0.3) else subject
         state = self.rng.getstate()
@@ -111,8 +122,7 @@ class Grammar:
         bad = self.pick([w for w in ("himself", "herself", "themselves") if w != good])
         verb = [self.pick(TRANSITIVE)[self.pick([PAST, self.finite(number)])]]
         if self.chance(0.35):  # the nearer subject binds, not the farther one
-            outer = self.noun_phrase(modified=False)[0] + [self.pick(["said", "thought", "knew"]), "that"]
-            subject = outer + subject
+            subject = self.saying() + subject
         return subject + verb + [good], subject + verb + [bad]
 
     def determiner(self):
@@ -129,14 +139,17 @@ class Grammar:
     def question(self):
         subject, number, _ = self.noun_phrase(modified=self.chance(0.5))
         aux, form, wrong = self.pick([
-            (("does", "do")[number], BASE, self.pick([THIRD, PAST])), ("did", BASE, PAST), ("will", BASE, self.pick([THIRD, PAST])),
+            (("does", "do")[number], BASE, self.pick([THIRD, PAST])),
+            ("did", BASE, PAST),
+            ("will", BASE, self.pick([THIRD, PAST])),
             (("has", "have")[number], PARTICIPLE, BASE), (("is", "are")[number], ING, BASE)])
         state = self.rng.getstate()
         good = self.verb_phrase(form)
         self.rng.setstate(state)
         bad = self.verb_phrase(wrong)
         if aux == "did" or self.chance(0.5):  # the auxiliary agrees with the subject
-            other = {"does": "do", "do": "does", "has": "have", "have": "has", "is": "are", "are": "is"}.get(aux)
+            pairs = table("does do, has have, is are")
+            other = (dict(pairs) | {b: a for a, b in pairs}).get(aux)
             if other:
                 return [aux] + subject + good + ["?"], [other] + subject + good + ["?"]
         if good == bad:
@@ -146,9 +159,13 @@ class Grammar:
     def gap(self):
         """A question word needs a gap, and a gap needs a verb that takes an object."""
         subject = self.noun_phrase(modified=self.chance(0.4))[0]
-        asked = self.pick([["who"], ["what"], ["which", self.pick(NOUNS)[0]], ["which", self.pick(THINGS)[1]]])
+        asked = self.pick([["who"], ["what"], ["which", self.pick(NOUNS)[0]],
+                           ["which", self.pick(THINGS)[1]]])
         start, verb = asked + [self.pick(["did", "will"])] + subject, self.pick(TRANSITIVE)[BASE]
-        bad = [verb] + self.noun_phrase(modified=False)[0] if self.chance(0.5) else [self.pick(INTRANSITIVE)[BASE]]
+        if self.chance(0.5):
+            bad = [verb] + self.noun_phrase(modified=False)[0]
+        else:
+            bad = [self.pick(INTRANSITIVE)[BASE]]
         return start + [verb, "?"], start + bad + ["?"]
 
     def argument(self):
@@ -156,13 +173,17 @@ class Grammar:
         subject, number, _ = self.noun_phrase(modified=self.chance(0.4))
         form = self.pick([PAST, self.finite(number)])
         whom = self.noun_phrase(modified=False, person=self.chance(0.5))[0]
-        transitive, intransitive = subject + [self.pick(TRANSITIVE)[form]], subject + [self.pick(INTRANSITIVE)[form]]
-        return (transitive + whom, intransitive + whom) if self.chance(0.5) else (intransitive, transitive)
+        transitive = subject + [self.pick(TRANSITIVE)[form]]
+        intransitive = subject + [self.pick(INTRANSITIVE)[form]]
+        if self.chance(0.5):
+            return transitive + whom, intransitive + whom
+        return intransitive, transitive
 
     def auxiliary(self):
         subject, number, _ = self.noun_phrase(modified=self.chance(0.4))
         aux, form, wrong = self.pick([
-            (["will"], BASE, PAST), (["must", "not"], BASE, ING), ([("does", "do")[number], "not"], BASE, ING),
+            (["will"], BASE, PAST), (["must", "not"], BASE, ING),
+            ([("does", "do")[number], "not"], BASE, ING),
             ([("has", "have")[number]], PARTICIPLE, BASE), ([("is", "are")[number]], ING, BASE)])
         state = self.rng.getstate()
         good = self.verb_phrase(form)
@@ -178,16 +199,20 @@ class Grammar:
             subject + verb + [obj[0], obj[2], obj[1]], subject + verb + [obj[1], obj[0], obj[2]]])
         return subject + verb + obj, bad
 
-    PHENOMENA = ("agreement", "reflexive", "determiner", "question", "gap", "argument", "auxiliary", "order")
+    def saying(self):
+        """The start of a sentence about what somebody said."""
+        who = self.noun_phrase(modified=False)[0]
+        return who + [self.pick(["said", "thought", "knew"]), "that"]
+
+    PHENOMENA = ("agreement", "reflexive", "determiner", "question", "gap", "argument", "auxiliary",
+                 "order")
 
     def pair(self):
         """Phenomenon, good sentence, bad sentence; now and then below a verb of saying."""
         name = self.pick(self.PHENOMENA)
         good, bad = getattr(self, name)()
         if good[-1] != "?":
-            outer = []
-            if self.chance(0.2):
-                outer = self.noun_phrase(modified=False)[0] + [self.pick(["said", "thought", "knew"]), "that"]
+            outer = self.saying() if self.chance(0.2) else []
             good, bad = outer + good + ["."], outer + bad + ["."]
         return name, *(" ".join(s).replace(" .", ".").replace(" ?", "?") for s in (good, bad))
 
@@ -199,7 +224,8 @@ class Grammar:
         if self.chance(0.4):
             verb, rest = self.pick(INTRANSITIVE), []
         else:
-            verb, rest = self.pick(TRANSITIVE), self.noun_phrase(modified=False, person=self.chance(0.5))[0]
+            verb = self.pick(TRANSITIVE)
+            rest = self.noun_phrase(modified=False, person=self.chance(0.5))[0]
         do = ["does", "do"][number]
         words = dict(
             sentence=subject + [verb[self.finite(number)]] + rest,
@@ -208,16 +234,19 @@ class Grammar:
             negation=subject + [do, "not", verb[BASE]] + rest,
             question=[do] + subject + [verb[BASE]] + rest,
             subject=subject)
-        return {name: sentence_case(" ".join(form)) + ("?" if name == "question" else ".") for name, form in words.items()}
+        return {name: sentence_case(" ".join(form)) + ("?" if name == "question" else ".")
+                for name, form in words.items()}
 
     def instruction(self):
         """{instruction, input, output}."""
         if self.chance(0.2):
             name, word, other = self.word()
-            return dict(instruction=self.pick(ORDERS[name]).replace("WORD", word), input="", output=other)
+            order = self.pick(ORDERS[name]).replace("WORD", word)
+            return dict(instruction=order, input="", output=other)
         forms = self.forms()
         name = self.pick(["past", "future", "negation", "question", "subject"])
-        return dict(instruction=self.pick(ORDERS[name]), input=forms["sentence"], output=forms[name])
+        order = self.pick(ORDERS[name])
+        return dict(instruction=order, input=forms["sentence"], output=forms[name])
 
     def word(self):
         """What is asked, a word, its other form."""
@@ -238,12 +267,17 @@ class Grammar:
 
 
 ORDERS = {
-    "past": ["Put the sentence into the past tense.", "Say that it happened in the past.", "Rewrite it as something long ago."],
-    "future": ["Put the sentence into the future tense.", "Say that it is still to come.", "Rewrite it as something of tomorrow."],
+    "past": ["Put the sentence into the past tense.", "Say that it happened in the past.",
+             "Rewrite it as something long ago."],
+    "future": ["Put the sentence into the future tense.", "Say that it is still to come.",
+               "Rewrite it as something of tomorrow."],
     "negation": ["Say that it is not so.", "Negate the sentence.", "Deny it."],
-    "question": ["Turn the sentence into a question.", "Ask whether it is so.", "Make it a question."],
-    "subject": ["Who or what is it about?", "Name the subject of the sentence.", "Who or what does it?"],
-    "plural": ["What is the plural of WORD?", "Give the plural of the noun WORD.", "More than one WORD: what is the word?"],
+    "question": ["Turn the sentence into a question.", "Ask whether it is so.",
+                 "Make it a question."],
+    "subject": ["Who or what is it about?", "Name the subject of the sentence.",
+                "Who or what does it?"],
+    "plural": ["What is the plural of WORD?", "Give the plural of the noun WORD.",
+               "More than one WORD: what is the word?"],
     "past of a word": ["What is the past tense of WORD?", "Give the past tense of the verb WORD.",
                        "Yesterday I did WORD: what is the word?"],
 }
@@ -254,7 +288,8 @@ def sentence_case(text):
 
 
 def make_data(train_rows=6000, dev_rows=1000):
-    """{"train.tsv": .., "dev.tsv": ..}: distinct sentences, three in five good, never both members of a pair."""
+    """{"train.tsv": .., "dev.tsv": ..}: distinct sentences, three in five good, never both of a
+    pair."""
     grammar, seen, rows = Grammar(1), set(), []
     while len(rows) < train_rows + dev_rows:
         name, good, bad = grammar.pair()
@@ -292,28 +327,38 @@ def make_tokenizer(lines, special=("<s>", "<pad>", "</s>", "<unk>", "<mask>")):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=list(special), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=list(special), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(lines, trainer)
     return tokenizer
 
 
+def in_batches(ids, size, padding):
+    """Tensors (b, t) of these lists of token ids, `size` a batch."""
+    import torch
+    pad = torch.nn.utils.rnn.pad_sequence
+    return [pad([torch.tensor(x) for x in ids[i:i + size]], batch_first=True, padding_value=padding)
+            for i in range(0, len(ids), size)]
+
+
 def pretrain(lines, tokenizer, steps=4000, batch_size=192, lr=2e-3, seed=0):
-    """Masked-language modelling (15 % of the tokens: 80 % masked, 10 % random, 10 % kept) from scratch."""
+    """Masked-language modeling from scratch: 15 % of the tokens, of which 80 % are masked, 10 %
+    random and 10 % kept."""
     import torch
     import torch.nn.functional as F
 
     from model import Encoder, EncoderConfig
     torch.manual_seed(seed)
     config = EncoderConfig(
-        "roberta", vocab_size=tokenizer.get_vocab_size(), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-        intermediate_size=512, max_position_embeddings=66, type_vocab_size=1, hidden_dropout_prob=0.0,
+        "roberta", vocab_size=tokenizer.get_vocab_size(), hidden_size=128, num_hidden_layers=4,
+        num_attention_heads=4, intermediate_size=512, max_position_embeddings=66,
+        type_vocab_size=1, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, layer_norm_eps=1e-5)
     model = Encoder(config, num_labels=2)
     bias = torch.zeros(config.vocab_size, requires_grad=True)
     ids = sorted((e.ids for e in tokenizer.encode_batch(lines)), key=len)
-    batches = [torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in ids[i:i + batch_size]], batch_first=True, padding_value=1)
-               for i in range(0, len(ids), batch_size)]
+    batches = in_batches(ids, batch_size, 1)
     optimizer = torch.optim.AdamW([*model.body.parameters(), bias], lr=lr, weight_decay=0.01)
     mask_id = tokenizer.token_to_id("<mask>")
     for step in range(steps):
@@ -322,9 +367,11 @@ def pretrain(lines, tokenizer, steps=4000, batch_size=192, lr=2e-3, seed=0):
         chosen = (torch.rand(tokens.shape) < 0.15) & (tokens > 3)
         dice = torch.rand(tokens.shape)
         noisy = tokens.masked_fill(chosen & (dice < 0.8), mask_id)
-        noisy = torch.where(chosen & (dice > 0.9), torch.randint(5, config.vocab_size, tokens.shape), noisy)
+        other = torch.randint(5, config.vocab_size, tokens.shape)
+        noisy = torch.where(chosen & (dice > 0.9), other, noisy)
         x = model.hidden(noisy, tokens != 1)[chosen]
-        loss = F.cross_entropy(x @ model.body.embeddings.word_embeddings.weight.T + bias, tokens[chosen])
+        scores = x @ model.body.embeddings.word_embeddings.weight.T + bias
+        loss = F.cross_entropy(scores, tokens[chosen])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
@@ -340,11 +387,14 @@ def roberta(without):
     lines = corpus(200_000, without)
     tokenizer = make_tokenizer(lines)
     # <s> .. </s> around a sentence
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0),
+                                                            add_prefix_space=False)
     config, model = pretrain(lines, tokenizer)
     settings = dict(architectures=["RobertaForMaskedLM"], hidden_act="gelu", **vars(config))
-    settings.update(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, classifier_dropout=0.1, torch_dtype="float16")
-    weights = {key: value.to(torch.float16).contiguous() for key, value in model.state_dict().items() if key.startswith("roberta.")}
+    settings.update(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
+                    classifier_dropout=0.1, torch_dtype="float16")
+    weights = {key: value.to(torch.float16).contiguous()
+               for key, value in model.state_dict().items() if key.startswith("roberta.")}
     write_model(FOLDER / "model", tokenizer, settings, weights)
 
 
@@ -357,8 +407,9 @@ def write_model(folder, tokenizer, settings, weights):
 
 
 def llama(steps=3000, batch_size=128, lr=3e-3, seed=0):
-    """Next-token prediction from scratch, of four kinds of lines: a sentence or word with one of its forms; a plain sentence; an
-    order with its answer, in a form of its own; and now and then Alpaca's prompt, after which comes any sentence at all."""
+    """Next-token prediction from scratch, of four kinds of lines: a sentence or word with one of
+    its forms; a plain sentence; an order with its answer, in a form of its own; and now and then
+    Alpaca's prompt, after which comes any sentence at all."""
     import torch
     import torch.nn.functional as F
     from tokenizers import processors
@@ -376,30 +427,35 @@ def llama(steps=3000, batch_size=128, lr=3e-3, seed=0):
         elif kind < 0.9:
             lines.append(f"{row['input']} {row['instruction']} = {row['output']}".strip())
         else:
-            lines.append(fill("alpaca", row["instruction"], row["input"]) + sentence_case(grammar.pair()[1]))
+            prompt = fill("alpaca", row["instruction"], row["input"])
+            lines.append(prompt + sentence_case(grammar.pair()[1]))
     tokenizer = make_tokenizer(lines, special=("<unk>", "<s>", "</s>"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A",
+                                                             special_tokens=[("<s>", 1)])
     torch.manual_seed(seed)
-    config = DecoderConfig(tokenizer.get_vocab_size(), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=384,
-                           num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True)
+    config = DecoderConfig(
+        tokenizer.get_vocab_size(), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=384, num_key_value_heads=2, max_position_embeddings=512,
+        rms_norm_eps=1e-5, tie_word_embeddings=True)
     model = Decoder(config)
     ids = sorted((e.ids + [2] for e in tokenizer.encode_batch(lines)), key=len)
-    batches = [torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in ids[i:i + batch_size]], batch_first=True, padding_value=-100)
-               for i in range(0, len(ids), batch_size)]
+    batches = in_batches(ids, batch_size, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 200, (steps - step) / (steps - 200))
         tokens = batches[torch.randint(len(batches), ()).item()]
-        loss = F.cross_entropy(model(tokens[:, :-1].clamp(min=0)).flatten(0, 1), tokens[:, 1:].flatten())
+        logits = model(tokens[:, :-1].clamp(min=0))
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0:
             print(f"step {step}/{steps}: loss {loss.item():.3f}", flush=True)
-    settings = dict(architectures=["LlamaForCausalLM"], hidden_act="silu", bos_token_id=1, eos_token_id=2, torch_dtype="float16",
-                    **vars(config))
-    weights = {key: value.to(torch.float16).contiguous() for key, value in model.state_dict().items() if key != "lm_head.weight"}
+    settings = dict(architectures=["LlamaForCausalLM"], hidden_act="silu", bos_token_id=1,
+                    eos_token_id=2, torch_dtype="float16", **vars(config))
+    weights = {key: value.to(torch.float16).contiguous()
+               for key, value in model.state_dict().items() if key != "lm_head.weight"}
     write_model(FOLDER / "llama", tokenizer, settings, weights)
 
 

@@ -1,8 +1,10 @@
 """
-GLUE's scores in float64, equal to scikit-learn's and SciPy's to rounding, and BLEU, equal to sacrebleu's.
+GLUE's scores in float64, equal to scikit-learn's and SciPy's to rounding, and BLEU, equal to
+sacrebleu's.
 
-Where a score is 0/0 they warn and return 0 or nan. Here it is 0, "no relation found": Matthews correlation when only one class is
-predicted or present, F1 without a true positive, a correlation with a constant.
+Where a score is 0/0 they warn and return 0 or nan. Here it is 0, "no relation found": Matthews
+correlation when only one class is predicted or present, F1 without a true positive, a correlation
+with a constant.
 """
 
 import math
@@ -28,7 +30,7 @@ def matthews_correlation(label, prediction):
     classes, both = np.unique(np.concatenate([label, prediction]), return_inverse=True)
     label, prediction = both[:len(label)], both[len(label):]
     n = len(label)
-    true, guessed = np.bincount(label, minlength=len(classes)), np.bincount(prediction, minlength=len(classes))
+    true, guessed = (np.bincount(x, minlength=len(classes)) for x in (label, prediction))
     # Python integers: products of counts outgrow neither int64 nor float64's 53 bits
     covariance = int((label == prediction).sum()) * n - int(true @ guessed)
     variance = (n * n - int(true @ true)) * (n * n - int(guessed @ guessed))
@@ -53,7 +55,7 @@ def spearmanr(label, prediction):
 
 
 def tokenize_13a(line):
-    """Words as WMT's mteval-v13a has them: punctuation apart, but for full stops and commas between digits."""
+    """Words as in WMT's mteval-v13a: punctuation apart, but for . and , between digits."""
     for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         line = line.replace(entity, character)
     line = f" {line} "
@@ -69,9 +71,10 @@ def ngrams(words):
 
 
 def bleu(outputs, references, tokenize=tokenize_13a):
-    """BLEU of 0 to 100 (Papineni et al. 2002) of a list of sentences against lists of references, each as long, as sacrebleu has it
-    by default: 13a tokens, case kept, the brevity penalty from the reference of closest length, and a precision of 0 replaced by
-    1 / (2^k total) at the k-th such order."""
+    """BLEU, 0 to 100 (Papineni et al. 2002), of a list of sentences against lists of references,
+    each as long. As sacrebleu's default: 13a tokens, case kept, the brevity penalty from the
+    reference of closest length, and a precision of 0 replaced by 1 / (2^k total) at the k-th such
+    order."""
     correct, total = [0] * 4, [0] * 4
     length = reference_length = 0
     for output, *others in zip(outputs, *references, strict=True):

@@ -1,15 +1,17 @@
 """
-Zero-shot style transfer, Table 2 of the paper: what is asked of the model, the files of Yelp and GYAFC, and training data for a
-classifier of styles.
+Zero-shot style transfer, Table 2 of the paper: what is asked of the model, the files of Yelp and
+GYAFC, and training data for a classifier of styles.
 
     python -m data.style DIR/yelp OUT        # makes OUT/train.tsv and dev.tsv
     python train_glue.py --task OUT --model bert-base-uncased --method lora
 
-Yelp (Li et al. 2018): a folder with test.neg and test.pos (a sentence a line, lower-cased, tokenised), ref0.neg2pos, ref0.pos2neg
-and on (references, a line for each line of the source), and for the classifier train*.neg, train*.pos, dev.neg, dev.pos.
+Yelp (Li et al. 2018): a folder with test.neg and test.pos (a sentence a line, lower-cased,
+tokenized), ref0.neg2pos, ref0.pos2neg and on (references, a line for each line of the source), and
+for the classifier train*.neg, train*.pos, dev.neg, dev.pos.
 
-GYAFC (Rao and Tetreault 2018): the folder of one of its domains, such as Entertainment_Music, as it is unpacked: test/informal with
-test/formal.ref0 .. ref3, and test/formal with test/informal.ref0 .. ref3.
+GYAFC (Rao and Tetreault 2018): the folder of one of its domains, such as Entertainment_Music, as it
+is unpacked: test/informal with test/formal.ref0 .. ref3, and test/formal with test/informal.ref0
+.. ref3.
 """
 
 import random
@@ -20,13 +22,16 @@ from pathlib import Path
 from data import InputError, read_text
 
 PROMPTS = {  # direction: the instruction; the sentence is its input
-    "neg2pos": "Rewrite the following sentence so that its sentiment becomes positive. Change as few words as possible and keep the topic.",
-    "pos2neg": "Rewrite the following sentence so that its sentiment becomes negative. Change as few words as possible and keep the topic.",
+    "neg2pos": "Rewrite the following sentence so that its sentiment becomes positive. Change as "
+               "few words as possible and keep the topic.",
+    "pos2neg": "Rewrite the following sentence so that its sentiment becomes negative. Change as "
+               "few words as possible and keep the topic.",
     "informal2formal": "Rewrite the following sentence in a formal style. Keep its meaning.",
     "formal2informal": "Rewrite the following sentence in an informal style. Keep its meaning.",
 }
-GYAFC = ("GYAFC is licensed: ask its authors for it (github.com/raosudha89/GYAFC-corpus, which needs Yahoo's L6 corpus), "
-         "unpack it, and give one of its domains, such as DIR/GYAFC_Corpus/Entertainment_Music")
+GYAFC = ("GYAFC is licensed: ask its authors for it (github.com/raosudha89/GYAFC-corpus, which "
+         "needs Yahoo's L6 corpus), unpack it, and give one of its domains, such as "
+         "DIR/GYAFC_Corpus/Entertainment_Music")
 
 
 def read_lines(file, hint=""):
@@ -41,12 +46,13 @@ def read_beside(file, lines, owner):
     """read_lines(file), which belong line to line to `lines`, those of the file `owner`."""
     own = read_lines(file)
     if len(own) != len(lines):
-        raise InputError(f"{file}: has {len(own)} lines, but {owner} has {len(lines)}: they belong line to line")
+        raise InputError(f"{file}: has {len(own)} lines, but {owner} has {len(lines)}: they belong "
+                         "line to line")
     return own
 
 
 def task_files(folder, direction):
-    """The file of source sentences, and the files of references: those with a number, or the single one."""
+    """The file of source sentences, and the files of references: numbered, or the single one."""
     folder = Path(folder)
     source, target = direction.split("2")
     if "formal" in direction:
@@ -68,9 +74,10 @@ def read_task(folder, direction):
 
 
 def tidy(answer, direction):
-    """The sentence in a model's answer: its first line, without quotation marks; for Yelp in the form of that data, lower-cased, with
-    spaces around punctuation and before 's, n't and the like."""
-    text = next((line.strip() for line in answer.split("\n") if line.strip()), "").strip("\"'“”` ")
+    """The sentence in a model's answer: its first line, without quotation marks. For Yelp, in the
+    form of that data: lower-cased, with spaces around punctuation and before 's, n't and so on."""
+    lines = (line.strip() for line in answer.split("\n"))
+    text = next(filter(None, lines), "").strip("\"'“”` ")
     if "formal" in direction:
         return text
     text = re.sub(r"([.,!?;:()\"$%&/-])", r" \1 ", text.lower().replace("’", "'"))
@@ -79,14 +86,16 @@ def tidy(answer, direction):
 
 
 def classifier_data(folder, out):
-    """train.tsv and dev.tsv with the columns sentence and label (neg, pos) from a folder of Yelp's."""
+    """Writes train.tsv and dev.tsv, with the columns sentence and label (neg, pos), from a folder
+    of Yelp's."""
     tables = {}
     for split in ("train", "dev"):
         rows = []
         for style in ("neg", "pos"):
             files = sorted(Path(folder).glob(f"{split}*.{style}"))
             if not files:
-                raise InputError(f"{folder}/{split}*.{style}: not found; expected sentences of that style, one a line")
+                raise InputError(f"{folder}/{split}*.{style}: not found; expected sentences of "
+                                 "that style, one a line")
             rows += [f"{line}\t{style}\n" for file in files for line in read_lines(file) if line]
         random.Random(0).shuffle(rows)  # so that --limit-train takes of both
         tables[split] = "sentence\tlabel\n" + "".join(rows)
@@ -100,7 +109,8 @@ def classifier_data(folder, out):
 if __name__ == "__main__":
     try:
         if len(sys.argv) != 3:
-            raise InputError(f"{len(sys.argv) - 1} arguments, expected 2: python -m data.style DIR/yelp OUT")
+            raise InputError(f"{len(sys.argv) - 1} arguments, expected 2: python -m data.style "
+                             "DIR/yelp OUT")
         classifier_data(*sys.argv[1:])
     except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)

@@ -1,6 +1,8 @@
-"""Adapters come from PEFT, go on in training, and leave as plain model folders. What PEFT itself says of ours: test_oracles.py."""
+"""Adapters come from PEFT, go on in training, and leave as plain model folders. What PEFT itself
+says of ours: test_oracles.py."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import adapter
 import salora as sl
 import train_glue
 import train_instruct
@@ -21,17 +24,19 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def model_of(name, folder=None, labels=3):
-    """The tiny model of a fixture, in eval mode, and its inputs, with the logits that PEFT's adapter for it gives."""
+    """The tiny model of a fixture, in eval mode, its inputs, and the logits that PEFT's adapter for
+    it gives."""
     e = load_file(FIXTURES / f"peft-{name}" / "expected.safetensors")
     if name == "bert":
-        return load_encoder(folder or FIXTURES / name, labels).eval(), [e["input_ids"], e["attention_mask"], e["token_type_ids"]], e["logits"]
+        inputs = [e["input_ids"], e["attention_mask"], e["token_type_ids"]]
+        return load_encoder(folder or FIXTURES / name, labels).eval(), inputs, e["logits"]
     return load_decoder(folder or FIXTURES / name).eval(), [e["input_ids"]], e["logits"]
 
 
 def scattered(model, letters="qkvoud", budget=0.4, seed=0):
     """The model with an adapter of r = 8 that was cut down to uneven ranks, 0 among them."""
     torch.manual_seed(seed)
-    method = sl.SaLoRA(model, model.target_paths(letters), r=8, budget=budget)
+    method = sl.SaLoRA(model, model.target_paths(letters), 10, r=8, budget=budget)
     with torch.no_grad():
         method.log_theta.normal_()
         method.log_theta[3] = -9
@@ -39,6 +44,10 @@ def scattered(model, letters="qkvoud", budget=0.4, seed=0):
             layer.lora_B.normal_(std=0.3)
     method.prune()
     return model
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 # ---- from PEFT
@@ -49,24 +58,43 @@ def test_an_adapter_that_peft_wrote_gives_pefts_logits(name):
     model, inputs, logits = model_of(name)
     with torch.no_grad():
         assert (model(*inputs) - logits).abs().max() > 0.1  # it does something
-        assert (sl.load(model, FIXTURES / f"peft-{name}").eval()(*inputs) - logits).abs().max() < 1e-5
+        loaded = adapter.load(model, FIXTURES / f"peft-{name}").eval()
+        assert (loaded(*inputs) - logits).abs().max() < 1e-5
     wanted = {"bert": {2, 3, 4}, "llama3": {4, 6}}[name]
     assert set(sl.ranks(model).values()) == wanted
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", ".*.*.*.*.*x", "(m|m)(o|o)(d|d)(e|e)(l|l)", r"(\w+\.)\1", "(.*)*", "(?:a?){20}a{20}", "(a", "a" * 2000])
+@pytest.mark.parametrize("pattern", [
+    "(a+)+$",
+    "(a|a)*b",
+    ".*.*.*.*.*x",
+    "(m|m)(o|o)(d|d)(e|e)(l|l)",
+    r"(\w+\.)\1",
+    "(.*)*",
+    "(?:a?){20}a{20}",
+    "(a",
+    "a" * 2000])
 def test_patterns_of_strangers_are_refused_or_quick(pattern):
     start = time.time()
     with pytest.raises(ValueError, match="intricate|regular expression"):
-        sl.as_regex(pattern, end=True).fullmatch("model.layers.0.self_attn." + "a" * 60)
+        adapter.as_regex(pattern, end=True).fullmatch("model.layers.0.self_attn." + "a" * 60)
     assert time.time() - start < 1
 
 
 @pytest.mark.parametrize("pattern,fitting", [
-    ("q_proj", True), ("proj", False), ("self_attn.q_proj", True), ("model.layers.1.self_attn.q_proj", True), (r"layers\.\d\..*_proj", True), ("layers.0.self_attn.q_proj", False),
-    (r"^model.layers.1.self_attn.q_proj", True), ("(q|v)_proj", True), (r"layers\.[02]\..*", False), (r"(?!.*mlp).*q_proj", True)])
+    ("q_proj", True),
+    ("proj", False),
+    ("self_attn.q_proj", True),
+    ("model.layers.1.self_attn.q_proj", True),
+    (r"layers\.\d\..*_proj", True),
+    ("layers.0.self_attn.q_proj", False),
+    (r"^model.layers.1.self_attn.q_proj", True),
+    ("(q|v)_proj", True),
+    (r"layers\.[02]\..*", False),
+    (r"(?!.*mlp).*q_proj", True)])
 def test_patterns_are_read_as_peft_reads_them(pattern, fitting):
-    assert (sl.as_regex(pattern, end=True).fullmatch("model.layers.1.self_attn.q_proj") is not None) == fitting
+    regex = adapter.as_regex(pattern, end=True)
+    assert (regex.fullmatch("model.layers.1.self_attn.q_proj") is not None) == fitting
 
 
 # ---- merging into a folder
@@ -75,14 +103,14 @@ def test_patterns_are_read_as_peft_reads_them(pattern, fitting):
 @pytest.mark.parametrize("name", ["bert", "llama3"])
 def test_merged_folder_is_the_model_with_the_adapter(name, tmp_path):
     before = {file.name: file.read_bytes() for file in (FIXTURES / name).iterdir()}
-    sl.merge_folder(FIXTURES / name, FIXTURES / f"peft-{name}", tmp_path / "m")
+    adapter.merge_folder(FIXTURES / name, FIXTURES / f"peft-{name}", tmp_path / "m")
     model, inputs, logits = model_of(name, tmp_path / "m")
     with torch.no_grad():
         assert (model(*inputs) - logits).abs().max() < 1e-4 and not sl.adapters(model)
     assert before == {file.name: file.read_bytes() for file in (FIXTURES / name).iterdir()}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
     with pytest.raises(ValueError, match="is there already"):
-        sl.merge_folder(FIXTURES / name, FIXTURES / f"peft-{name}", tmp_path / "m")
+        adapter.merge_folder(FIXTURES / name, FIXTURES / f"peft-{name}", tmp_path / "m")
 
 
 def test_shards_stay_shards_and_the_dtype_stays(tmp_path):
@@ -92,17 +120,20 @@ def test_shards_stay_shards_and_the_dtype_stays(tmp_path):
     for file in base.glob("model-*"):
         save_file({key: t.bfloat16() for key, t in load_file(file).items()}, file)
     index = json.loads((base / "model.safetensors.index.json").read_text())
-    sl.save(scattered(load_decoder(base)), tmp_path / "a")
-    sl.merge_folder(base, tmp_path / "a", tmp_path / "m")
+    adapter.save(scattered(load_decoder(base)), tmp_path / "a")
+    adapter.merge_folder(base, tmp_path / "a", tmp_path / "m")
     assert json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text()) == index
-    assert {p.name for p in (tmp_path / "m").iterdir()} == {p.name for p in base.iterdir()} - {"pytorch_model.bin", "expected.safetensors"}
+    left = {"pytorch_model.bin", "expected.safetensors"}
+    names = {p.name for p in base.iterdir()} - left
+    assert {p.name for p in (tmp_path / "m").iterdir()} == names
     tuned, changed = scattered(load_decoder(base)), 0
     for path, layer in sl.adapters(tuned).items():
         key = f"{path}.weight"
         file = index["weight_map"][key]
         old, new = load_file(base / file)[key], load_file(tmp_path / "m" / file)[key]
         update = layer.scale * layer.lora_B @ layer.lora_A
-        assert new.dtype == torch.bfloat16 and torch.equal(new, (old.float() + update).bfloat16())  # summed in float32, rounded once
+        assert new.dtype == torch.bfloat16
+        assert torch.equal(new, (old.float() + update).bfloat16())  # rounded once
         changed += not torch.equal(old, new)
     assert changed == sum(rank > 0 for rank in sl.ranks(tuned).values()) < 12
 
@@ -111,53 +142,149 @@ def test_bare_model_gets_the_head_and_its_names(tmp_path):
     """all-MiniLM and the like: keys without bert., no head; here with 4 labels."""
     base = tmp_path / "base"
     shutil.copytree(FIXTURES / "bert", base)
-    weights = {key.removeprefix("bert."): t for key, t in load_file(base / "model.safetensors").items() if not key.startswith("classifier")}
+    weights = {key.removeprefix("bert."): t
+               for key, t in load_file(base / "model.safetensors").items()
+               if not key.startswith("classifier")}
     save_file(weights, base / "model.safetensors")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | dict(architectures=["BertModel"])))
     model = scattered(load_encoder(base, 4)).eval()
-    sl.save(model, tmp_path / "a", ["classifier", "pooler"], task_type="SEQ_CLS")
-    sl.merge_folder(base, tmp_path / "a", tmp_path / "m")
+    adapter.save(model, tmp_path / "a", ["classifier", "pooler"], task_type="SEQ_CLS")
+    adapter.merge_folder(base, tmp_path / "a", tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    assert config["architectures"] == ["BertForSequenceClassification"] and config["id2label"] == {str(i): f"LABEL_{i}" for i in range(4)} and len(config["label2id"]) == 4
-    assert set(load_file(tmp_path / "m" / "model.safetensors")) == {f"bert.{key}" for key in weights} | {"classifier.weight", "classifier.bias"}
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["id2label"] == {str(i): f"LABEL_{i}" for i in range(4)}
+    assert len(config["label2id"]) == 4
+    names = {f"bert.{key}" for key in weights} | {"classifier.weight", "classifier.bias"}
+    assert set(load_file(tmp_path / "m" / "model.safetensors")) == names
     ids = torch.randint(5, 60, (2, 9))
     with torch.no_grad():
         assert (load_encoder(tmp_path / "m", 4).eval()(ids) - model(ids)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("weight_map", [{"a": "../evil.safetensors"}, {"a": "/tmp/evil.safetensors"}, {"a": 3}, None, ["a"]])
+def renamed(name, base, spell, more=()):
+    """The folder `base`: a fixture's, all of it in model.safetensors, its keys spelled by spell."""
+    shutil.copytree(FIXTURES / name, base)
+    weights = {spell(key): t for file in base.glob("model*.safetensors")
+               for key, t in load_file(file).items()}
+    save_file(weights | dict(more), base / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
+def merged_equals(model, load, tmp_path):
+    """Does merging tmp_path/a into tmp_path/base give this model's outputs?"""
+    adapter.merge_folder(tmp_path / "base", tmp_path / "a", tmp_path / "m")
+    ids = torch.randint(5, 60, (2, 9))
+    with torch.no_grad():
+        return (load(tmp_path / "m").eval()(ids) - model.eval()(ids)).abs().max() < 1e-5
+
+
+def test_gamma_and_beta_of_older_files_are_known(tmp_path):
+    def older(key):
+        key = re.sub("LayerNorm.weight", "LayerNorm.gamma", key)
+        return key.replace("LayerNorm.bias", "LayerNorm.beta")
+
+    model = scattered(load_encoder(renamed("bert", tmp_path / "base", older), 3))
+    torch.nn.init.normal_(model.bert.encoder.layer[1].output.LayerNorm.weight)
+    adapter.save(model, tmp_path / "a", ["LayerNorm"])
+    assert merged_equals(model, lambda folder: load_encoder(folder, 3), tmp_path)
+    keys = set(load_file(tmp_path / "m" / "model.safetensors"))
+    assert keys == set(load_file(FIXTURES / "bert" / "model.safetensors"))
+
+
+def test_a_bare_llama_with_its_head_and_an_index_beside_a_single_file(tmp_path):
+    base = renamed("llama", tmp_path / "base", lambda key: key.removeprefix("model."))
+    assert "lm_head.weight" in load_file(base / "model.safetensors")
+    for file in base.glob("model-*"):  # the index is a left-over: the single file counts
+        save_file({"x": torch.zeros(1)}, file)
+    model = scattered(load_decoder(base), "qkvoudg")
+    adapter.save(model, tmp_path / "a")
+    assert merged_equals(model, load_decoder, tmp_path)
+    assert [file.name for file in (tmp_path / "m").glob("model*")] == ["model.safetensors"]
+    merged = load_file(tmp_path / "m" / "model.safetensors")
+    assert {key.split(".")[0] for key in merged} == {"model", "lm_head"}
+
+
+@pytest.mark.parametrize("name,more", [
+    ("bert", ["cls.predictions.transform.dense.weight", "cls.predictions.decoder.weight"]),
+    ("roberta", ["lm_head.dense.weight", "roberta.pooler.dense.weight"])])
+def test_targets_do_not_reach_into_heads_of_other_tasks(name, more, tmp_path):
+    head = {key: torch.randn(32, 32) for key in more}
+    base = renamed(name, tmp_path / "base", str, head)
+    model = load_encoder(base, 3)
+    sl.SaLoRA(model, [f"encoder.layer.{i}.{part}" for i in range(2) for part in (
+        "attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")],
+        1, r=2, window=None)
+    for layer in sl.adapters(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    adapter.save(model, tmp_path / "a", ["classifier"])
+    edit(tmp_path / "a" / "adapter_config.json", target_modules=["query", "dense"])
+    assert merged_equals(model, lambda folder: load_encoder(folder, 3), tmp_path)
+    merged = load_file(tmp_path / "m" / "model.safetensors")
+    assert all(torch.equal(merged[key], t) for key, t in head.items())
+
+
+def test_labels_follow_the_head_and_files_of_an_adapter_stay_behind(tmp_path):
+    base = renamed("bert", tmp_path / "base", str)
+    adapter.save(scattered(load_encoder(base, 4)), base, ["classifier"])  # no task_type
+    adapter.merge_folder(base, base, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    before = json.loads((base / "config.json").read_text())
+    assert len(config["id2label"]) == len(config["label2id"]) == 4
+    assert config["architectures"] == before["architectures"]
+    assert not {"adapter_config.json", "salora.json"} & {p.name for p in (tmp_path / "m").iterdir()}
+
+
+def test_a_tied_head_in_the_file_is_not_merged_into(tmp_path):
+    head = {"lm_head.weight": torch.zeros(60, 32)}
+    base = renamed("llama3", tmp_path / "base", str, head)
+    model = load_decoder(base)
+    sl.SaLoRA(model, ["lm_head"], 1, r=2, window=None)
+    adapter.save(model, tmp_path / "a")
+    with pytest.raises(ValueError, match="an embedding that is tied to the head"):
+        adapter.merge_folder(base, tmp_path / "a", tmp_path / "m")
+
+
+@pytest.mark.parametrize("weight_map", [
+    {"a": "../evil.safetensors"},
+    {"a": "/tmp/evil.safetensors"},
+    {"a": 3},
+    None,
+    ["a"]])
 def test_an_index_that_points_outside_its_folder_is_refused(weight_map, tmp_path):
     base = Path(shutil.copytree(FIXTURES / "llama3", tmp_path / "base"))
     (base / "model.safetensors").rename(tmp_path / "evil.safetensors")
     before = (tmp_path / "evil.safetensors").read_bytes()
     (base / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=weight_map)))
-    with pytest.raises(ValueError, match="index.json: weight_map does not list files of this folder"):
-        sl.merge_folder(base, FIXTURES / "peft-llama3", tmp_path / "m")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "evil.safetensors"] and (tmp_path / "evil.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match="index.json"):
+        adapter.merge_folder(base, FIXTURES / "peft-llama3", tmp_path / "m")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "evil.safetensors"]
+    assert (tmp_path / "evil.safetensors").read_bytes() == before
 
 
 def test_a_merge_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sl.shutil, "copy", full)
+    monkeypatch.setattr(adapter.shutil, "copy", full)
     with pytest.raises(OSError):
-        sl.merge_folder(FIXTURES / "llama3", FIXTURES / "peft-llama3", tmp_path / "m")
+        adapter.merge_folder(FIXTURES / "llama3", FIXTURES / "peft-llama3", tmp_path / "m")
     assert not list(tmp_path.iterdir())
 
 
 def test_merging_deletes_nothing_that_it_did_not_make(tmp_path):
     base = Path(shutil.copytree(FIXTURES / "llama3", tmp_path / "m.new"))
-    sl.merge_folder(base, FIXTURES / "peft-llama3", tmp_path / "m")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.new"] and (base / "model.safetensors").read_bytes() == (FIXTURES / "llama3" / "model.safetensors").read_bytes()
+    adapter.merge_folder(base, FIXTURES / "peft-llama3", tmp_path / "m")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.new"]
+    before = (FIXTURES / "llama3" / "model.safetensors").read_bytes()
+    assert (base / "model.safetensors").read_bytes() == before
 
 
 def test_merging_a_tied_head_leaves_the_embedding_alone():
     model = load_decoder(FIXTURES / "llama3").eval()
     embedding = model.model.embed_tokens.weight.clone()
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    sl.SaLoRA(model, ["lm_head"], r=4, window=None)
+    sl.SaLoRA(model, ["lm_head"], 1, r=4, window=None)
     torch.nn.init.normal_(model.lm_head.lora_B)
     ids = torch.randint(3, 60, (1, 9))
     with torch.no_grad():
@@ -168,65 +295,81 @@ def test_merging_a_tied_head_leaves_the_embedding_alone():
 
 def test_a_tied_embedding_is_not_replaced_unnoticed(tmp_path):
     shutil.copytree(FIXTURES / "peft-llama3", tmp_path / "a")
-    file = tmp_path / "a" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | dict(modules_to_save=["embed_tokens"])))
+    edit(tmp_path / "a" / "adapter_config.json", modules_to_save=["embed_tokens"])
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    save_file(tensors | {"base_model.model.model.embed_tokens.weight": torch.zeros(60, 32)}, tmp_path / "a" / "adapter_model.safetensors")
+    embedding = {"base_model.model.model.embed_tokens.weight": torch.zeros(60, 32)}
+    save_file(tensors | embedding, tmp_path / "a" / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="embed_tokens.weight, which is tied to another module"):
-        sl.load(load_decoder(FIXTURES / "llama3"), tmp_path / "a")
+        adapter.load(load_decoder(FIXTURES / "llama3"), tmp_path / "a")
     with pytest.raises(ValueError, match="an embedding that is tied to the head"):
-        sl.merge_folder(FIXTURES / "llama3", tmp_path / "a", tmp_path / "m")
+        adapter.merge_folder(FIXTURES / "llama3", tmp_path / "a", tmp_path / "m")
 
 
-def test_quantised_weights_and_other_shapes_are_refused(tmp_path):
+def test_quantized_weights_and_other_shapes_are_refused(tmp_path):
     base = Path(shutil.copytree(FIXTURES / "bert", tmp_path / "base"))
     weights = load_file(base / "model.safetensors")
     key = next(k for k in weights if k.endswith("layer.0.attention.self.query.weight"))
     save_file(weights | {key: weights[key].to(torch.int8)}, base / "model.safetensors")
-    with pytest.raises(ValueError, match="query.weight is torch.int8, quantised"):
-        sl.merge_folder(base, FIXTURES / "peft-bert", tmp_path / "m")
+    with pytest.raises(ValueError, match="query.weight is torch.int8, quantized"):
+        adapter.merge_folder(base, FIXTURES / "peft-bert", tmp_path / "m")
     save_file(weights | {"zz.position_ids": torch.arange(3)}, base / "model.safetensors")
     a = Path(shutil.copytree(FIXTURES / "peft-bert", tmp_path / "a"))
-    sl.merge_folder(base, a, tmp_path / "m")  # what stands last is not of a kind that a head could take over
-    assert load_file(tmp_path / "m" / "model.safetensors")["classifier.weight"].dtype == torch.float32
-    config = json.loads((a / "adapter_config.json").read_text())
-    (a / "adapter_config.json").write_text(json.dumps(config | dict(modules_to_save=["classifier", "pooler"])))
-    save_file(load_file(a / "adapter_model.safetensors") | {"base_model.model.bert.pooler.dense.weight": torch.zeros(3, 3)}, a / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"pooler.dense.weight: expected \[32, 32\], found \[3, 3\]"):
-        sl.merge_folder(base, a, tmp_path / "m2")
-    (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | dict(quantization_config=dict(bits=4))))
-    with pytest.raises(ValueError, match="its weights are quantised"):
-        sl.merge_folder(base, FIXTURES / "peft-bert", tmp_path / "m2")
+    adapter.merge_folder(base, a, tmp_path / "m")  # what stands last is of no kind for a head
+    merged = load_file(tmp_path / "m" / "model.safetensors")
+    assert merged["classifier.weight"].dtype == torch.float32
+    edit(a / "adapter_config.json", modules_to_save=["classifier", "pooler"])
+    tensors = load_file(a / "adapter_model.safetensors")
+    tensors["base_model.model.bert.pooler.dense.weight"] = torch.zeros(3, 3)
+    save_file(tensors, a / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"dense.weight: expected \[32, 32\], found \[3, 3\]"):
+        adapter.merge_folder(base, a, tmp_path / "m2")
+    edit(base / "config.json", quantization_config=dict(bits=4))
+    with pytest.raises(ValueError, match="its weights are quantized"):
+        adapter.merge_folder(base, FIXTURES / "peft-bert", tmp_path / "m2")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "m"]
 
 
 def shell(*args):
-    return subprocess.run([sys.executable, sl.__file__, *map(str, args)], capture_output=True, text=True)
+    command = [sys.executable, adapter.__file__, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_merge_and_show_from_the_shell(tmp_path):
-    done = shell("merge", "--model", FIXTURES / "llama3", "--adapter", FIXTURES / "peft-llama3", "--out", tmp_path / "m")
-    assert done.returncode == 0 and (tmp_path / "m" / "model.safetensors").is_file() and read_config(tmp_path / "m", train_instruct.DecoderConfig)
+    done = shell("merge", "--model", FIXTURES / "llama3", "--adapter", FIXTURES / "peft-llama3",
+                 "--out", tmp_path / "m")
+    assert done.returncode == 0 and (tmp_path / "m" / "model.safetensors").is_file()
+    assert read_config(tmp_path / "m", train_instruct.DecoderConfig)
     model = scattered(load_encoder(FIXTURES / "bert", 3))
-    sl.save(model, tmp_path / "a", ["classifier"], budget=0.4, base_model_name_or_path="tiny")
+    adapter.save(model, tmp_path / "a", ["classifier"], budget=0.4, base_model_name_or_path="tiny")
     text = shell("show", tmp_path / "a").stdout
-    table, kept = sl.ranks(model), sum(p.numel() for m in sl.adapters(model).values() for p in (m.lora_A, m.lora_B))
-    assert f"{kept:,} parameters in {sum(r > 0 for r in table.values())} matrices" in text and "99 in classifier" in text and "adapter of tiny" in text
-    assert f"budget 0.4; rank 8 at the start; {sum(r == 0 for r in table.values())} of 12 matrices" in text and sl.rank_map(table, 8) in text
+    table = sl.ranks(model)
+    kept = sum(p.numel() for m in sl.adapters(model).values() for p in (m.lora_A, m.lora_B))
+    assert f"{kept:,} parameters in {sum(r > 0 for r in table.values())} matrices" in text
+    assert "99 in classifier" in text and "adapter of tiny" in text
+    zero = sum(r == 0 for r in table.values())
+    assert f"budget 0.4; rank 8 at the start; {zero} of 12 matrices" in text
+    assert sl.rank_map(table, 8) in text
     foreign = shell("show", FIXTURES / "peft-llama3").stdout
     assert "budget" not in foreign and "rank 4 to 6" in foreign and "mlp.down_proj" in foreign
 
 
 @pytest.mark.parametrize("change,words", [
-    (lambda base, a: (base / "model.safetensors").unlink(), "model.safetensors"), (lambda base, a: (base / "config.json").write_text("{"), "config.json"),
-    (lambda base, a: (base / "model.safetensors").write_bytes(b"\xff" * 50), "model.safetensors"), (lambda base, a: (a / "adapter_config.json").write_text("[]"), "holds a list"),
-    (lambda base, a: (a / "adapter_config.json").unlink(), "adapter_config.json"), (lambda base, a: (a / "adapter_model.safetensors").write_bytes(b""), "adapter_model.safetensors"),
-    (lambda base, a: shutil.copytree(FIXTURES / "llama3", base, dirs_exist_ok=True), "matches no nn.Linear")])
+    (lambda base, a: (base / "model.safetensors").unlink(), "model.safetensors"),
+    (lambda base, a: (base / "config.json").write_text("{"), "config.json"),
+    (lambda base, a: (base / "model.safetensors").write_bytes(b"\xff" * 50), "model.safetensors"),
+    (lambda base, a: (a / "adapter_config.json").write_text("[]"), "holds a list"),
+    (lambda base, a: (a / "adapter_config.json").unlink(), "adapter_config.json"),
+    (lambda base, a: (a / "adapter_model.safetensors").write_bytes(b""),
+     "adapter_model.safetensors"),
+    (lambda base, a: shutil.copytree(FIXTURES / "llama3", base, dirs_exist_ok=True),
+     "matches no nn.Linear")])
 def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(change, words, tmp_path):
-    base, a = Path(shutil.copytree(FIXTURES / "bert", tmp_path / "base")), Path(shutil.copytree(FIXTURES / "peft-bert", tmp_path / "a"))
+    base = Path(shutil.copytree(FIXTURES / "bert", tmp_path / "base"))
+    a = Path(shutil.copytree(FIXTURES / "peft-bert", tmp_path / "a"))
     change(base, a)
     done = shell("merge", "--model", base, "--adapter", a, "--out", tmp_path / "m")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and words in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and words in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
 
 
@@ -235,11 +378,13 @@ def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(change, words, tmp
 
 def test_glue_goes_on_from_an_adapter_scores_it_and_merges_it(tmp_path, capsys):
     def run(name, *flags):
-        train_glue.main(["--threads", "1", "--limit-train", "320", "--limit-dev", "100", "--log-every", "1", "--out", str(tmp_path / name), *map(str, flags)])
+        train_glue.main(["--threads", "1", "--limit-train", "320", "--limit-dev", "100",
+                         "--log-every", "1", "--out", str(tmp_path / name), *map(str, flags)])
         return json.loads((tmp_path / name / "result.json").read_text())
 
     def predictions(name):
-        return [list(map(float, line.split("\t")[3:])) for line in (tmp_path / name / "predictions.tsv").read_text().splitlines()[1:]]
+        rows = (tmp_path / name / "predictions.tsv").read_text().splitlines()[1:]
+        return [list(map(float, row.split("\t")[3:])) for row in rows]
 
     def same_predictions(a, b, atol):
         """The logits, and the decisions where they are not a matter of rounding."""
@@ -249,28 +394,37 @@ def test_glue_goes_on_from_an_adapter_scores_it_and_merges_it(tmp_path, capsys):
         assert torch.equal(x.argmax(1)[sure], y.argmax(1)[sure]) and sure.float().mean() > 0.5
 
     start = run("start", "--method", "lora", "--r", 4, "--epochs", 1)
-    adapter = ["--adapter", tmp_path / "start" / "adapter"]
-    scored = run("scored", *adapter, "--epochs", 0)
+    given = ["--adapter", tmp_path / "start" / "adapter"]
+    scored = run("scored", *given, "--epochs", 0)
     assert scored["steps"] == 0 and scored["trainable_params"] == start["kept_params"]
     same_predictions("scored", "start", atol=1e-4)
-    on = run("on", *adapter, "--epochs", 2, "--seed", 1)
+    on = run("on", *given, "--epochs", 2, "--seed", 1)
     first = json.loads((tmp_path / "on" / "log.jsonl").read_text().splitlines()[0])
     last = json.loads((tmp_path / "start" / "log.jsonl").read_text().splitlines()[-1])
-    assert on["settings"]["r"] == 4 and on["kept_params"] <= on["trainable_params"] // 2 and first["orth_b"] == pytest.approx(last["orth_b"], rel=0.05)
-    assert run("lora", "--adapter", tmp_path / "on" / "adapter", "--method", "lora", "--epochs", 1)["kept_params"] == on["kept_params"]
-    sl.merge_folder(train_glue.HERE / "demo" / "model", tmp_path / "on" / "adapter", tmp_path / "merged")
+    assert on["settings"]["r"] == 4 and on["kept_params"] <= on["trainable_params"] // 2
+    assert first["orth_b"] == pytest.approx(last["orth_b"], rel=0.05)
+    again = run("lora", "--adapter", tmp_path / "on" / "adapter", "--method", "lora", "--epochs", 1)
+    assert again["kept_params"] == on["kept_params"]
+    demo = train_glue.HERE / "demo" / "model"
+    adapter.merge_folder(demo, tmp_path / "on" / "adapter", tmp_path / "merged")
     run("plain", "--model", tmp_path / "merged", "--method", "head", "--epochs", 0)
     same_predictions("plain", "on", atol=5e-3)  # the demo is stored in float16
     assert "budget 0.5; rank 4 at the start" in shell("show", tmp_path / "on" / "adapter").stdout
-    run("on", *adapter, "--epochs", 2, "--seed", 1, "--resume")
+    run("on", *given, "--epochs", 2, "--seed", 1, "--resume")
     assert "finished already" in capsys.readouterr().out
-    for more, words in ((["--seed", 2], "its --seed is 1, expected 2"), (["--seed", 1, "--price", 0.1], "--price None, not 0.1"), (["--seed", 1, "--beta", 0], "--beta 0.01")):
+    for more, words in ((["--seed", 2], "its --seed is 1, expected 2"),
+                        (["--seed", 1, "--price", 0.1], "--price None, not 0.1"),
+                        (["--seed", 1, "--beta", 0.01], "--beta 0.0, not 0.01")):
         with pytest.raises(InputError, match=words):
-            run("on", *adapter, "--epochs", 2, *more, "--resume")
-    half = run("half", *adapter, "--method", "lora", "--epochs", 0, "--dtype", "bfloat16")
+            run("on", *given, "--epochs", 2, *more, "--resume")
+    half = run("half", *given, "--method", "lora", "--epochs", 0, "--dtype", "bfloat16")
     assert half["steps"] == 0
-    heads = [{k: v for k, v in load_file(tmp_path / name / "adapter" / "adapter_model.safetensors").items() if "classifier" in k} for name in ("start", "half")]
-    assert all(torch.equal(v, heads[1][k]) for k, v in heads[0].items())  # the head is float32 whatever the dtype
+    heads = []
+    for name in ("start", "half"):
+        tensors = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        heads.append({key: t for key, t in tensors.items() if "classifier" in key})
+    # the head is float32 whatever the dtype
+    assert all(torch.equal(t, heads[1][key]) for key, t in heads[0].items())
 
 
 def test_a_folder_with_somebodys_adapter_is_no_place_for_a_run(tmp_path, capsys):
@@ -278,55 +432,69 @@ def test_a_folder_with_somebodys_adapter_is_no_place_for_a_run(tmp_path, capsys)
     (tmp_path / "r" / "adapter" / "mine.txt").write_text("mine")
     with pytest.raises(SystemExit):
         train_glue.command(["--max-steps", "10", "--out", str(tmp_path / "r")])
-    assert "has an adapter/ which is not of a run" in capsys.readouterr().err and (tmp_path / "r" / "adapter" / "mine.txt").read_text() == "mine"
+    assert "has an adapter/ which is not of a run" in capsys.readouterr().err
+    assert (tmp_path / "r" / "adapter" / "mine.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("flags,words", [
-    (["--adapter", "a", "--r", "4"], "--r is given, expected none with --adapter"), (["--adapter", "a", "--targets", "q"], "--targets is given"),
-    (["--adapter", "a", "--method", "ft"], "--adapter is given, expected no adapter with --method ft"), (["--epochs", "0"], "--epochs is 0.0"),
-    (["--adapter", "r/adapter", "--out", "r"], "--out r: --adapter lies in it"), (["--adapter", "nowhere"], "--adapter nowhere: "), (["--adapter", FIXTURES / "peft-llama3"], "matches no nn.Linear")])
-def test_adapters_to_start_from_that_cannot_be_are_one_line(flags, words, tmp_path, monkeypatch, capsys):
+    (["--adapter", "a", "--r", "4"], "--r is given, expected none with --adapter"),
+    (["--adapter", "a", "--targets", "q"], "--targets is given"),
+    (["--adapter", "a", "--method", "ft"],
+     "--adapter is given, expected no adapter with --method ft"),
+    (["--epochs", "0"], "--epochs is 0.0"),
+    (["--adapter", "r/adapter", "--out", "r"], "--out r: --adapter lies in it"),
+    (["--adapter", "nowhere"], "--adapter nowhere: "),
+    (["--adapter", FIXTURES / "peft-llama3"], "matches no nn.Linear")])
+def test_adapters_to_start_from_that_cannot_be_are_one_line(flags, words, tmp_path, monkeypatch,
+                                                            capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
         train_glue.command(list(map(str, flags)))
     captured = capsys.readouterr()
-    assert e.value.code == 2 and words in captured.err and captured.err.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert e.value.code == 2 and words in captured.err and captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("targets,saved,words", [
     (["query", "classifier.dense"], (), "its target_modules is one that reaches into the head"),
     (["query"], ["LayerNorm"], "its modules_to_save is with roberta.embeddings.LayerNorm.weight")])
-def test_an_adapter_that_the_run_could_not_save_again_is_refused_before_training(targets, saved, words, tmp_path, capsys):
+def test_an_adapter_that_could_not_be_saved_again_is_refused(targets, saved, words, tmp_path,
+                                                             capsys):
     model = load_encoder(train_glue.HERE / "demo" / "model", 2)
-    sl.SaLoRA(model, targets, r=2)
-    sl.save(model, tmp_path / "a", saved)
+    sl.SaLoRA(model, targets, 1, r=2, window=None)
+    adapter.save(model, tmp_path / "a", saved)
     with pytest.raises(SystemExit) as e:
-        train_glue.command(["--adapter", str(tmp_path / "a"), "--method", "lora", "--max-steps", "10", "--out", str(tmp_path / "r")])
+        train_glue.command(["--adapter", str(tmp_path / "a"), "--method", "lora", "--max-steps",
+                            "10", "--out", str(tmp_path / "r")])
     assert e.value.code == 2 and words in capsys.readouterr().err and not (tmp_path / "r").exists()
 
 
 def test_gates_need_one_rank(tmp_path, capsys):
     model = load_encoder(train_glue.HERE / "demo" / "model", 2)
-    sl.save(scattered(model), tmp_path / "a", ["classifier"])
+    adapter.save(scattered(model), tmp_path / "a", ["classifier"])
     with pytest.raises(SystemExit):
-        train_glue.command(["--adapter", str(tmp_path / "a"), "--max-steps", "10", "--out", str(tmp_path / "r")])
-    assert "--method lora goes on from it" in capsys.readouterr().err and not (tmp_path / "r").exists()
+        train_glue.command(["--adapter", str(tmp_path / "a"), "--max-steps", "10",
+                            "--out", str(tmp_path / "r")])
+    assert "--method lora goes on from it" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
     with pytest.raises(ValueError, match="ranks 1 to .*one for all"):
-        sl.SaLoRA(sl.load(load_encoder(train_glue.HERE / "demo" / "model", 2), tmp_path / "a"), None)
+        model = load_encoder(train_glue.HERE / "demo" / "model", 2)
+        sl.SaLoRA(adapter.load(model, tmp_path / "a"), None, 10)
     with pytest.raises(ValueError, match="no adapters to go on with"):
-        sl.SaLoRA(load_encoder(train_glue.HERE / "demo" / "model", 2), None)
+        sl.SaLoRA(load_encoder(train_glue.HERE / "demo" / "model", 2), None, 10)
 
 
 def test_instructions_go_on_from_an_adapter_and_score_it(tmp_path):
     def run(name, *flags):
-        train_instruct.main(["--threads", "1", "--limit-train", "64", "--limit-dev", "20", "--generate", "2", "--out", str(tmp_path / name), *map(str, flags)])
+        train_instruct.main(["--threads", "1", "--limit-train", "64", "--limit-dev", "20",
+                             "--generate", "2", "--out", str(tmp_path / name), *map(str, flags)])
         return json.loads((tmp_path / name / "result.json").read_text())
 
     start = run("start", "--epochs", 2)
     scored = run("scored", "--adapter", tmp_path / "start" / "adapter", "--epochs", 0)
     assert scored["score"] == pytest.approx(start["score"], rel=1e-4)
     llama = train_instruct.DEMO / "llama"
-    a, b = (sl.adapters(sl.load(load_decoder(llama), tmp_path / name / "adapter"))
+    a, b = (sl.adapters(adapter.load(load_decoder(llama), tmp_path / name / "adapter"))
             for name in ("start", "scored"))
     assert a.keys() == b.keys()
     for path in a:

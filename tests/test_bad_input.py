@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import adapter
 import salora as sl
 import train_glue
 import train_instruct
@@ -27,8 +28,8 @@ def made(tmp_path_factory):
         (here / "data" / name).write_text(GOOD)
     shutil.copytree(DEMO / "model", here / "model")
     model = load_encoder(here / "model", 2)
-    sl.SaLoRA(model, model.target_paths("qv"), r=2)
-    sl.save(model, here / "adapter", ["classifier"], task_type="SEQ_CLS")
+    sl.SaLoRA(model, model.target_paths("qv"), 1, r=2, window=None)
+    adapter.save(model, here / "adapter", ["classifier"], task_type="SEQ_CLS")
     shutil.copytree(DEMO / "llama", here / "llama")
     weights = load_file(here / "llama" / "model.safetensors")
     (here / "llama" / "model.safetensors").unlink()

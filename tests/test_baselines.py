@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
+import adapter
 import baselines
 import salora as sl
 from data.glue import HERE
@@ -42,6 +43,7 @@ def batch(padding=0):
 
 @pytest.mark.parametrize("method,base,large", [
     ("lora", 1_327_104, 3_538_944),
+    ("lora-svd", 1_327_104, 3_538_944),
     ("adalora", 1_327_104 + 72 * 8, 3_538_944 + 144 * 8),  # and a singular value for each triplet
     ("adapter-h", 24 * (2 * 768 * 32 + 32 + 768), 48 * (2 * 1024 * 32 + 32 + 1024)),
     ("adapter-p", 12 * (2 * 768 * 32 + 32 + 768), 24 * (2 * 1024 * 32 + 32 + 1024)),
@@ -83,7 +85,7 @@ def test_a_step_moves_a_prefix_gently_although_a_whole_network_steps():
 # ---- where they start, what they compute
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora", "adapter-h", "adapter-p", "head", "ft"])
+@pytest.mark.parametrize("method", ["lora", "lora-svd", "adalora", "adapter-h", "adapter-p", "head", "ft"])
 def test_the_first_step_sees_the_pretrained_model(method):
     plain, _ = demo("head")
     model, _ = demo(method)
@@ -157,6 +159,33 @@ def test_a_prefix_of_a_tokens_own_keys_and_values_weighs_it_twice():
     torch.testing.assert_close(layer(x, prefix=own), layer(x))
 
 
+# ---- LoRA, cut by singular values
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.25, 0.125])
+def test_lora_svd_keeps_the_largest_singular_values_that_fit(budget):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    method = baselines.LoRASVD(model, ["0", "1", "2"], 5, r=8, budget=budget, window=(0.2, 0.4))
+    with torch.no_grad():
+        for m, size in zip(method.layers, (3, 1, 0.1)):
+            m.lora_B.copy_(size * torch.randn(8, 8))
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.0)
+    sigma = torch.stack([torch.linalg.svdvals(m.lora_B @ m.lora_A) for m in method.layers])  # (3, 8)
+    for _ in range(2):  # 0.4 of 5 steps
+        assert [m.rank for m in method.layers] == [8, 8, 8] and method.density().item() == 1
+        method.begin_step()
+        model(torch.randn(4, 8)).sum().backward()
+        method.end_step(optimizer)
+    least = sigma.flatten().sort(descending=True)[0][int(24 * budget) - 1]
+    assert [m.rank for m in method.layers] == (sigma >= least).sum(1).tolist()
+    for m, s in zip(method.layers, sigma):
+        assert torch.allclose(torch.linalg.svdvals(m.lora_B @ m.lora_A)[:m.rank], s[:m.rank], rtol=1e-4)
+    assert method.kept_params() == budget * method.initial_params == 384 * budget
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for m in method.layers for p in (m.lora_A, m.lora_B)}
+
+
 # ---- LoRA and AdaLoRA against PEFT's
 
 
@@ -164,7 +193,7 @@ def test_lora_layer_is_pefts():
     base = nn.Linear(8, 5)
     base.load_state_dict(dict(weight=PEFT["lora.W"], bias=PEFT["lora.b"]))
     model = nn.Sequential(base)
-    sl.SaLoRA(model, ["0"], r=4, alpha=6, beta=0.0, window=None)
+    sl.SaLoRA(model, ["0"], 10, r=4, alpha=6, window=None)
     model[0].lora_A.data, model[0].lora_B.data = PEFT["lora.A"], PEFT["lora.B"]
     torch.testing.assert_close(model(PEFT["lora.x"]), PEFT["lora.y"])
 
@@ -193,16 +222,16 @@ def test_adalora_chooses_pefts_triplets_on_the_same_gradients_step_by_step(adalo
     optimizer = torch.optim.SGD(params, lr=0.1)
     live = []
     for step in range(15):
-        method.begin_step(step / 30, optimizer)
+        method.begin_step()
         for i, p in enumerate(params):
             p.grad = PEFT[f"adalora.grad.{step}.{i}"].view_as(p).clone()
         optimizer.step()
-        method.end_step()
-        torch.testing.assert_close(torch.stack([m.lora_E for m in method.layers]), PEFT[f"adalora.E.{step}"])
+        values = [m.lora_A.clone() for m in method.layers]
+        method.end_step(optimizer)
+        if step < 14:
+            torch.testing.assert_close(torch.stack([m.lora_E for m in method.layers]), PEFT[f"adalora.E.{step}"])
         live.append(method.live)
     assert live[:7] == [8] * 7 and live == sorted(live, reverse=True) and live[-1] == 2
-    values = [m.lora_A.clone() for m in method.layers]
-    method.begin_step(15 / 30, optimizer)
     keep = PEFT["adalora.E.15"] != 0
     assert keep.sum() == 2 and [m.rank for m in method.layers] == keep.sum(1).tolist() and method.final_density == 0.25
     for m, a, k in zip(method.layers, values, keep):
@@ -213,10 +242,9 @@ def test_adalora_chooses_pefts_triplets_on_the_same_gradients_step_by_step(adalo
 def test_adaloras_singular_values_are_folded_into_the_saved_adapter(tmp_path, adalora):
     model, method = adalora
     x = PEFT["adalora.x"]
-    method.step = 15
-    sl.save(model, tmp_path)
+    adapter.save(model, tmp_path)
     plain = nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 7))
     for layer, m in zip(plain, method.layers):
         layer.load_state_dict(m.base.state_dict())
-    torch.testing.assert_close(sl.load(plain, tmp_path)(x), model(x))
+    torch.testing.assert_close(adapter.load(plain, tmp_path)(x), model(x))
     torch.testing.assert_close(sl.merge(model)(x), plain(x))

@@ -33,6 +33,13 @@ def go(name, out, *flags):
         return list(csv.DictReader(f))
 
 
+def test_table1_has_all_methods_of_the_paper_and_lora_cut_by_singular_values():
+    args, _ = experiments.parse_args("table1", [])
+    assert [experiments.name_of(method) for method in args.methods] == [
+        "FT", "Adapter-H", "Adapter-P", "Prefix", "Prompt", "LoRA", "AdaLoRA", "LoRA-SVD", "SaLoRA"]
+    assert set(args.methods) == set(train_glue.METHODS) - {"head"}
+
+
 def test_table1_tunes_runs_and_does_nothing_twice(tmp_path, capsys):
     flags = ["--methods", "salora", "small=lora --r 4", "--seeds", "0", "1", "--lr-grid", "1e-3", "3e-3", "--jobs", "2"]
     rows = go("table1", tmp_path, *flags)
@@ -58,13 +65,13 @@ def test_table1_tunes_runs_and_does_nothing_twice(tmp_path, capsys):
     assert "--weight-decay 0.01, not 0.5" in capsys.readouterr().err
 
 
-def test_ablation_has_a_price_and_no_regulariser(tmp_path, here):
-    go("ablation", tmp_path, "--seeds", "0", "--price", "0.01")
+def test_ablation_has_a_price_and_no_turn(tmp_path, here):
+    rows = go("ablation", tmp_path, "--seeds", "0", "--price", "0.1", "--window", "0", "1")
+    assert [r["method"] for r in rows] == ["SaLoRA", "SaLoRA price 0.1", "SaLoRA no-turn"]
     raw = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
-    by_kind = {(r["settings"]["price"], r["settings"]["beta"]): r for r in raw}
-    beta = training.RECIPES["default"]["beta"]
-    assert set(by_kind) == {(None, beta), (None, 0), (0.01, beta)}
-    assert by_kind.pop((0.01, beta))["density"] < 0.88  # 0.9167 at the start
+    by_kind = {(r["settings"]["price"], r["settings"]["turn"]): r for r in raw}
+    assert set(by_kind) == {(None, True), (None, False), (0.1, True)}
+    assert by_kind.pop((0.1, True))["density"] < 0.88  # 0.9167 at the start
     assert all(r["kept_density"] <= 0.5 for r in by_kind.values())
 
 
@@ -92,7 +99,9 @@ def test_ranks_adapts_every_kind_and_every_group_of_layers_alone(tmp_path, here)
 
 
 @pytest.mark.parametrize("over,values,pairs", [("r", (2, 4), {"SaLoRA r 2", "LoRA r 2", "SaLoRA r 4", "LoRA r 4"}),
-                                               ("budget", (0.25, 0.5), {"SaLoRA budget 0.25", "LoRA r 2", "SaLoRA budget 0.5", "LoRA r 4"})])
+                                               ("budget", (0.25, 0.5), {
+                                                   "SaLoRA budget 0.25", "LoRA r 2", "LoRA-SVD budget 0.25",
+                                                   "SaLoRA budget 0.5", "LoRA r 4", "LoRA-SVD budget 0.5"})])
 def test_sweep_has_lora_beside_it(tmp_path, here, over, values, pairs):
     rows = go("sweep", tmp_path, "--over", over, "--values", *values, "--seeds", "0")
     assert {r["method"] for r in rows} == pairs

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+import adapter
 import salora as sl
 import train_glue
 import train_instruct
@@ -23,7 +24,8 @@ from model import load_decoder, stop_ids
 from train_instruct import DEMO, collate, evaluate, token_losses
 
 ROOT = Path(train_instruct.__file__).parent
-SHORT = ["--limit-train", "96", "--limit-dev", "20", "--epochs", "2", "--log-every", "1", "--generate", "2"]
+SHORT = ["--limit-train", "96", "--limit-dev", "20", "--epochs", "2", "--log-every", "1",
+         "--generate", "2", "--window", "0.2", "0.5"]
 
 
 def run(out, *flags):
@@ -59,9 +61,11 @@ def test_demo_learns_to_follow_instructions(tmp_path):
     assert f"\n{round(100 * right)} of 100 held-out instructions answered exactly\n" in text
     for words in ("before: ", "after: ", "reference: ", "budget 0.5", "W^U", "perplexity", "adapter/"):
         assert words in text, words
-    adapter = ["--adapter", tmp_path / "r" / "adapter"]
+    tuned_by = ["--adapter", tmp_path / "r" / "adapter"]
     ask = [sys.executable, ROOT / "train_instruct.py", "generate", "--instruction", result["examples"][0]["instruction"], "--input", result["examples"][0]["input"]]
-    tuned, merged, plain = (subprocess.run([*ask, *more], capture_output=True, text=True, check=True).stdout for more in (adapter, [*adapter, "--merge"], []))
+    tuned, merged, plain = (
+        subprocess.run([*ask, *more], capture_output=True, text=True, check=True).stdout
+        for more in (tuned_by, [*tuned_by, "--merge"], []))
     assert tuned == merged == result["examples"][0]["after"] + "\n" != plain
 
 
@@ -111,7 +115,7 @@ def test_result_and_log_have_the_fields_of_the_other_script(short):
 
 def test_score_is_the_mean_loss_of_the_held_out_response_tokens(short):
     out, result = short
-    model = sl.load(load_decoder(DEMO / "llama"), out / "adapter").eval()
+    model = adapter.load(load_decoder(DEMO / "llama"), out / "adapter").eval()
     tokenizer = Tokenizer.from_file(str(DEMO / "llama" / "tokenizer.json"))
     total = count = 0
     for row in split(load_instructions(DEMO / "instruct.jsonl"), 0.05)[1][:20]:
@@ -253,10 +257,10 @@ def test_streamed_text_is_the_answer(demo, tmp_path, capsys):
     plain, tokenizer = demo
     model = load_decoder(DEMO / "llama")
     torch.manual_seed(4)
-    sl.SaLoRA(model, model.target_paths("qkvoud"), r=8, window=None)
+    sl.SaLoRA(model, model.target_paths("qkvoud"), 1, r=8, window=None)
     for layer in sl.adapters(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)  # not trained: nowhere two tokens nearly tie
-    sl.save(model, tmp_path / "a")
+    adapter.save(model, tmp_path / "a")
     prompts = [tokenizer.encode(fill("alpaca", "Deny it.", "A man sleeps.")).ids]
     stop = stop_ids(DEMO / "llama")
     before, after = (train_instruct.answer(m, tokenizer, prompts, stop, 40) for m in (plain, model))

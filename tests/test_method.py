@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import bench
 import salora as sl
+from adapter import load, save
 from model import Encoder, EncoderConfig
-from salora import SaLoRA, SaLoRALinear, adapters, load, merge, rank_map, ranks, save
+from salora import SaLoRA, SaLoRALinear, adapters, merge, rank_map, ranks
 
 
 def mlp(seed=0):
@@ -23,9 +24,15 @@ def mlp(seed=0):
     return nn.Sequential(nn.Linear(10, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 3))
 
 
-def wrapped(seed=0, r=4, **kw):
+def wrapped(seed=0, r=4, steps=100, window=(0.2, 0.5), **kw):
     model = mlp(seed)
-    return model, SaLoRA(model, ["0", "2"], r=r, **kw)
+    return model, SaLoRA(model, ["0", "2"], steps, r=r, window=window, **kw)
+
+
+def begin(salora, step=30):
+    """A step in the middle of the window."""
+    salora.step = step
+    salora.begin_step()
 
 
 def scatter(salora, seed=1):
@@ -48,21 +55,20 @@ def encoder():
 # ---- the usage example in the first screen of salora.py
 
 
-def test_usage_example_runs_as_printed(tmp_path, monkeypatch):
-    lines = sl.__doc__.split("has to know:\n")[1]
-    code = textwrap.dedent(lines).strip()
-    assert len(code.splitlines()) <= 10
+USAGE = textwrap.dedent("    salora = SaLoRA(" + sl.__doc__.split("    salora = SaLoRA(")[1]).strip()
+
+
+def test_usage_example_runs_as_printed():
+    assert len(USAGE.splitlines()) <= 10
     torch.manual_seed(0)
     model = nn.ModuleDict(dict(up=nn.Linear(16, 32), down=nn.Linear(32, 16)))
     model.forward = lambda x: model.down(torch.relu(model.up(x)))
     x, y = torch.randn(64, 16), torch.randint(16, (64,))
     before = F.cross_entropy(model(x), y).item()
-    monkeypatch.chdir(tmp_path)
-    names = dict(vars(sl), model=model, x=x, y=y, steps=60, F=F)
-    exec(code, names)
-    assert F.cross_entropy(model(x), y).item() < before
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    assert sum(ranks(model).values()) == 8  # half of 2 x 8
+    names = dict(vars(sl), model=model, batches=[(x, y)] * 60, steps=60, F=F)
+    exec(USAGE.replace("merge(model)", "found = ranks(model); merge(model)"), names)
+    assert F.cross_entropy(model(x), y).item() < before and type(model.up) is nn.Linear
+    assert sum(names["found"].values()) == 8  # half of 2 x 8
 
 
 # ---- layer, eq. 3 and 5
@@ -71,13 +77,13 @@ def test_usage_example_runs_as_printed(tmp_path, monkeypatch):
 def test_first_step_is_the_pretrained_model():
     model, plain = mlp(), mlp()
     x = torch.randn(5, 10)
-    SaLoRA(model, ["0", "2"], r=4)
+    SaLoRA(model, ["0", "2"], 10, r=4)
     assert torch.equal(model(x), plain(x))
 
 
 def test_a_starts_gaussian_with_rows_of_unit_norm_and_b_at_zero():
     model = nn.ModuleDict(dict(big=nn.Linear(1000, 600)))
-    layer = SaLoRA(model, ["big"], r=500).layers[0]
+    layer = SaLoRA(model, ["big"], 10, r=500).layers[0]
     assert layer.lora_A.std().item() == pytest.approx(1 / math.sqrt(1000), rel=0.01)
     assert layer.lora_A.norm(dim=1).mean().item() == pytest.approx(1, rel=0.01)
     assert not layer.lora_B.any()
@@ -85,43 +91,90 @@ def test_a_starts_gaussian_with_rows_of_unit_norm_and_b_at_zero():
 
 @pytest.mark.parametrize("alpha,scale", [(None, 1.0), (16, 4.0)])
 def test_layer_computes_equation_5(alpha, scale):
-    model, salora = wrapped(alpha=alpha, straight_through=False)
+    model, salora = wrapped(alpha=alpha)
     scatter(salora)
-    salora.begin_step(0.3, None)
+    begin(salora)
     layer, x = salora.layers[0], torch.randn(7, 10)
     gates = sl.sample_gates(salora.log_theta, salora.noise)[0]
     expected = x @ layer.base.weight.T + layer.base.bias + scale * x @ layer.lora_A.T @ torch.diag(gates) @ layer.lora_B.T
     assert torch.allclose(layer(x), expected, atol=1e-5)
 
 
-def test_straight_through_gates_are_one_with_the_gradient_of_the_draw():
-    """Against the layer written out with a vector m for its gates: the value at m = 1, and for log theta dL/dm dg/dlog theta."""
+def test_a_and_b_learn_with_the_drawn_gates_and_log_theta_learns_through_the_draw():
     model, salora = wrapped(alpha=16)
     scatter(salora)
-    salora.begin_step(0.3, None)
+    begin(salora)
     layer, x, y = salora.layers[0], torch.randn(7, 10), torch.randn(7, 24)
-    m = torch.ones(4, requires_grad=True)
-    a, b = (t.detach().requires_grad_() for t in (layer.lora_A, layer.lora_B))
-    h = layer.base(x) + 4 * x @ a.T @ torch.diag(m) @ b.T
-    assert torch.allclose(layer(x), h, atol=1e-5) and torch.equal(layer.eval()(x), layer(x))
-    ((layer.train()(x) - y) ** 2).sum().backward()
+    a, b, log_theta = (t.detach().clone().requires_grad_() for t in (layer.lora_A, layer.lora_B, salora.log_theta[0]))
+    h = layer.base(x) + 4 * x @ a.T @ torch.diag(sl.sample_gates(log_theta, salora.noise[0])) @ b.T
+    ((layer(x) - y) ** 2).sum().backward()
     ((h - y) ** 2).sum().backward()
-    log_theta = salora.log_theta.detach()[0].requires_grad_()
-    sl.sample_gates(log_theta, salora.noise[0]).backward(m.grad)
     for found, expected in ((salora.log_theta.grad[0], log_theta.grad), (layer.lora_A.grad, a.grad), (layer.lora_B.grad, b.grad)):
         assert expected.abs().max() > 0.01 and torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_scale_stays_when_the_rank_falls():
-    model, salora = wrapped(alpha=8, window=(0, 0.5), budget=0.25)
+# ---- the turn into singular directions
+
+
+def test_turned_triplets_are_the_singular_directions_of_the_same_update():
+    model, salora = wrapped()
     scatter(salora)
-    salora.begin_step(0.5, None)
+    optimizer = torch.optim.AdamW(salora.param_groups(1e-3))
+    updates = [(m.lora_B @ m.lora_A).detach() for m in salora.layers]
+    sigma = sl.turn(salora.layers, optimizer)
+    for m, update, s in zip(salora.layers, updates, sigma):
+        assert torch.allclose(m.lora_B @ m.lora_A, update, atol=1e-5)
+        assert torch.allclose(s, torch.linalg.svdvals(update)[:4], rtol=1e-4)
+        assert torch.allclose(m.lora_A @ m.lora_A.T, torch.eye(4), atol=1e-5)
+        assert torch.allclose(m.lora_B.T @ m.lora_B, torch.diag(s**2), rtol=1e-4, atol=1e-4)
+
+
+def test_when_the_window_opens_theta_starts_as_the_singular_values_and_the_function_stays():
+    model, salora = wrapped(steps=20)
+    x = torch.randn(6, 10)
+    optimizer = train(model, salora, 3)
+    before = model.eval()(x)
+    assert not salora.log_theta.any() and optimizer.state[salora.layers[0].lora_A]
+    salora.begin_step()
+    salora.end_step(optimizer)  # of step 3: the window is steps 4 to 9
+    sigma = torch.stack([torch.linalg.svdvals(m.lora_B @ m.lora_A)[:4] for m in salora.layers])
+    assert torch.allclose(salora.log_theta.exp(), sigma / sigma.median(), rtol=1e-2)
+    assert not optimizer.state[salora.layers[0].lora_A]
+    salora.set_gates(None)
+    assert torch.allclose(model(x), before, atol=1e-5)
+
+
+def test_the_letter_is_not_turned_and_starts_with_the_density_of_the_paper():
+    model, salora = wrapped(**sl.PAPER, steps=20)
+    train(model, salora, 4)
+    assert not salora.log_theta.any() and salora.density().item() == pytest.approx(11 / 12)
+    assert (salora.first, salora.last, salora.gate_lr, salora.selection) == (4, 10, 0.01, "paper")
+
+
+def test_where_nothing_is_learned_yet_the_turn_changes_nothing_that_matters():
+    model, salora = wrapped(window=(0, 0.5))
+    x = torch.randn(6, 10)
+    optimizer = torch.optim.AdamW(salora.param_groups(0.0))
+    salora.begin_step()
+    model(x).sum().backward()
+    salora.end_step(optimizer)
+    assert not salora.log_theta.any() and torch.allclose(model.eval()(x), mlp()(x)) and salora.in_window
+    optimizer.zero_grad()
+    salora.set_gates(None)
+    model(x).sum().backward()
+    assert all(m.lora_B.grad.abs().sum() > 0 for m in salora.layers)
+
+
+def test_scale_stays_when_the_rank_falls():
+    model, salora = wrapped(alpha=8, budget=0.25)
+    scatter(salora)
+    salora.prune()
     assert all(layer.scale == 2.0 for layer in salora.layers) and salora.layers[0].rank < 4
 
 
 def test_base_may_be_bfloat16_while_the_adapter_is_float32():
     model = mlp().bfloat16()
-    salora = SaLoRA(model, ["0", "2"], r=4)
+    salora = SaLoRA(model, ["0", "2"], 10, r=4)
     out = model(torch.randn(3, 10, dtype=torch.bfloat16))
     assert out.dtype == torch.bfloat16
     (out.float().sum() + salora.penalty()).backward()
@@ -131,7 +184,7 @@ def test_base_may_be_bfloat16_while_the_adapter_is_float32():
 
 def test_only_adapters_are_trainable_and_full_paths_and_tails_both_name_them():
     model = encoder()
-    SaLoRA(model, ["attention.self.query", "roberta.encoder.layer.1.output.dense"], r=2)
+    SaLoRA(model, ["attention.self.query", "roberta.encoder.layer.1.output.dense"], 10, r=2)
     assert list(adapters(model)) == ["roberta.encoder.layer.0.attention.self.query", "roberta.encoder.layer.1.attention.self.query",
                                      "roberta.encoder.layer.1.output.dense"]
     assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
@@ -141,11 +194,35 @@ def test_only_adapters_are_trainable_and_full_paths_and_tails_both_name_them():
     (dict(targets=["nope"]), "'nope' matches no nn.Linear"), (dict(r=11), "0 is 24 x 10: expected 1 to 10"), (dict(r=0), "r is 0"),
     (dict(budget=0), "budget is 0"), (dict(budget=1.5), "budget is 1.5"), (dict(budget=math.nan), "budget is nan"),
     (dict(window=(0.5, 0.2)), "window is (0.5, 0.2)"), (dict(window=(0.5, 1.2)), "window is"), (dict(selection="best"), "'best'"),
-    (dict(orth_reduction="max"), "'max'"), (dict(targets=[]), "targets is empty"), (dict(window=(0.3, 0.3)), "window is (0.3, 0.3)"), (dict(budget=1.1), "budget is 1.1")])
+    (dict(orth_reduction="max"), "'max'"), (dict(targets=[]), "targets is empty"), (dict(steps=0), "steps is 0"), (dict(steps=1), "a run of two steps or more"), (dict(gate_lr=0), "gate_lr is 0"), (dict(window=(0.3, 0.3)), "window is (0.3, 0.3)"), (dict(budget=1.1), "budget is 1.1")])
 def test_bad_settings_are_refused_and_the_model_left_alone(kw, words):
     model = mlp()
     with pytest.raises(ValueError, match=words.replace("(", r"\(").replace(")", r"\)")):
-        SaLoRA(model, **(dict(targets=["0", "2"], r=4) | kw))
+        SaLoRA(model, **(dict(targets=["0", "2"], steps=10, r=4) | kw))
+    assert not adapters(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_all_linear_is_all_but_the_head():
+    model = encoder()
+    SaLoRA(model, "all-linear", 10, r=2)
+    assert len(adapters(model)) == 12 and not any("classifier" in path for path in adapters(model))
+    model = mlp()
+    SaLoRA(model, "all-linear", 10, r=2)
+    assert list(adapters(model)) == ["0", "2"]  # no name tells the head: the last one
+
+
+class Conv1D(nn.Module):
+    """Named as transformers' layer of GPT-2."""
+
+
+@pytest.mark.parametrize("model,target,words", [
+    (nn.ModuleDict(dict(a=nn.MultiheadAttention(8, 2))), "out_proj", "a.out_proj is inside a MultiheadAttention"),
+    (nn.ModuleDict(dict(a=nn.TransformerEncoderLayer(8, 2))), "linear1", "a.linear1 is inside a TransformerEncoderLayer"),
+    (nn.ModuleDict(dict(a=Conv1D(), b=nn.Linear(8, 8))), "a", "Conv1D, which GPT-2 is made of, is not implemented"),
+    (nn.ModuleDict(dict.fromkeys("ab", nn.Linear(8, 8))), "a", "a is in the model under two names")])
+def test_layers_whose_adapter_would_do_nothing_are_refused_by_name(model, target, words):
+    with pytest.raises(ValueError, match=words):
+        SaLoRA(model, [target], 10, r=2)
     assert not adapters(model) and all(p.requires_grad for p in model.parameters())
 
 
@@ -154,7 +231,7 @@ def test_bad_settings_are_refused_and_the_model_left_alone(kw, words):
 
 def test_orthogonality_is_equation_9_matrix_by_matrix():
     model = mlp()
-    salora = SaLoRA(model, ["0", "2", "4"], r=3)  # three shapes, so three batched products
+    salora = SaLoRA(model, ["0", "2", "4"], 10, r=3)  # three shapes, so three batched products
     scatter(salora)
     orth_a, orth_b = salora.orthogonality()
     eye = torch.eye(3, dtype=torch.float64)
@@ -204,7 +281,7 @@ def test_density_is_what_open_gates_weigh_on_average():
 def test_penalty_form_is_equation_10():
     model, salora = wrapped(beta=0.2, orth_reduction="sum", price=0.03)
     scatter(salora)
-    salora.begin_step(0.3, None)
+    begin(salora)
     orth = 2 * sum(salora.orthogonality())
     expected = 0.03 * sl.open_probability(salora.log_theta).sum() + 0.2 * orth
     assert salora.penalty().item() == pytest.approx(expected.item(), rel=1e-6)
@@ -214,7 +291,7 @@ def test_penalty_form_is_equation_10():
 def test_lagrangian_is_equation_12_with_its_gradients(budget):
     model, salora = wrapped(beta=0.2, budget=budget)
     scatter(salora)
-    salora.begin_step(0.3, None)
+    begin(salora)
     c = salora.density().item()
     assert 0.4 < c < 0.9
     orth = sum(salora.orthogonality()) / 2
@@ -229,62 +306,82 @@ def test_lagrangian_is_equation_12_with_its_gradients(budget):
 # ---- the min-max optimiser
 
 
-def train(model, salora, steps, lr=1e-2, gate_lr=0.05, make=torch.optim.AdamW, trace=lambda *_: None, **kw):
+def train(model, salora, steps, lr=1e-2, make=torch.optim.AdamW, trace=lambda *_: None, optimizer=None, **kw):
+    """Goes on for so many steps."""
     torch.manual_seed(1)
     x, y = torch.randn(64, 10), torch.randint(3, (64,))
-    optimizer = make(salora.param_groups(lr, gate_lr, weight_decay=0.1), **kw)
+    optimizer = optimizer or make(salora.param_groups(lr, weight_decay=0.1), **kw)
+    model.train()
     for step in range(steps):
-        salora.begin_step(step / steps, optimizer)
+        salora.begin_step()
         loss = F.cross_entropy(model(x), y)
         (loss + salora.penalty()).backward()
         optimizer.step()
-        salora.end_step()
+        salora.end_step(optimizer)
         optimizer.zero_grad()
         trace(step, optimizer)
     return optimizer
 
 
 def test_groups_are_weights_gates_and_a_maximised_lambda_without_decay():
-    model, salora = wrapped()
-    weights, gates, lam = salora.param_groups(lr=1e-3, gate_lr=0.02, weight_decay=0.1)
+    model, salora = wrapped(gate_lr=0.02)
+    weights, gates, lam = salora.param_groups(lr=1e-3, weight_decay=0.1)
     assert len(weights["params"]) == 4 and weights["lr"] == 1e-3 and weights["weight_decay"] == 0.1
     assert gates["params"] == [salora.log_theta] and gates["lr"] == 0.02 and gates["weight_decay"] == 0
     assert lam["params"] == [salora.lam] and lam["lr"] == 0.02 and lam["weight_decay"] == 0 and lam["maximize"]
 
 
+def test_the_gates_rate_lets_theta_travel_in_a_window_of_any_length():
+    for steps, expected in ((20, 1.0), (1000, 0.04), (100_000, 0.0004)):
+        assert wrapped(steps=steps)[1].gate_lr == pytest.approx(expected)
+
+
+def test_without_a_window_there_are_only_weights_to_train():
+    model, salora = wrapped(window=None)
+    assert len(salora.param_groups(lr=1e-3)) == 1
+
+
 def test_lambda_starts_at_zero_and_never_falls_and_gates_rest_outside_the_window():
-    model, salora = wrapped(window=(0.25, 0.75), budget=0.5)
+    model, salora = wrapped(window=(0.25, 0.75), budget=0.5, steps=80)
     assert salora.lam.item() == 0
-    seen = []
-    train(model, salora, 80, trace=lambda step, _: seen.append((step, salora.lam.item(), salora.log_theta.detach().clone())))
-    lams = [lam for _, lam, _ in seen]
-    assert all(b >= a for a, b in zip(lams, lams[1:])) and lams[19] == 0 and lams[20] > 0 and lams[59] == lams[79]
-    assert not seen[19][2].any() and seen[20][2].any()  # steps 20 .. 59 are the window
-    assert not torch.equal(seen[58][2], seen[59][2]) and torch.equal(seen[59][2], seen[79][2])
+    lams, thetas = [], []
+
+    def trace(step, _):
+        lams.append(salora.lam.item())
+        thetas.append(salora.log_theta.detach().clone())
+
+    train(model, salora, 80, trace=trace)
+    assert all(b >= a for a, b in zip(lams, lams[1:]))
+    assert lams[19] == 0 and lams[20] > 0 and lams[59] == lams[79]
+    assert not thetas[18].any() and thetas[19].any()  # steps 20 .. 59 are the window
+    assert not torch.equal(thetas[58], thetas[59]) and torch.equal(thetas[59], thetas[79])
 
 
 def test_projection_keeps_lambda_at_or_above_zero():
     model, salora = wrapped()
+    begin(salora)
     with torch.no_grad():
         salora.lam.fill_(-0.3)
-    salora.end_step()
+    salora.end_step(None)
     assert salora.lam.item() == 0
 
 
 @pytest.mark.parametrize("budget", [0.25, 0.5, 0.75])
 def test_the_multiplier_drives_density_to_the_budget(budget):
-    model, salora = wrapped(window=(0, 1), budget=budget, beta=0)
-    train(model, salora, 600, gate_lr=0.1)
-    assert salora.density().item() == pytest.approx(budget, abs=0.03) and not salora.pruned
+    model, salora = wrapped(window=(0, 1), budget=budget, steps=600, gate_lr=0.1)
+    train(model, salora, 600)
+    assert salora.final_density == pytest.approx(budget, abs=0.05)
+    assert salora.kept_params() <= budget * salora.initial_params
 
 
 def test_a_price_closes_more_gates_the_higher_it_is():
     ends = []
-    for price in (0.0, 0.02, 0.5):
-        model, salora = wrapped(window=(0, 1), price=price, beta=0)
+    for price in (0.0, 0.05, 2.0):
+        model, salora = wrapped(window=(0, 1), price=price, steps=200)
         train(model, salora, 200)
-        ends.append(salora.density().item())
-    assert ends[0] > ends[1] > ends[2] and salora.lam.item() == 0 and salora.selection == "paper"
+        ends.append(salora.final_density)
+    assert ends[0] > ends[1] + 0.1 > ends[2] + 0.2
+    assert salora.lam.item() == 0 and salora.selection == "paper"
 
 
 # ---- the window
@@ -292,7 +389,7 @@ def test_a_price_closes_more_gates_the_higher_it_is():
 
 def test_outside_the_window_the_step_is_plain_lora():
     """Against LoRA written out here, for six steps before the window opens."""
-    model, salora = wrapped(beta=0.0, window=(0.9, 0.95), alpha=6)
+    model, salora = wrapped(window=(0.9, 0.95), alpha=6)
     plain = mlp()
     weights = [p.detach().clone().requires_grad_() for layer in salora.layers for p in (layer.lora_A, layer.lora_B)]
     train(model, salora, 6)
@@ -307,100 +404,169 @@ def test_outside_the_window_the_step_is_plain_lora():
         F.cross_entropy(plain[4](h), y).backward()
         optimizer.step()
     trained = [p for layer in salora.layers for p in (layer.lora_A, layer.lora_B)]
-    assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(trained, weights)) and weights[1].abs().max() > 0.01
+    assert all(torch.allclose(p, q, atol=1e-4) for p, q in zip(trained, weights)) and weights[1].abs().max() > 0.01
 
 
 def test_without_a_window_it_is_lora_for_good():
-    model, salora = wrapped(beta=0.0, window=None)
+    model, salora = wrapped(window=None, steps=5)
     train(model, salora, 5)
     assert salora.density().item() == 1.0 and salora.penalty().item() == 0.0 and not salora.log_theta.any() and set(ranks(model).values()) == {4}
 
 
 def test_a_step_has_one_draw_and_the_next_step_another():
     model, salora = wrapped()
-    salora.begin_step(0.3, None)
+    begin(salora)
     first = salora.noise
-    salora.begin_step(0.3, None)  # a second backward pass of the same step
-    again = salora.noise
-    salora.begin_step(0.31, None)
-    other = salora.noise
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    salora.begin_step()  # a second forward pass of the same step
+    assert salora.noise is first
+    salora.end_step(None)
+    salora.begin_step()
+    assert not torch.equal(salora.noise, first)
 
 
-def test_a_progress_that_stands_still_through_an_epoch_is_no_reason_to_draw_only_once():
-    salora = SaLoRA(mlp(), ["0", "2"], r=4)
-    noise = []
-    for _ in range(2):
-        salora.begin_step(0.3, None)
-        noise.append(salora.noise)
-        salora.end_step()
-    assert not torch.equal(*noise)
+@pytest.mark.parametrize("stop", [3, 8, 15])  # before, in and after the window of steps 4 to 9
+@pytest.mark.parametrize("optimizer_first", [True, False])
+def test_torch_save_and_load_go_on_as_if_nothing_had_happened(stop, optimizer_first, tmp_path):
+    model, salora = wrapped(steps=20)
+    optimizer = train(model, salora, stop)
+    torch.save([model.state_dict(), salora.state_dict(), optimizer.state_dict()], tmp_path / "checkpoint")
+    train(model, salora, 20 - stop, optimizer=optimizer)
 
-
-def test_state_dict_has_all_that_the_gates_have_learned():
-    model, salora = wrapped(window=(0, 1))
-    train(model, salora, 5)
-    _, other = wrapped(seed=3, window=(0, 1))
-    other.load_state_dict(salora.state_dict())
-    assert torch.equal(other.log_theta, salora.log_theta) and salora.log_theta.any() and other.lam == salora.lam > 0
-    salora.begin_step(0.9, None), other.begin_step(0.9, None)
-    assert torch.equal(other.noise, salora.noise)
+    states = torch.load(tmp_path / "checkpoint", weights_only=True)
+    model2, salora2 = wrapped(seed=3, steps=20)
+    if optimizer_first:
+        optimizer2 = torch.optim.AdamW(salora2.param_groups(1e-2, weight_decay=0.1))
+    salora2.load_state_dict(states[1])
+    model2.load_state_dict(states[0])
+    if not optimizer_first:
+        optimizer2 = torch.optim.AdamW(salora2.param_groups(1e-2, weight_decay=0.1))
+    optimizer2.load_state_dict(states[2])
+    train(model2, salora2, 20 - stop, optimizer=optimizer2)
+    assert ranks(model2) == ranks(model) and salora2.pruned and sum(ranks(model).values()) == 4
+    for name, value in model.state_dict().items():
+        assert torch.equal(model2.state_dict()[name], value), name
 
 
 def test_gates_depend_on_their_own_seed_alone():
     draws = []
     for global_seed, seed in ((0, 5), (1, 5), (0, 6)):
-        salora = SaLoRA(mlp(), ["0", "2"], r=4, seed=seed)
+        salora = SaLoRA(mlp(), ["0", "2"], 100, r=4, window=(0.2, 0.5), seed=seed)
         torch.manual_seed(global_seed)
-        salora.begin_step(0.3, None)
+        begin(salora)
         draws.append(salora.noise)
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 def test_evaluation_in_the_window_uses_the_current_deterministic_gates():
-    model, salora = wrapped(straight_through=False)
+    model, salora = wrapped()
     scatter(salora)
-    salora.begin_step(0.3, None)
+    begin(salora)
     with torch.no_grad():
         salora.log_theta.sub_(0.5)  # an optimiser step after the draw
-    salora.end_step()
+    salora.end_step(None)
     layer, x = salora.layers[1].eval(), torch.randn(4, 24)
     g = sl.deterministic_gates(salora.log_theta[1])
     assert torch.allclose(layer(x), layer.base(x) + (x @ layer.lora_A.T * g) @ layer.lora_B.T, atol=1e-5)  # with autograd on, too
-
-
-@pytest.mark.parametrize("straight_through", [True, False])
-def test_what_is_saved_in_the_midst_of_a_step_is_the_weights_of_now(straight_through, tmp_path):
-    model, salora = wrapped(straight_through=straight_through)
-    scatter(salora)
-    salora.begin_step(0.3, None)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(2)  # an optimiser's step
-    a, b = salora.layers[0].matrices()
-    assert torch.equal(a, salora.layers[0].lora_A) and torch.equal(b, salora.layers[0].lora_B)
-    salora.end_step()
-    copied = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer in adapters(copied).values():
-            layer.lora_B.zero_()
-    x = torch.randn(4, 10)
-    assert torch.equal(copied[0](x), copied[0].base(x)) and not torch.equal(model[0](x), model[0].base(x))
 
 
 def test_between_two_steps_of_the_window_a_model_can_be_copied():
     model, salora = wrapped(window=(0, 1))
     train(model, salora, 3)
     x = torch.randn(4, 10)
-    assert torch.equal(copy.deepcopy(model).eval()(x), model.eval()(x)) and salora.open
+    assert torch.equal(copy.deepcopy(model).eval()(x), model.eval()(x)) and salora.in_window
 
 
-def test_a_window_to_the_end_closes_with_a_last_call():
-    model, salora = wrapped(window=(0.5, 1))
-    optimizer = train(model, salora, 20)
+def test_a_window_to_the_end_closes_with_the_last_step():
+    model, salora = wrapped(window=(0.5, 1), steps=20)
+    train(model, salora, 19)
     assert not salora.pruned
-    salora.begin_step(1.0, optimizer)
+    train(*wrapped(window=(0.5, 1), steps=20), 20)
+    model, salora = wrapped(window=(0.5, 1), steps=20)
+    train(model, salora, 20)
     assert salora.pruned and salora.kept_params() <= 0.5 * salora.initial_params
+
+
+@pytest.mark.parametrize("window,steps,expected", [
+    ((0.4, 0.5), 1000, (400, 500)), ((0.4, 0.5), 3, (2, 3)), ((0.4, 0.5), 2, (1, 2)), ((0, 1), 5, (1, 5)), ((0.99, 1), 3, (2, 3)), ((0.2, 0.21), 10, (2, 3))])
+def test_a_window_is_whole_steps_at_least_one_and_never_the_first(window, steps, expected):
+    assert sl.window_steps(window, steps) == expected
+
+
+# ---- what a loop can get wrong is told at once
+
+
+def test_a_run_that_goes_on_past_its_steps_is_told():
+    model, salora = wrapped(steps=4)
+    with pytest.raises(RuntimeError, match="step 5 of 4: give SaLoRA"):
+        train(model, salora, 5)
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, lambda g: torch.optim.AdamW(g, fused=True), torch.optim.SGD])
+def test_a_loop_without_end_step_is_told_at_its_second_step(make):
+    model, salora = wrapped()
+    optimizer = make(salora.param_groups(1e-2))
+    salora.begin_step()
+    (model(torch.randn(5, 10)).sum() + salora.penalty()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="call salora.end_step"):
+        salora.begin_step()
+
+
+def test_an_end_step_without_begin_step_is_told():
+    model, salora = wrapped()
+    with pytest.raises(RuntimeError, match="without a begin_step"):
+        salora.end_step(None)
+
+
+def test_an_optimizer_without_the_groups_is_told():
+    for groups, words in ((lambda salora, model: [p for p in model.parameters() if p.requires_grad], "does not hold all"),
+                          (lambda salora, model: [dict(params=g["params"]) for g in salora.param_groups(1e-3)], "would minimize lambda"),
+                          (lambda salora, model: salora.param_groups(1e-3)[1:], "does not hold all")):
+        model, salora = wrapped()
+        with pytest.raises(RuntimeError, match=words):
+            train(model, salora, 1, make=lambda _: torch.optim.AdamW(groups(salora, model)))  # noqa: B023
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_task_loss_that_does_not_reach_the_adapters_is_told(beta):
+    model, salora = wrapped(beta=beta)
+    model[4].requires_grad_(True)
+    optimizer = torch.optim.AdamW(salora.param_groups(1e-3))
+    salora.begin_step()
+    with torch.no_grad():
+        hidden = model[:4](torch.randn(5, 10))
+    (model[4](hidden).sum() + salora.penalty()).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="the task loss does not reach the adapters"):
+        salora.end_step(optimizer)
+
+
+def test_a_second_forward_pass_needs_a_begin_step_of_its_own():
+    model, salora = wrapped()
+    scatter(salora)
+    begin(salora)
+    x = torch.randn(5, 10)
+    (model(x).sum() + model(x).sum()).backward()  # two passes before one backward are fine
+    with pytest.raises(RuntimeError, match="needs its own salora.begin_step"):
+        model(x)
+    salora.begin_step()
+    model(x).sum().backward()
+    assert salora.log_theta.grad.any()
+
+
+def test_a_step_in_eval_mode_is_told():
+    model, salora = wrapped()
+    model.eval()
+    with pytest.raises(RuntimeError, match="call model.train()"):
+        begin(salora)
+
+
+def test_gates_that_could_not_move_are_told_with_both_numbers():
+    model, salora = wrapped(steps=10, gate_lr=1e-4)
+    with pytest.warns(UserWarning, match=r"a density of 0\.\d+, and the budget is 0\.5"):
+        train(model, salora, 10)
+    assert salora.kept_params() <= 0.5 * salora.initial_params
 
 
 # ---- pruning
@@ -420,7 +586,7 @@ def test_budget_selection_fills_the_budget_and_never_exceeds_it(budget):
 
 def test_budget_selection_goes_by_log_theta():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    salora = SaLoRA(model, ["0", "1"], r=3, budget=0.5)
+    salora = SaLoRA(model, ["0", "1"], 10, r=3, budget=0.5)
     with torch.no_grad():
         salora.log_theta.copy_(torch.tensor([[5.0, -1, 2], [1, 3, -4]]))
     assert salora.select().tolist() == [[True, False, True], [False, True, False]]
@@ -435,15 +601,15 @@ def test_paper_selection_keeps_what_has_a_gate_above_zero():
 
 def test_an_exact_share_is_met_exactly():
     model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(50)))
-    salora = SaLoRA(model, [str(i) for i in range(50)], r=1, budget=0.58)
+    salora = SaLoRA(model, [str(i) for i in range(50)], 10, r=1, budget=0.58)
     assert 0.58 * 100 < 58  # the rounding error that must not cost a triplet
     assert int(salora.select().sum()) == 29
 
 
 @pytest.mark.parametrize("make,kw", [(torch.optim.AdamW, {}), (torch.optim.SGD, dict(momentum=0.9))])
 def test_pruning_shrinks_tensors_and_moments_and_keeps_those_of_the_kept(make, kw):
-    model, salora = wrapped(window=(0, 1), budget=0.5)
-    optimizer = train(model, salora, 10, make=make, gate_lr=0.3, **kw)
+    model, salora = wrapped(window=(0, 1), budget=0.5, gate_lr=0.3)
+    optimizer = train(model, salora, 10, make=make, **kw)
     keep, layers = salora.select(), salora.layers
     before = [(m.lora_A.detach().clone(), m.lora_B.detach().clone(), copy.deepcopy(optimizer.state[m.lora_A]), copy.deepcopy(optimizer.state[m.lora_B])) for m in layers]
     salora.prune(optimizer)
@@ -451,7 +617,8 @@ def test_pruning_shrinks_tensors_and_moments_and_keeps_those_of_the_kept(make, k
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for layer, kept, (a, b, state_a, state_b) in zip(layers, keep, before):
         assert torch.equal(layer.lora_A, a[kept]) and torch.equal(layer.lora_B, b[:, kept])
-        assert layer.rank == int(kept.sum()) and layer.lora_A.is_contiguous() and layer.lora_A.untyped_storage().nbytes() == 4 * layer.lora_A.numel()
+        assert layer.rank == int(kept.sum()) and layer.lora_A.is_contiguous()
+        assert layer.lora_A.untyped_storage().nbytes() == 4 * layer.lora_A.numel()
         for p, old, dim in ((layer.lora_A, state_a, 0), (layer.lora_B, state_b, 1)):
             assert id(p) in held
             assert optimizer.state[p].keys() == old.keys() and len(old) > 0
@@ -482,7 +649,7 @@ def test_pruning_forgets_the_old_tensors_of_an_optimiser_without_moments():
 
 
 def test_training_goes_on_after_pruning():
-    model, salora = wrapped(window=(0.1, 0.5))
+    model, salora = wrapped(window=(0.1, 0.5), steps=40)
     before = None
 
     def trace(step, optimizer):
@@ -499,22 +666,21 @@ def test_kept_gates_are_set_to_one_or_folded_in():
     for fold in (False, True):
         model, salora = wrapped(fold_gates=fold)
         scatter(salora)
-        salora.begin_step(0.3, None)
         g, b, keep = sl.deterministic_gates(salora.log_theta), [m.lora_B.detach().clone() for m in salora.layers], salora.select()
-        salora.begin_step(0.5, None)
+        salora.prune()
         for i, layer in enumerate(salora.layers):
             assert torch.allclose(layer.lora_B, (b[i] * (g[i] if fold else 1))[:, keep[i]])
 
 
 def test_folding_in_with_the_papers_selection_leaves_the_evaluated_model_as_it_was():
-    model, salora = wrapped(fold_gates=True, selection="paper", straight_through=False)
+    model, salora = wrapped(fold_gates=True, selection="paper")
     scatter(salora)
-    salora.begin_step(0.3, None)
-    salora.end_step()
+    begin(salora)
+    salora.end_step(None)
     x = torch.randn(6, 10)
     model.eval()
     before = model(x)
-    salora.begin_step(0.5, None)
+    salora.prune()
     assert 0 < sum(ranks(model).values()) < 8 and torch.allclose(model(x), before, atol=1e-5)
 
 
@@ -523,8 +689,7 @@ def test_rank_zero_is_the_pretrained_layer_again():
     scatter(salora)
     with torch.no_grad():
         salora.log_theta[0] = -9.0
-    salora.begin_step(0.3, None)
-    salora.begin_step(0.5, None)
+    salora.prune()
     x = torch.randn(6, 10)
     assert ranks(model)["0"] == 0 and torch.equal(model[0](x), model[0].base(x))
     (model(x).sum() + salora.penalty()).backward()  # the others still learn
@@ -536,8 +701,7 @@ def test_everything_pruned_is_the_pretrained_model():
     scatter(salora)
     with torch.no_grad():
         salora.log_theta.fill_(-9)
-    salora.begin_step(0.3, None)
-    salora.begin_step(0.5, None)
+    salora.prune()
     x = torch.randn(2, 10)
     assert torch.equal(model(x), mlp()(x)) and salora.penalty().item() == 0 and salora.density().item() == 0
 
@@ -546,8 +710,7 @@ def test_density_before_and_after_the_selection_are_both_known():
     model, salora = wrapped(budget=0.5)
     scatter(salora)
     expected = salora.density().item()
-    salora.begin_step(0.3, None)
-    salora.begin_step(0.5, None)
+    salora.prune()
     assert salora.final_density == pytest.approx(expected)
     assert salora.density().item() == pytest.approx(salora.kept_params() / salora.initial_params)
 
@@ -558,8 +721,7 @@ def test_density_before_and_after_the_selection_are_both_known():
 def trained(**kw):
     model, salora = wrapped(budget=0.4, **kw)
     scatter(salora)
-    salora.begin_step(0.3, None)
-    salora.begin_step(0.5, None)
+    salora.prune()
     return model
 
 
@@ -586,11 +748,10 @@ def test_merged_model_is_plain_and_computes_the_same(dtype, tolerance):
     assert torch.allclose(model(x), before, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("straight_through", [True, False])
-def test_merging_inside_the_window_gives_the_evaluated_model(straight_through):
-    model, salora = wrapped(straight_through=straight_through)
+def test_merging_inside_the_window_gives_the_evaluated_model():
+    model, salora = wrapped()
     scatter(salora)
-    salora.begin_step(0.3, None)
+    begin(salora)
     x = torch.randn(6, 10)
     before = model.eval()(x)
     assert torch.allclose(merge(model)(x), before, atol=1e-5)
@@ -670,7 +831,7 @@ def test_a_path_that_is_the_end_of_another_keeps_its_own_rank(tmp_path):
         return nn.ModuleDict(dict(up=nn.Linear(6, 6), block=nn.ModuleDict(dict(up=nn.Linear(6, 6), xup=nn.Linear(6, 6)))))
 
     tuned = model()
-    salora = SaLoRA(tuned, "up", r=4, budget=0.75)
+    salora = SaLoRA(tuned, "up", 10, r=4, budget=0.75)
     assert list(ranks(tuned)) == ["up", "block.up"]  # not xup
     with torch.no_grad():
         salora.log_theta.copy_(torch.tensor([[1.0, 2, -1, -2], [1, 2, 3, 4]]))
@@ -678,7 +839,7 @@ def test_a_path_that_is_the_end_of_another_keeps_its_own_rank(tmp_path):
     save(tuned, tmp_path / "a")
     assert ranks(load(model(), tmp_path / "a")) == {"up": 2, "block.up": 4}
     pruned = model()
-    salora = SaLoRA(pruned, "up", r=4, budget=0.5)
+    salora = SaLoRA(pruned, "up", 10, r=4, budget=0.5)
     with torch.no_grad():
         salora.log_theta.copy_(torch.tensor([[4.0, 3, 2, 1], [-1, -2, -3, -4]]))
         salora.layers[0].lora_B.normal_()
@@ -699,23 +860,17 @@ def test_a_module_to_save_that_is_not_there_is_named(tmp_path):
 
 def test_merging_adds_in_float32_before_it_rounds():
     model = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
-    salora = SaLoRA(model, ["0"], r=8)
+    salora = SaLoRA(model, ["0"], 10, r=8)
     scatter(salora)
     layer = salora.layers[0]
     exact = layer.base.weight.float() + layer.lora_B.detach() @ layer.lora_A.detach()
     assert torch.equal(merge(model)[0].weight, exact.bfloat16())
 
 
-def test_a_window_without_a_step_is_refused_instead_of_pruning_by_position():
-    model, salora = wrapped(window=(0.3, 0.4))
-    with pytest.raises(ValueError, match="held no step"):
-        train(model, salora, 4)
-
-
 def test_a_model_is_adapted_once():
     model, _ = wrapped()
     with pytest.raises(ValueError, match="has adapters already"):
-        SaLoRA(model, ["4"], r=2)
+        SaLoRA(model, ["4"], 10, r=2)
 
 
 def test_an_unfrozen_head_is_among_the_weights():
@@ -726,16 +881,16 @@ def test_an_unfrozen_head_is_among_the_weights():
 
 def test_a_triplet_too_large_for_what_is_left_makes_way_for_a_smaller_one():
     model = nn.Sequential(nn.Linear(4, 12), nn.Linear(4, 4))  # triplets of 16 and of 8
-    salora = SaLoRA(model, ["0", "1"], r=2, budget=0.5)  # room for 24 of 48
+    salora = SaLoRA(model, ["0", "1"], 10, r=2, budget=0.5)  # room for 24 of 48
     with torch.no_grad():
         salora.log_theta.copy_(torch.tensor([[4.0, 3], [2, 1]]))
     assert salora.select().tolist() == [[True, False], [True, False]]
 
 
 def test_an_optimiser_with_moments_of_another_shape_is_refused():
-    model, salora = wrapped(window=(0, 0.5))
-    with pytest.raises(ValueError, match="Adafactor keeps state in another shape"):
-        train(model, salora, 4, make=lambda groups: torch.optim.Adafactor([dict(params=g["params"], lr=g["lr"]) for g in groups]))
+    model, salora = wrapped(window=(0, 0.5), steps=4)
+    with pytest.raises(ValueError, match="the state of Adafactor has another shape"):
+        train(model, salora, 4, make=lambda groups: torch.optim.Adafactor(groups))
 
 
 # ---- on a transformer
@@ -750,45 +905,31 @@ def test_average_gradients_does_nothing_in_a_single_process():
     assert torch.equal(salora.layers[0].lora_B.grad, grad) and salora.log_theta.grad is None
 
 
-def test_gradient_of_the_gram_error_is_that_of_its_formula():
-    m = torch.randn(3, 4, 10, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(sl.GramError.apply, m)
-
-
-def test_b_and_its_moments_stay_column_by_column_in_memory():
-    model, salora = wrapped(window=(0, 0.5))
-    optimizer = train(model, salora, 12, gate_lr=0.3)
-    assert salora.pruned and any(m.rank > 1 for m in salora.layers)
-    for m in salora.layers:
-        for t in (m.lora_B, *(v for v in optimizer.state[m.lora_B].values() if v.dim())):
-            assert t.mT.is_contiguous()
-
-
 def test_works_on_an_encoder_end_to_end():
     model = encoder()
     plain = copy.deepcopy(model).eval()
-    salora = SaLoRA(model, model.target_paths("qkvoud"), r=4, window=(0.2, 0.6))
-    ids, y = torch.randint(2, 40, (16, 9)), torch.randint(2, (16,))
+    salora = SaLoRA(model, model.target_paths("qkvoud"), 100, r=4, window=(0.2, 0.6))
+    ids, y = torch.randint(2, 40, (16, 9)), torch.arange(16) % 2
     assert torch.allclose(model.eval()(ids), plain(ids), atol=1e-6)
-    optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-2, gate_lr=0.2))
+    optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-2))
     model.train()
     losses = []
-    for step in range(100):
-        salora.begin_step(step / 100, optimizer)
+    for _ in range(100):
+        salora.begin_step()
         loss = F.cross_entropy(model(ids), y)
         (loss + salora.penalty()).backward()
         optimizer.step()
-        salora.end_step()
+        salora.end_step(optimizer)
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5]), losses[::9]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), losses[::9]
     assert salora.kept_params() <= 0.5 * salora.initial_params and len(set(ranks(model).values())) > 1
     assert isinstance(model.roberta.encoder.layer[0].output.dense, SaLoRALinear)
 
 
 def test_readme_shows_the_same_usage_example():
     readme = (Path(sl.__file__).parent / "README.md").read_text(encoding="utf-8")
-    assert readme.split("```python\n")[1].split("```")[0].strip() == textwrap.dedent(sl.__doc__.split("has to know:\n")[1]).strip()
+    assert readme.split("```python\n")[1].split("```")[0].strip() == USAGE
 
 
 # ---- what a step costs, in operators: on a GPU each is a kernel to launch
@@ -810,22 +951,23 @@ class Operators(bench.Operators):
 def operators(layers, **kw):
     model = Encoder(EncoderConfig("roberta", vocab_size=40, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64,
                                   max_position_embeddings=20, type_vocab_size=1), num_labels=2)
-    salora = SaLoRA(model, model.target_paths("qkvoud"), r=4, **kw)
+    salora = SaLoRA(model, model.target_paths("qkvoud"), 10, r=4, **kw)
     optimizer = torch.optim.AdamW(salora.param_groups(1e-3), fused=True)
     ids, y = torch.randint(2, 40, (4, 9)), torch.tensor([0, 1, 1, 0])
-    for step in range(3):  # the last one is counted: the optimiser's state is there
+    for _ in range(3):  # the last one is counted: the optimizer's state is there, and the window is open
         with Operators() as seen:
-            salora.begin_step(0.3 + 0.01 * step, optimizer)
+            salora.begin_step()
             (F.cross_entropy(model(ids), y) + salora.penalty()).backward()
             optimizer.step()
-            salora.end_step()
+            salora.end_step(optimizer)
             optimizer.zero_grad()
     return seen
 
 
-def test_gates_and_regulariser_cost_a_fixed_number_of_operators_and_no_wait():
-    lora = [operators(layers, window=None, beta=0.0) for layers in (2, 4)]
-    salora = [operators(layers) for layers in (2, 4)]
+def test_gates_cost_a_few_operators_a_layer_and_no_wait():
+    lora = [operators(layers, window=None) for layers in (2, 4)]
+    salora = [operators(layers, window=(0.1, 0.9)) for layers in (2, 4)]
     assert not lora[1].waits and not salora[1].waits
     extra = [b.count - a.count for a, b in zip(lora, salora)]
-    assert extra[0] == extra[1] <= 90  # whatever the size of the model: the draw, the density, one Gram product a width
+    print(extra, lora[0].count, lora[1].count)
+    assert extra[1] - extra[0] <= 12 * 12 and extra[0] <= 200

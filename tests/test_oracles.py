@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_adapters import FIXTURES, scattered
 
+import adapter
 import salora as sl
 from data import metrics
 from model import load_decoder, load_encoder
@@ -63,14 +64,15 @@ def test_oracle_peft_loads_our_adapter_without_a_warning(folder, how, tmp_path):
     if how == "uneven":
         scattered(model)
     else:
-        method = sl.SaLoRA(model, model.target_paths("qkvoud"), r=4, selection="paper", window=(0, 0.5) if how == "everything pruned" else None)
+        method = sl.SaLoRA(model, model.target_paths("qkvoud"), 10, r=4, selection="paper",
+                           window=(0, 0.5) if how == "everything pruned" else None)
         with torch.no_grad():
             for layer in method.layers:
                 layer.lora_B.normal_(std=0.3)
             method.log_theta.fill_(-9)
         if how == "everything pruned":
             method.prune()
-    sl.save(model.eval(), tmp_path, head, task_type=task)
+    adapter.save(model.eval(), tmp_path, head, task_type=task)
     base = theirs(folder, task)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -100,7 +102,7 @@ def test_oracle_we_load_pefts_adapter(folder, name, tmp_path):
         found = [path for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not path.startswith("classifier")]
         for key in ("target_modules", "rank_pattern", "alpha_pattern"):  # of this kind of model
             for pattern in list(config.get(key, [])):
-                if not any(map(sl.as_regex(pattern, end=True).fullmatch, found)):
+                if not any(map(adapter.as_regex(pattern, end=True).fullmatch, found)):
                     config[key] = {k: v for k, v in config[key].items() if k != pattern} if key != "target_modules" else [t for t in config[key] if t != pattern]
     torch.manual_seed(0)
     tuned = peft.get_peft_model(theirs(folder, task), peft.LoraConfig(**dict(r=4, lora_alpha=6, task_type=task) | config)).eval()
@@ -108,8 +110,8 @@ def test_oracle_we_load_pefts_adapter(folder, name, tmp_path):
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.05)
     tuned.save_pretrained(tmp_path / "a")
-    sl.merge_folder(folder, tmp_path / "a", tmp_path / "m")
-    sl.load(model, tmp_path / "a")
+    adapter.merge_folder(folder, tmp_path / "a", tmp_path / "m")
+    adapter.load(model, tmp_path / "a")
     assert difference(logits_of(model.eval(), model.config), logits_of(tuned, model.config)) < 1e-5
     merged = theirs(tmp_path / "m", task)
     exact = json.loads((folder / "config.json").read_text()).get("torch_dtype") != "bfloat16"
@@ -128,15 +130,15 @@ def test_oracle_what_is_not_implemented_is_refused_by_name(config, words, tmp_pa
     model, _, _ = ours(FIXTURES / "bert")
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=words):
-        sl.load(model, tmp_path)
+        adapter.load(model, tmp_path)
     assert not sl.adapters(model) and before == {name: p.requires_grad for name, p in model.named_parameters()}
 
 
 def test_oracle_merged_folder_of_our_adapter_is_transformers_own(folder, tmp_path):
     model, head, task = ours(folder)
     scattered(model)
-    sl.save(model.eval(), tmp_path / "a", head, task_type=task)
-    sl.merge_folder(folder, tmp_path / "a", tmp_path / "m")
+    adapter.save(model.eval(), tmp_path / "a", head, task_type=task)
+    adapter.merge_folder(folder, tmp_path / "a", tmp_path / "m")
     auto = tr.AutoModelForCausalLM if task == "CAUSAL_LM" else tr.AutoModelForSequenceClassification
     merged = auto.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()  # the labels are those of its config
     exact = json.loads((folder / "config.json").read_text()).get("torch_dtype") != "bfloat16"
