@@ -91,7 +91,7 @@ def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     return x * ((bits >= round(p * 2**16) - 2**15) / (1 - p)).to(x.dtype)
 
 
-def attention(q, k, v, mask, p, training):
+def attention(q, k, v, mask, p: float, training: bool) -> torch.Tensor:
     """softmax(q k' / sqrt(d)) v for q, k, v (b, heads, t, d), with dropout on the softmax. mask
     (b, 1, 1, t) is True where a token may be read. With dropout on a CPU it is written out, which
     is faster there than PyTorch's own, above all in bfloat16."""
@@ -145,7 +145,7 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """RoBERTa or BERT with a classification head (one output: regression)."""
 
-    def __init__(self, config, num_labels):
+    def __init__(self, config: EncoderConfig, num_labels: int):
         super().__init__()
         c, d = config, config.hidden_size
         self.config, self.num_labels, self.checkpoint_activations = config, num_labels, False
@@ -177,11 +177,11 @@ class Encoder(nn.Module):
             nn.init.zeros_(module.bias)
 
     @property
-    def body(self):
+    def body(self) -> nn.Module:
         return self.roberta if self.config.model_type == "roberta" else self.bert
 
     @property
-    def head(self):
+    def head(self) -> list:
         """What every method trains whole: RoBERTa's classifier; BERT's pooler and classifier."""
         if self.config.model_type == "roberta":
             return [self.classifier]
@@ -194,7 +194,8 @@ class Encoder(nn.Module):
         stack = f"{self.config.model_type}.encoder.layer"
         return [f"{stack}.{i}.{LINEARS[letter]}" for i in layers for letter in letters]
 
-    def hidden(self, input_ids, attention_mask=None, token_type_ids=None, first_only=False):
+    def hidden(self, input_ids: torch.Tensor, attention_mask=None, token_type_ids=None,
+               first_only: bool = False) -> torch.Tensor:
         """Last hidden states (b, t, d) of input_ids (b, t). attention_mask (b, t): 1 on tokens, 0
         on padding; None: nothing is padded. first_only: (b, 1, d), the first token alone, which
         spares the last layer the other rows."""
@@ -230,7 +231,7 @@ class Encoder(nn.Module):
             x = run(self, layer, x, mask, first_only and i == len(layers) - 1, prefix[i])
         return x
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+    def forward(self, input_ids: torch.Tensor, attention_mask=None, token_type_ids=None):
         """Logits (b, num_labels)."""
         x = self.hidden(input_ids, attention_mask, token_type_ids, first_only=True)[:, 0]  # (b, d)
         x = x.to(next(self.head[0].parameters()).dtype)  # a float32 head may sit on a bfloat16 body
@@ -365,7 +366,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """LLaMA."""
 
-    def __init__(self, config):
+    def __init__(self, config: DecoderConfig):
         super().__init__()
         c = config
         self.config, self.checkpoint_activations = c, False
@@ -388,7 +389,8 @@ class Decoder(nn.Module):
         layers = range(self.config.num_hidden_layers) if layers is None else layers
         return [f"model.layers.{i}.{DECODER_LINEARS[letter]}" for i in layers for letter in letters]
 
-    def hidden(self, input_ids, positions=None, mask=None, cache=None, start=0):
+    def hidden(self, input_ids: torch.Tensor, positions=None, mask=None, cache=None,
+               start: int = 0) -> torch.Tensor:
         """Last hidden states (b, t, d) of input_ids (b, t). positions: (b, t) or (t,), by default
         from `start`. mask (b, 1, t, start + t): True where a token may look; None: at itself and
         those before it, which suits rows padded on the right."""
@@ -402,7 +404,7 @@ class Decoder(nn.Module):
             x = run(self, layer, x, cos, sin, mask, None if cache is None else cache[i], start)
         return self.model.norm(x)
 
-    def forward(self, input_ids, **kw):
+    def forward(self, input_ids: torch.Tensor, **kw) -> torch.Tensor:
         """Logits (b, t, vocab_size)."""
         return self.lm_head(self.hidden(input_ids, **kw))
 

@@ -22,13 +22,36 @@ import torch.nn.functional as F
 
 import adapter
 import baselines
-import training
 from data import InputError
 from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.download import model_folder
 from data.glue import HERE, TASKS, load_task, score
 from model import LINEARS, load_encoder, read_config
-from training import PROCESSES, RANK
+from training.flags import (
+    PROCESSES,
+    RANK,
+    at_least,
+    check_sizes,
+    flag_group,
+    method_flags,
+    need,
+    new_parser,
+    run_flags,
+    settle,
+)
+from training.loop import (
+    announce,
+    budget_of,
+    common_result,
+    count_trainable,
+    fit,
+    install,
+    own_device,
+    report_ranks,
+    schedule,
+    settings_of,
+)
+from training.runs import free_folder, own_folder, run_all, run_command, write_text
 
 METHODS = ("salora", *baselines.METHODS)
 LEARNING_RATES = dict(ft=3e-5, prefix=1e-3, prompt=1e-3)  # all others 3e-4
@@ -37,8 +60,8 @@ EXPERIMENTS = ("table1", "ablation", "efficiency", "ranks", "sweep", "components
 
 
 def parse_args(argv=None):
-    parser = training.new_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arg = training.flag_group(parser, "what to train, on what")
+    parser = new_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arg = flag_group(parser, "what to train, on what")
     arg("--task", default="demo", help=f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv")
     arg("--model", help="folder in Hugging Face layout, or a hub name (default: roberta-base; for demo the built-in one)")
     arg("--data", help="folder in GLUE's layout, DIR/CoLA/train.tsv .. (default: data/, where a missing task is downloaded)")
@@ -50,15 +73,15 @@ def parse_args(argv=None):
     arg("--max-length", type=int,
         help="longer inputs are cut to this many tokens (default: 128, or what the model has positions for)")
 
-    training.method_flags(parser, METHODS, LINEARS)
-    arg = training.flag_group(parser, "some baselines")
+    method_flags(parser, METHODS, LINEARS)
+    arg = flag_group(parser, "some baselines")
     arg("--bottleneck", type=int,
         help="width of adapter-h and adapter-p (default: 32 and 64, with which they are as large as LoRA of rank 8)")
     arg("--virtual-tokens", type=int, default=20, help="length of the prefix or the prompt")
 
-    training.run_flags(parser, epochs="by task, 3 to 20", lr="3e-4; ft 3e-5, prefix and prompt 1e-3; more for demo", batch_size=32,
+    run_flags(parser, epochs="by task, 3 to 20", lr="3e-4; ft 3e-5, prefix and prompt 1e-3; more for demo", batch_size=32,
                        dtype="float32", out="runs/TASK-METHOD")
-    arg = training.flag_group(parser, "choice of the learning rate")
+    arg = flag_group(parser, "choice of the learning rate")
     arg("--lr-grid", type=float, nargs="+", metavar="LR",
         help="a run for each, scored on rows held out of training (--hold-out, by default a fifth, at "
         "most 3000), with a seed of its own; then the run, or those of --seeds, on all rows at the best (default: no choice, --lr)")
@@ -74,14 +97,14 @@ def parse_args(argv=None):
     if args.threads is None and demo:
         args.threads = 1
     args.dtype = args.dtype or "float32"
-    training.settle(args)
-    training.at_least(args, 1, "bottleneck", "virtual_tokens")
+    settle(args)
+    at_least(args, 1, "bottleneck", "virtual_tokens")
     if args.task not in TASKS:
         expected = f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv"
-        training.need(Path(args.task).is_dir(), "--task", repr(args.task), expected)
-        training.need(args.data is None, "--data", repr(args.data), "nothing when --task is itself the folder with the data")
+        need(Path(args.task).is_dir(), "--task", repr(args.task), expected)
+        need(args.data is None, "--data", repr(args.data), "nothing when --task is itself the folder with the data")
     grid = args.lr_grid or []
-    training.need(all(0 < lr < math.inf for lr in grid) and len(set(grid)) == len(grid), "--lr-grid", grid, "different positive numbers")
+    need(all(0 < lr < math.inf for lr in grid) and len(set(grid)) == len(grid), "--lr-grid", grid, "different positive numbers")
     return args
 
 
@@ -105,7 +128,7 @@ def train(args, seed, out):
     task, train_rows, dev_sets = load_task(args.task, args.data, args.limit_train, args.limit_dev, args.hold_out)
     folder = model_folder(args.model)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
-    training.check_sizes(args, config)
+    check_sizes(args, config)
     room = config.max_length - (args.virtual_tokens if args.method == "prompt" else 0)
     max_length = min(128, room) if args.max_length is None else args.max_length
     if not 8 <= max_length <= room:
@@ -114,11 +137,11 @@ def train(args, seed, out):
     tokens = tokenize(tokenizer, train_rows.texts, max_length, config.vocab_size)
     dev_tokens = [tokenize(tokenizer, rows.texts, max_length, config.vocab_size) for rows in dev_sets]
     lengths, pad_id = [len(ids) for ids, _ in tokens], config.pad_token_id
-    plan = training.schedule(args, lengths, [1] * len(tokens), task.epochs if args.epochs is None else args.epochs)
+    plan = schedule(args, lengths, [1] * len(tokens), task.epochs if args.epochs is None else args.epochs)
 
     # ---- model and method
     torch.manual_seed(seed)
-    device = training.own_device(args)
+    device = own_device(args)
     mixed = args.method == "ft" and args.dtype == "bfloat16"  # what is trained stays float32: products are taken of rounded copies
     model = load_encoder(folder, task.num_labels, torch.float32 if mixed else getattr(torch, args.dtype)).to(device)
     if mixed:
@@ -126,13 +149,13 @@ def train(args, seed, out):
     model.checkpoint_activations = args.checkpoint_activations
     for module in model.head:
         module.float()
-    lowrank = training.install(args, model, plan.steps, seed)
+    lowrank = install(args, model, plan.steps, seed)
     for module in model.head:
         module.requires_grad_(True)
     head_params = sum(p.numel() for module in model.head for p in module.parameters())
-    trainable_params = training.count_trainable(model, head_params)
-    settings = training.settings_of(args, seed, plan, lowrank) | dict(max_length=max_length)
-    training.announce(settings, f"{args.method} on {args.task}: {len(tokens)} training rows, {plan.steps} steps of {plan.rows_per_step}; "
+    trainable_params = count_trainable(model, head_params)
+    settings = settings_of(args, seed, plan, lowrank) | dict(max_length=max_length)
+    announce(settings, f"{args.method} on {args.task}: {len(tokens)} training rows, {plan.steps} steps of {plan.rows_per_step}; "
                                 f"{trainable_params:,} parameters to train and {head_params:,} in the head")
 
     # ---- training
@@ -152,8 +175,8 @@ def train(args, seed, out):
             scores |= {f"{k}_mismatched": v for k, v in score(task, dev_sets[1].labels, logits[1]).items()}
         return logits, scores
 
-    with training.own_folder(args, out):
-        logits, scores, history, seconds = training.fit(args, plan, settings, out, model, lowrank, loss_of, evaluate_dev)
+    with own_folder(args, out):
+        logits, scores, history, seconds = fit(args, plan, settings, out, model, lowrank, loss_of, evaluate_dev)
 
         # ---- results; result.json comes last: with it the run counts as finished
         if RANK:
@@ -163,18 +186,18 @@ def train(args, seed, out):
             for i, (label, row) in enumerate(zip(rows.labels, values)):
                 prediction = row.argmax() if task.labels else row[0]
                 lines.append("\t".join(map(str, [i, label, prediction, *row])))
-            training.write_text(out / name, "\n".join(lines) + "\n")
+            write_text(out / name, "\n".join(lines) + "\n")
         if lowrank:
             head = ["classifier"] if config.model_type == "roberta" else ["classifier", "pooler"]
-            adapter.save(model, out / "adapter", head, training.budget_of(args),
+            adapter.save(model, out / "adapter", head, budget_of(args),
                          base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
         if args.method == "prefix":
             model.prefix.finish()
         result = dict(
             task=args.task, model=args.model, method=args.method, seed=seed, metric=task.metric, score=scores[task.metric], metrics=scores,
             best_score=max(h[task.metric] for h in history), labels=task.labels, dev_rows=[len(rows.labels) for rows in dev_sets])
-        result |= training.common_result(args, plan, settings, model, lowrank, trainable_params, head_params, history, seconds)
-        training.write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+        result |= common_result(args, plan, settings, model, lowrank, trainable_params, head_params, history, seconds)
+        write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -182,28 +205,28 @@ def report(args, result, out):
     """The end of a run, for a person."""
     print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} {'held-out' if args.hold_out else 'dev'} rows "
           f"after {result['steps']} steps, {result['seconds']:.0f} s")
-    training.report_ranks(args, result, LINEARS, at=3)
+    report_ranks(args, result, LINEARS, at=3)
     loads = ", adapter/ (loads in PEFT)" if result["ranks"] else ""
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv{loads}")
 
 
 def main(argv):
     if argv and argv[0] == "recover":
-        import recover
+        from paper import recover
         return recover.main(argv[1:])
     if argv and argv[0] in EXPERIMENTS:
-        import experiments  # which imports this file
-        return experiments.main(argv[0], argv[1:])
+        from paper import experiments
+        return experiments.main(argv[0], argv[1:], parse_args)
     args = parse_args(argv)
     name = args.task if args.task in TASKS else Path(args.task).resolve().name
-    training.run_all(args, Path(args.out) if args.out else training.free_folder(f"runs/{name}-{args.method}"), train, report)
+    run_all(args, Path(args.out) if args.out else free_folder(f"runs/{name}-{args.method}"), train, report)
     if args.task == "demo" and args.seeds is None and RANK == 0:
         print("\nnext: --method lora (the same without gates), --budget 0.25, --seeds 0 1 2, or the real thing: "
               "python train_glue.py --task cola")
 
 
 def command(argv=None):
-    training.command(main, argv)
+    run_command(main, argv)
 
 
 if __name__ == "__main__":

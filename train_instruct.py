@@ -28,21 +28,57 @@ from torch.utils.checkpoint import checkpoint
 import adapter
 import salora as sl
 import train_glue
-import training
 from data import InputError, metrics
 from data.batching import batch_order, load_tokenizer, tokenize
 from data.download import model_folder
 from data.instruct import TEMPLATES, encode, encode_prompt, fill, load_instructions, split
 from data.style import PROMPTS, read_beside, read_lines, read_task, task_files, tidy
 from model import DECODER_LINEARS, DecoderConfig, load_decoder, load_encoder, read_config, stop_ids
-from training import PROCESSES, RANK
+from training.flags import (
+    PROCESSES,
+    RANK,
+    at_least,
+    check_sizes,
+    find_device,
+    flag_group,
+    machine_flags,
+    method_flags,
+    need,
+    new_parser,
+    run_flags,
+    settle,
+    use_machine,
+)
+from training.loop import (
+    announce,
+    budget_of,
+    common_result,
+    count_trainable,
+    fit,
+    install,
+    load_adapter,
+    own_device,
+    report_ranks,
+    schedule,
+    settings_of,
+)
+from training.runs import (
+    free_folder,
+    make_folder,
+    markdown,
+    own_folder,
+    read_result,
+    run_all,
+    run_command,
+    write_text,
+)
 
 DEMO = Path(__file__).parent / "data" / "demo"
 
 
 def parse_args(argv=None):
-    parser = training.new_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arg = training.flag_group(parser, "what to train, on what")
+    parser = new_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arg = flag_group(parser, "what to train, on what")
     arg("--model", help="folder in Hugging Face layout, or a hub name (default: the built-in one of the demo)")
     arg("--data", help="JSON or JSONL file of instructions (default: the built-in one of the demo)")
     arg("--template", choices=list(TEMPLATES), default="alpaca",
@@ -56,14 +92,14 @@ def parse_args(argv=None):
     arg("--max-length", type=int, default=512, help="prompt and response are cut to this many tokens")
     arg("--generate", type=int, metavar="N",
         help="held-out rows that are answered before and after training (default: 8; for demo 100)")
-    training.method_flags(parser, ("salora", "lora"), DECODER_LINEARS)
-    training.run_flags(parser, epochs="3", lr="3e-4; for demo 5e-3", batch_size=16, dtype="bfloat16; for demo float32",
+    method_flags(parser, ("salora", "lora"), DECODER_LINEARS)
+    run_flags(parser, epochs="3", lr="3e-4; for demo 5e-3", batch_size=16, dtype="bfloat16; for demo float32",
                        out="runs/DATA-METHOD")
     args = parser.parse_args(argv)
 
     demo = args.model is None and args.data is None
     missing = "--data" if args.model else "--model"
-    training.need(demo or (args.model and args.data), missing, "not given", "both --model and --data (or neither, for the demo)")
+    need(demo or (args.model and args.data), missing, "not given", "both --model and --data (or neither, for the demo)")
     if demo:
         args.model, args.data = str(DEMO / "llama"), str(DEMO / "instruct.jsonl")
         args.threads = 1 if args.threads is None else args.threads
@@ -74,8 +110,8 @@ def parse_args(argv=None):
         args.epochs = 3
     if args.generate is None:
         args.generate = 100 if demo else 8
-    training.settle(args)
-    training.at_least(args, 0, "generate")
+    settle(args)
+    at_least(args, 0, "generate")
     return args
 
 
@@ -154,24 +190,24 @@ def train(args, seed, out):
     config, tokenizer, stop = read_config(folder, DecoderConfig), load_tokenizer(folder), stop_ids(folder)
     if args.max_length > config.max_length:
         raise InputError(f"--max-length is {args.max_length}, but {args.model} has positions for {config.max_length} tokens")
-    training.check_sizes(args, config)
+    check_sizes(args, config)
     end_of_turn = tokenizer.token_to_id("<|im_end|>")
     end_id = end_of_turn if end_of_turn in stop else min(stop)
     examples = encode(tokenizer, rows, args.template, end_id, args.max_length, config.vocab_size)
     dev = encode(tokenizer, held, args.template, end_id, args.max_length, config.vocab_size)
     lengths = [len(e) for e in examples]
     asked = [len(e) - 1 if args.train_on_prompt else len(e.response) for e in examples]  # tokens that are trained on
-    plan = training.schedule(args, lengths, asked, args.epochs)
+    plan = schedule(args, lengths, asked, args.epochs)
 
     # ---- model and method
     torch.manual_seed(seed)
-    device = training.own_device(args)
+    device = own_device(args)
     model = load_decoder(folder, getattr(torch, args.dtype), device)
     model.checkpoint_activations = args.checkpoint_activations
-    lowrank = training.install(args, model, plan.steps, seed)
-    trainable_params = training.count_trainable(model)
-    settings = training.settings_of(args, seed, plan, lowrank)
-    training.announce(settings, f"{args.method} on {args.data}: {len(examples)} training rows, {sum(asked):,} tokens of them trained on; "
+    lowrank = install(args, model, plan.steps, seed)
+    trainable_params = count_trainable(model)
+    settings = settings_of(args, seed, plan, lowrank)
+    announce(settings, f"{args.method} on {args.data}: {len(examples)} training rows, {sum(asked):,} tokens of them trained on; "
                                 f"{plan.steps} steps of {plan.rows_per_step}; {trainable_params:,} parameters to train")
     prompts = [encode_prompt(tokenizer, fill(args.template, row["instruction"], row["input"])) for row in held[:args.generate]]
     before = answer(model, tokenizer, prompts, stop, 40) if RANK == 0 else []
@@ -188,8 +224,8 @@ def train(args, seed, out):
         loss = (sums[:, 0].sum() / sums[:, 1].sum()).item()
         return [sums.numpy()], dict(loss=loss, perplexity=math.exp(min(loss, 700)))
 
-    with training.own_folder(args, out):
-        _, scores, history, seconds = training.fit(args, plan, settings, out, model, lowrank, loss_of, evaluate_dev)
+    with own_folder(args, out):
+        _, scores, history, seconds = fit(args, plan, settings, out, model, lowrank, loss_of, evaluate_dev)
 
         # ---- results; result.json comes last: with it the run counts as finished
         if RANK:
@@ -197,8 +233,8 @@ def train(args, seed, out):
         answers = answer(model, tokenizer, prompts, stop, 128)
         lines = ["index\tlabel\tprediction"]
         lines += [f"{i}\t{escape(row['output'])}\t{escape(text)}" for i, (row, text) in enumerate(zip(held, answers))]
-        training.write_text(out / "predictions.tsv", "\n".join(lines) + "\n")
-        adapter.save(model, out / "adapter", budget=training.budget_of(args),
+        write_text(out / "predictions.tsv", "\n".join(lines) + "\n")
+        adapter.save(model, out / "adapter", budget=budget_of(args),
                      base_model_name_or_path=str(args.model), task_type="CAUSAL_LM")
         shown = [dict(instruction=row["instruction"], input=row["input"], reference=row["output"], before=b, after=a)
                  for row, b, a in zip(held, before, answers)]
@@ -209,8 +245,8 @@ def train(args, seed, out):
                       metrics=scores, best_score=min(h["loss"] for h in history),
                       dev_rows=[len(dev)], answered=len(answers),
                       examples=shown[:3])  # first what training has taught
-        result |= training.common_result(args, plan, settings, model, lowrank, trainable_params, 0, history, seconds)
-        training.write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+        result |= common_result(args, plan, settings, model, lowrank, trainable_params, 0, history, seconds)
+        write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -233,7 +269,7 @@ def report(args, result, out):
         few = any(e["after"] != e["reference"] for e in result["examples"])
         print(f"{right} of {result['answered']} held-out instructions answered exactly"
               + "; fewer than three to show, so the examples above have other answers, too" * few)
-    training.report_ranks(args, result, DECODER_LINEARS, at=2)
+    report_ranks(args, result, DECODER_LINEARS, at=2)
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT)")
 
 
@@ -242,8 +278,8 @@ def report(args, result, out):
 
 
 def subcommand(name, description):
-    parser = training.new_parser(prog=f"train_instruct.py {name}", description=description)
-    return parser, training.flag_group(parser, "flags")
+    parser = new_parser(prog=f"train_instruct.py {name}", description=description)
+    return parser, flag_group(parser, "flags")
 
 
 def model_flags(parser, arg):
@@ -255,23 +291,23 @@ def model_flags(parser, arg):
     arg("--temperature", type=float, default=0.0, help="0 takes the likeliest token; above, tokens are drawn")
     arg("--top-p", type=float, default=1.0, help="draw from the smallest set of tokens whose probabilities reach this")
     arg("--seed", type=int, default=0, help="of the draw")
-    training.machine_flags(parser, dtype="float32")
+    machine_flags(parser, dtype="float32")
 
 
 def open_model(args):
     """The model that model_flags name, ready to answer; its tokenizer and the ids that end a text. Fills in the flags' defaults."""
-    training.at_least(args, 1, "max_new_tokens")
-    training.at_least(args, 0, "temperature", "seed")
-    training.need(0 < args.top_p <= 1, "--top-p", args.top_p, "a share in (0, 1]")
-    training.need(args.temperature == 0 or args.temperature >= 0.001, "--temperature", args.temperature, "0, or at least 0.001")
-    device = training.use_machine(args)
+    at_least(args, 1, "max_new_tokens")
+    at_least(args, 0, "temperature", "seed")
+    need(0 < args.top_p <= 1, "--top-p", args.top_p, "a share in (0, 1]")
+    need(args.temperature == 0 or args.temperature >= 0.001, "--temperature", args.temperature, "0, or at least 0.001")
+    device = use_machine(args)
     args.model, args.dtype = args.model or str(DEMO / "llama"), args.dtype or "float32"
     args.template = args.template or template_of(args.adapter)
     folder = model_folder(args.model)
     tokenizer, stop = load_tokenizer(folder), stop_ids(folder)
     model = load_decoder(folder, getattr(torch, args.dtype), device).eval()
     if args.adapter:
-        training.load_adapter(model, args.adapter)
+        load_adapter(model, args.adapter)
         if args.merge:
             sl.merge(model)
     return model, tokenizer, stop
@@ -292,7 +328,7 @@ def generate(argv):
     args = parser.parse_args(argv)
     for name in ("instruction", "input"):
         text = getattr(args, name)
-        training.need(not re.search("[\ud800-\udfff]", text), f"--{name}", ascii(text), "text in UTF-8")
+        need(not re.search("[\ud800-\udfff]", text), f"--{name}", ascii(text), "text in UTF-8")
     model, tokenizer, stop = open_model(args)
     prompt = encode_prompt(tokenizer, fill(args.template, args.instruction, args.input))
     check_room(args, model, [prompt])
@@ -309,7 +345,7 @@ def generate(argv):
 
 def template_of(folder):
     """The template of the run that an adapter's folder lies in."""
-    result = training.read_result(Path(folder) / "..") if folder else None
+    result = read_result(Path(folder) / "..") if folder else None
     return result["settings"].get("template", "alpaca") if result else "alpaca"
 
 
@@ -329,27 +365,27 @@ def style(argv):
     model_flags(parser, arg)
     parser.set_defaults(max_new_tokens=64)
     args = parser.parse_args(argv)
-    training.at_least(args, 1, "limit", "batch_size")
+    at_least(args, 1, "limit", "batch_size")
     sources, references = read_task(args.data, args.direction)
     sources, references = sources[:args.limit], [lines[:args.limit] for lines in references]
     target = args.direction.split("2")[1]
     scorers = open_scorers(args, [target])
-    out = Path(args.out) if args.out else training.free_folder(f"runs/style-{args.direction}")
+    out = Path(args.out) if args.out else free_folder(f"runs/style-{args.direction}")
     if (out / "scores.json").exists():
         raise InputError(f"--out {out} holds a finished run: give another folder")
     model, tokenizer, stop = open_model(args)
     prompts = [encode_prompt(tokenizer, fill(args.template, PROMPTS[args.direction], sentence)) for sentence in sources]
     check_room(args, model, prompts)
-    training.make_folder(out)
+    make_folder(out)
     answers = answer(model, tokenizer, prompts, stop, args.max_new_tokens, args.batch_size,
                      temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     outputs = [tidy(text, args.direction) for text in answers]
-    training.write_text(out / f"outputs.{args.direction}", "\n".join(outputs) + "\n")
+    write_text(out / f"outputs.{args.direction}", "\n".join(outputs) + "\n")
     lines = [json.dumps(dict(source=a, answer=b, output=c)) + "\n" for a, b, c in zip(sources, answers, outputs)]
-    training.write_text(out / "answers.jsonl", "".join(lines))
+    write_text(out / "answers.jsonl", "".join(lines))
     scores = scores_of(outputs, sources, references, target, scorers)
     result = dict(direction=args.direction, sentences=len(outputs), **scores, settings=vars(args))
-    training.write_text(out / "scores.json", json.dumps(result, indent=1) + "\n")
+    write_text(out / "scores.json", json.dumps(result, indent=1) + "\n")
     show(scores, len(outputs))
     print(f"{out}/: outputs.{args.direction}, answers.jsonl, scores.json")
 
@@ -366,10 +402,10 @@ def score(argv):
     arg("--target", help="label of the style that was to be reached (default: what stands behind the 2 in the direction)")
     arg("--out", help="folder for table.md and scores.json (default: none, only printed)")
     score_flags(arg)
-    training.machine_flags(parser)
+    machine_flags(parser)
     args = parser.parse_args(argv)
-    training.need(not (args.data and (args.sources or args.references)), "--data", "given", "either --data, or --sources and --references")
-    training.use_machine(args)
+    need(not (args.data and (args.sources or args.references)), "--data", "given", "either --data, or --sources and --references")
+    use_machine(args)
     entries = []
     for file in args.outputs:
         outputs, sources, references = read_lines(file), args.sources, args.references
@@ -391,11 +427,11 @@ def score(argv):
     scores = {file: dict(sentences=len(outputs), **scores_of(outputs, *rest, scorers)) for file, outputs, *rest in entries}
     names = [name for name in SCORES if any(name in row for row in scores.values())]
     rows = [[file, row["sentences"], *(f"{row[name]:.2f}" if name in row else "" for name in names)] for file, row in scores.items()]
-    table = training.markdown(["outputs", "sentences", *names], rows)
+    table = markdown(["outputs", "sentences", *names], rows)
     if args.out:
-        training.make_folder(Path(args.out))
-        training.write_text(Path(args.out) / "table.md", f"    python train_instruct.py score {shlex.join(argv)}\n\n{table}")
-        training.write_text(Path(args.out) / "scores.json", json.dumps(scores, indent=1) + "\n")
+        make_folder(Path(args.out))
+        write_text(Path(args.out) / "table.md", f"    python train_instruct.py score {shlex.join(argv)}\n\n{table}")
+        write_text(Path(args.out) / "scores.json", json.dumps(scores, indent=1) + "\n")
     print(table)
     if len(scores) == 1:
         scores = {name: value for name, value in scores[file].items() if name != "sentences"}
@@ -414,7 +450,7 @@ def open_scorers(args, targets):
     scorers = {}
     if args.classifier:
         run = Path(args.classifier)
-        result = training.read_result(run)
+        result = read_result(run)
         if result is None:
             raise InputError(f"--classifier {run}: has no result.json, expected the folder of a finished run of train_glue.py")
         settings, labels = result["settings"], result.get("labels")
@@ -423,10 +459,10 @@ def open_scorers(args, targets):
                 raise InputError(f"--classifier {run}: its labels are {labels}, expected {target!r} among them")
         if not (run / "adapter").is_dir():
             raise InputError(f"--classifier {run}: has no adapter/ (method {settings['method']}); train it with --method lora or salora")
-        device, folder = training.find_device(args), model_folder(settings["model"])
+        device, folder = find_device(args), model_folder(settings["model"])
         tokenizer = load_tokenizer(folder)
         model = load_encoder(folder, len(labels), torch.float32).to(device)
-        training.load_adapter(model, run / "adapter")
+        load_adapter(model, run / "adapter")
 
         def accuracy(outputs, target):
             tokens = tokenize(tokenizer, [(text,) for text in outputs], settings["max_length"], model.config.vocab_size)
@@ -476,12 +512,12 @@ def main(argv):
     if argv and argv[0] in ("generate", "style", "score"):
         return globals()[argv[0]](argv[1:])
     args = parse_args(argv)
-    root = Path(args.out) if args.out else training.free_folder(f"runs/{Path(args.data).stem}-{args.method}")
-    training.run_all(args, root, train, report)
+    root = Path(args.out) if args.out else free_folder(f"runs/{Path(args.data).stem}-{args.method}")
+    run_all(args, root, train, report)
 
 
 def command(argv=None):
-    training.command(main, argv)
+    run_command(main, argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Text to tensors: tokenised once, batched by length so that next to nothing is padding."""
+"""Text to tensors: tokenized once, batched by length so that next to nothing is padding."""
 
 from pathlib import Path
 

@@ -6,8 +6,8 @@ import sys
 
 import torch
 
-import bench
 from model import Decoder, DecoderConfig, Encoder, EncoderConfig
+from paper import bench
 from salora import SaLoRA
 
 

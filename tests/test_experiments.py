@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-import experiments
 import train_glue
-import training
+from paper import experiments
+from training import runs as training_runs
 
 FEW = ["--tasks", "demo", "--max-steps", "4", "--limit-train", "64", "--limit-dev", "50", "--threads", "1"]
 
@@ -47,7 +47,7 @@ def test_table1_tunes_runs_and_does_nothing_twice(tmp_path, capsys):
     assert "8 runs to do, about " in text and "demo, small: " in text and "| method | demo | mean | trained | kept | density |" in text
     assert [(r["method"], r["seed"]) for r in rows] == [("SaLoRA", "0"), ("SaLoRA", "1"), ("small", "0"), ("small", "1")]
     raw = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    tuning = [r for r in raw if r["seed"] == training.TUNING_SEED]
+    tuning = [r for r in raw if r["seed"] == training_runs.TUNING_SEED]
     assert len(raw) == 8 and len(tuning) == 4 and {r["dev_rows"][0] for r in tuning} == {50} and {r["settings"]["hold_out"] for r in tuning} == {0.2}
     for method in ("salora", "lora"):
         best = max((r for r in tuning if r["method"] == method), key=lambda r: r["score"])["settings"]["lr"]

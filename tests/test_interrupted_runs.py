@@ -18,7 +18,7 @@ import torch
 
 import salora as sl
 import train_glue
-import training
+from training import runs
 
 PLAIN = ["--threads", "1", "--limit-train", "224", "--limit-dev", "60", "--epochs", "3",
          "--log-every", "2", "--window", "0.2", "0.5"]
@@ -100,8 +100,8 @@ def test_a_kill_while_a_checkpoint_is_renamed_leaves_one(tmp_path, whole, capsys
 
         with monkeypatch.context() as m:
             for name in ("save_file",):
-                m.setattr(training, name, count(getattr(training, name)))
-            m.setattr(training.os, "replace", count(os.replace))
+                m.setattr(runs, name, count(getattr(runs, name)))
+            m.setattr(runs.os, "replace", count(os.replace))
             with pytest.raises(SystemExit):
                 train_glue.main([*SHORT, "--out", str(out)])
         train_glue.main([*SHORT, "--out", str(out), "--resume"])
@@ -212,7 +212,7 @@ def test_a_number_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(what
         train_glue.command([*SHORT, "--out", str(tmp_path / "r")])
     text = capsys.readouterr().err
     assert e.value.code == 2 and text.count("\n") == 1 and "the run came apart" in text and "at step 9" in text and "learning rate of" in text
-    progress, tensors = training.find_checkpoint(tmp_path / "r")
+    progress, tensors = runs.find_checkpoint(tmp_path / "r")
     assert progress["step"] == 8 and all(t.isfinite().all() for t in tensors.values())
 
 

@@ -12,10 +12,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import bench
 import salora as sl
 from adapter import load, save
 from model import Encoder, EncoderConfig
+from paper import bench
 from salora import SaLoRA, SaLoRALinear, adapters, merge, rank_map, ranks
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import recover
 import train_glue
+from paper import recover
 
 
 def args(*flags):

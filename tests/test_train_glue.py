@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_glue
-import training
 from adapter import load
 from data import InputError, metrics
 from data.glue import HERE, load_task
 from model import load_encoder
 from salora import ranks
+from training.flags import NOT_OF_A_RUN, new_parser
+from training.loop import lr_factor, schedule
+from training.runs import CHECKPOINTS
 
 ROOT = Path(train_glue.__file__).parent
 SHORT = ["--limit-train", "200", "--limit-dev", "90", "--epochs", "2", "--log-every", "1",
@@ -75,7 +77,7 @@ def test_result_has_every_field(short):
     assert len(table) == 24 and result["kept_params"] == sum(r * (d + inner if path in wide else 2 * d) for path, r in table.items())
     assert result["kept_density"] == result["kept_params"] / result["trainable_params"] <= 0.5
     assert result["best_score"] >= result["score"] == result["metrics"]["matthews_correlation"]
-    assert set(vars(train_glue.parse_args([]))) - set(training.NOT_OF_A_RUN) <= set(result["settings"])
+    assert set(vars(train_glue.parse_args([]))) - set(NOT_OF_A_RUN) <= set(result["settings"])
 
 
 def test_log_has_every_field_and_the_method_shows_in_it(short):
@@ -368,8 +370,8 @@ def test_full_fine_tuning_in_bfloat16_trains_float32_weights(tmp_path, still):
 def test_learning_rate_warms_up_falls_and_starts_again_when_the_window_closes(flags, again):
     args = train_glue.parse_args([*flags.split(), "--warmup", "0.2", "--window", "0.2", "0.5"])
     then = [1, 0.8, 0.6, 0.4, 0.2] if again else [5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
-    plan = training.schedule(args, [5] * 320, [1] * 320, epochs=1)  # ten steps
-    assert [training.lr_factor(plan, step) for step in range(10)] == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, *then])
+    plan = schedule(args, [5] * 320, [1] * 320, epochs=1)  # ten steps
+    assert [lr_factor(plan, step) for step in range(10)] == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, *then])
 
 
 # ---- seeds, repeating, resuming, overwriting
@@ -445,7 +447,7 @@ def test_unfinished_run_is_not_replaced_unasked(tmp_path, capsys):
     assert (tmp_path / "checkpoint" / "thesis.pt").read_text() == "years of work" and not (tmp_path / "log.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", training.CHECKPOINTS)
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_damaged_log_is_named_and_the_checkpoint_before_the_last_counts_too(name, tmp_path):
     run(tmp_path, "--max-steps", "4")
     (tmp_path / "result.json").unlink()
@@ -525,8 +527,8 @@ def test_bad_input_from_the_shell_has_no_traceback(tmp_path):
 
 
 def test_every_flag_of_the_design_is_there_and_every_flag_has_a_help_sentence(monkeypatch):
-    parsers, new_parser = [], training.new_parser
-    monkeypatch.setattr(training, "new_parser", lambda **kw: parsers.append(new_parser(**kw)) or parsers[-1])
+    parsers = []
+    monkeypatch.setattr(train_glue, "new_parser", lambda **kw: parsers.append(new_parser(**kw)) or parsers[-1])
     train_glue.parse_args([])
     flags = {option: action for action in parsers[0]._actions for option in action.option_strings}
     assert all(len(action.help.split()) >= 2 for action in flags.values())

@@ -32,14 +32,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import train_glue
-import training
 from data import InputError
 from data.batching import load_tokenizer, tokenize
 from data.download import model_folder
 from data.glue import load_task
 from model import LINEARS, read_config
+from training.flags import new_parser
+from training.runs import finished, markdown, write_text
 
+SCRIPT = Path(__file__).parents[1] / "train_glue.py"
 TASKS = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
 METHODS = ["ft", "adapter-h", "adapter-p", "prefix", "prompt", "lora", "adalora", "lora-svd",
            "salora"]
@@ -50,7 +51,7 @@ FIELDS = ("task", "method", "seed", "metric", "score", "lr", "trainable_params",
 
 
 def parse_args(name, argv):
-    parser = training.new_parser(prog=f"train_glue.py {name}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = new_parser(prog=f"train_glue.py {name}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                  allow_abbrev=False)
 
     def arg(*flags, help, **kw):
@@ -104,14 +105,14 @@ class Cell:
         self.flags = [*common, "--task", self.task, *task_flags, "--method", name, *method_flags]
         self.folder = Path(args.out) / Path(self.task).name / self.label.replace(" ", "_")
         # refuses what is wrong before anything is loaded
-        self.settings = train_glue.parse_args([*self.flags, "--seeds", *map(str, self.seeds)])
+        self.settings = args.parse([*self.flags, "--seeds", *map(str, self.seeds)])
 
     def results(self):
         """[result or None] of its seeds."""
         settings = argparse.Namespace(**vars(self.settings))
         if settings.lr_grid:
             settings.lr = settings.hold_out = None
-        return [training.finished(settings, self.folder / f"seed{seed}") for seed in self.seeds]
+        return [finished(settings, self.folder / f"seed{seed}") for seed in self.seeds]
 
     def missing(self):
         """How many runs are to be done, those of --lr-grid among them."""
@@ -119,7 +120,7 @@ class Cell:
         return self.results().count(None) + tuned.count(False)
 
     def command(self, *more):
-        return [sys.executable, train_glue.__file__, *self.flags, *more]
+        return [sys.executable, str(SCRIPT), *self.flags, *more]
 
     def run(self):
         """Runs what is missing, in a process of its own. True if it went well."""
@@ -233,7 +234,7 @@ def score_table(results):
         density = [r["density"] for r in runs if r["density"] is not None]
         rows.append([label, *cells, f"{100 * overall[label]:.2f}", span([r["trainable_params"] for r in runs]),
                      span([r["kept_params"] for r in runs]), span(density, "{:.3f}") if density else ""])
-    return training.markdown(["method", *tasks, "mean", "trained", "kept", "density"], rows)
+    return markdown(["method", *tasks, "mean", "trained", "kept", "density"], rows)
 
 
 def as_csv(results):
@@ -338,12 +339,12 @@ def efficiency(args, common):
     tables = []
     for title, lines in panels.items():
         rows = [[label, *(f"{mean:.0f}" for _, mean, _ in points)] for label, points in lines.items()]
-        tables.append(f"{title}\n\n" + training.markdown(["method", *(f"batch {b}" for b in args.batch_sizes)], rows))
+        tables.append(f"{title}\n\n" + markdown(["method", *(f"batch {b}" for b in args.batch_sizes)], rows))
     return results, "\n".join(tables), {"efficiency.png": (curves, panels, "batch size")}
 
 
 def ranks(args, common):
-    base = train_glue.parse_args([*common, "--task", names(args.tasks)[0]])
+    base = args.parse([*common, "--task", names(args.tasks)[0]])
     layers = [str(i) for i in range(read_config(model_folder(base.model)).num_hidden_layers)]
     third = -(-len(layers) // 3)
     by_kind = [f"lora --targets {letter}" for letter in LINEARS]
@@ -353,13 +354,13 @@ def ranks(args, common):
     text = score_table(results)
     for task, means in maps.items():
         rows = [[f"W^{letter.upper()}", *(f"{rank:.1f}" for rank in row)] for letter, row in zip(LINEARS, means)]
-        text += f"\n{task}: mean rank over the seeds, {base.r} at the start\n\n" + training.markdown(["", *layers], rows)
+        text += f"\n{task}: mean rank over the seeds, {base.r} at the start\n\n" + markdown(["", *layers], rows)
     alone = {key: runs for key, runs in results.items() if key[1] != "SaLoRA"}
     return results, text, {"ranks.png": (heat, maps, base.r), "alone.png": (dots, alone)}
 
 
 def sweep(args, common):
-    r = train_glue.parse_args(common).r
+    r = args.parse(common).r
     if args.over == "r":
         values = args.values or [1, 2, 4, 8, 16]
         lines = {m: [(v, f"{m} --r {v:g}") for v in values] for m in ("salora", "lora")}
@@ -390,22 +391,24 @@ def components(args, common):
             bands[f"{task}: {what}"] = [share * run["steps"] for share in run["settings"]["window"]]
             rows.append([task, what, *(f"{value:.4f}" for value in (y[0], min(y), max(y), y[-1]))])
         panels[f"{task}: density"]["budget"] = [(entry["step"], run["budget"], 0.0) for entry in log]
-    table = training.markdown(["task", "", "first", "smallest", "largest", "last"], rows)
+    table = markdown(["task", "", "first", "smallest", "largest", "last"], rows)
     return results, table, {"components.png": (curves, panels, "step", bands)}
 
 
-def main(name, argv):
+def main(name, argv, parse):
+    """parse(flags): the settings of a run of train_glue.py, or an InputError."""
     args, common = parse_args(name, argv)
+    args.parse = parse
     for flag in ("--seed", "--resume", "--overwrite"):
         if flag in common:
             raise InputError(f"{flag} is for a single run; {name} takes --seeds, goes on by itself and replaces nothing")
     results, text, pictures = globals()[name](args, common)
     out = Path(args.out)
     print("\n" + text)
-    training.write_text(out / "table.md", f"    python train_glue.py {name} {shlex.join(argv)}\n\n{text}")
-    training.write_text(out / "runs.csv", as_csv(results))
+    write_text(out / "table.md", f"    python train_glue.py {name} {shlex.join(argv)}\n\n{text}")
+    write_text(out / "runs.csv", as_csv(results))
     raw = [json.dumps(json.loads(file.read_text())) for file in sorted(out.glob("*/*/*/result.json"))]  # with those of --lr-grid
-    training.write_text(out / "runs.jsonl", "\n".join(raw) + "\n")
+    write_text(out / "runs.jsonl", "\n".join(raw) + "\n")
     try:
         for file, (draw, *what) in pictures.items():
             draw(out / file, *what)

@@ -1,8 +1,8 @@
 """
 What bench.py compares with: other people's code on the same task. Never needed to use SaLoRA; it runs in an environment of its own
-(pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate datasets), whose python is given to `bench.py loop --peers`.
+(pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate datasets), whose python is given to `paper/bench.py loop --peers`.
 
-    python bench_peers.py trainer|grouped|adalora|floor --model DIR --data DIR    # prints one line of JSON
+    python paper/peers.py trainer|grouped|adalora|floor --model DIR --data DIR    # prints one line of JSON
 
 One epoch of CoLA, batch 32, truncation 128, float32, r 8 on the six matrices of each layer:
     trainer    transformers' Trainer with PEFT's LoRA

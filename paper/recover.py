@@ -38,11 +38,13 @@ import torch.nn.functional as F
 
 import baselines
 import salora as sl
-import training
 from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.download import model_folder
 from data.glue import HERE, load_task
 from model import load_encoder
+from training.flags import at_least, flag_group, need, new_parser
+from training.loop import lr_factor
+from training.runs import markdown, write_text
 
 TEACHERS = ("small", "scaled", "pretrained")
 METHODS = ("LoRA", "LoRA of the size", "AdaLoRA", "LoRA-SVD", "SaLoRA", "SaLoRA paper")
@@ -51,9 +53,9 @@ LEARNING_RATES = dict(small=1e-2, scaled=1e-2, pretrained=3e-3)
 
 
 def parse_args(argv):
-    parser = training.new_parser(prog="train_glue.py recover", description=__doc__,
+    parser = new_parser(prog="train_glue.py recover", description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    arg = training.flag_group(parser, "teacher")
+    arg = flag_group(parser, "teacher")
     arg("--teachers", nargs="+", choices=TEACHERS, default=["small", "scaled"], help="what is to be found")
     arg("--strength", type=float, default=1.0, help="factor of the updates' singular values")
     arg("--spread", type=float, default=1.0, help="largest over smallest singular value of an update (pretrained: 3 if not given)")
@@ -61,7 +63,7 @@ def parse_args(argv):
         help="of the targets in training, over what the updates change in them; a table for each")
     arg("--model", metavar="DIR", help="pretrained: a folder or hub name (default: the demo's)")
     arg("--data", metavar="DIR", help="pretrained: folder in GLUE's layout whose CoLA sentences are read (default: the demo's)")
-    arg = training.flag_group(parser, "student")
+    arg = flag_group(parser, "student")
     arg("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the table")
     arg("--r", type=int, default=8, help="rank at the start")
     arg("--budgets", type=float, nargs="+", default=[0.5], help="shares of parameters to keep; a table for each (scaled: half of it)")
@@ -72,16 +74,16 @@ def parse_args(argv):
     arg("--jobs", type=int, default=2, help="runs at a time, a thread each")
     arg("--out", default="runs/recover", help="folder of the runs and what comes out of them")
     args = parser.parse_args(argv)
-    training.at_least(args, 1, "r", "steps", "jobs")
+    at_least(args, 1, "r", "steps", "jobs")
     for budget in args.budgets:
-        training.need(0 < budget <= 1, "--budgets", budget, "shares in (0, 1]")
+        need(0 < budget <= 1, "--budgets", budget, "shares in (0, 1]")
     start, end = args.window
-    training.need(0 <= start < end < 1, "--window", f"{start} {end}", "two fractions of the run, 0 <= START < END < 1")
+    need(0 <= start < end < 1, "--window", f"{start} {end}", "two fractions of the run, 0 <= START < END < 1")
     for name in ("strength", "spread", "lr"):
         value = getattr(args, name)
-        training.need(value is None or 0 < value < math.inf, f"--{name}", value, "a positive number")
-    training.need(args.spread >= 1, "--spread", args.spread, "at least 1")
-    training.need(all(0 <= noise < math.inf for noise in args.noise), "--noise", args.noise, "numbers from 0")
+        need(value is None or 0 < value < math.inf, f"--{name}", value, "a positive number")
+    need(args.spread >= 1, "--spread", args.spread, "at least 1")
+    need(all(0 <= noise < math.inf for noise in args.noise), "--noise", args.noise, "numbers from 0")
     return args
 
 
@@ -218,7 +220,7 @@ def run(teacher, method, args, budget, noise, seed):
 
     for step in range(args.steps):
         for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * training.lr_factor(plan, step)
+            group["lr"] = peak * lr_factor(plan, step)
         low.begin_step()
         x = problem.batch()
         with torch.no_grad():
@@ -252,7 +254,7 @@ def run_once(job):
     if not file.exists():
         result = run(*what)
         folder.mkdir(parents=True, exist_ok=True)
-        training.write_text(file, json.dumps(result, indent=1) + "\n")
+        write_text(file, json.dumps(result, indent=1) + "\n")
         print(f"{folder}: relative error {result['relative_error']:.4f}, rank error {result['rank_error']}, {result['seconds']:.0f} s", flush=True)
     return json.loads(file.read_text())
 
@@ -273,7 +275,7 @@ def tables(results):
     for (teacher, budget, noise), rows in results.items():
         first = next(iter(rows.values()))[0]
         text.append(f"{teacher}, budget {budget:g}, noise {noise:g}: {sum(first['true_ranks'].values())} of "
-                    f"{first['settings']['r'] * len(first['true_ranks'])} ranks to find\n\n" + training.markdown(
+                    f"{first['settings']['r'] * len(first['true_ranks'])} ranks to find\n\n" + markdown(
             ["method", "relative error", "rank error", "parameters kept"],
             [[method, mean_each([r["relative_error"] for r in runs], "{:.4f}"), mean_each([r["rank_error"] for r in runs], "{:.0f}"),
               f"{max(r['kept_params'] for r in runs):,}"] for method, runs in rows.items()]))
@@ -282,7 +284,7 @@ def tables(results):
 
 def picture(file, results):
     """True and found ranks side by side, a panel for each teacher: a bar for each matrix, a row for each method that finds ranks."""
-    from experiments import figure
+    from paper.experiments import figure
     with figure(file, len(results), width=4.4, height=3) as axes:
         for ax, ((teacher, budget, noise), rows) in zip(axes, results.items()):
             finders = {m: runs[0] for m, runs in rows.items() if m in ("AdaLoRA", "LoRA-SVD", "SaLoRA")}
@@ -310,8 +312,8 @@ def main(argv):
         results.setdefault((teacher, budget, noise), {}).setdefault(method, []).append(result)
     text = tables(results)
     print("\n" + text)
-    training.write_text(out / "table.md", f"    python train_glue.py recover {shlex.join(argv)}\n\n{text}")
-    training.write_text(out / "runs.jsonl", "".join(json.dumps(result) + "\n" for result in done))
+    write_text(out / "table.md", f"    python train_glue.py recover {shlex.join(argv)}\n\n{text}")
+    write_text(out / "runs.jsonl", "".join(json.dumps(result) + "\n" for result in done))
     try:
         picture(out / "ranks.png", results)
         print(f"{out}/: table.md, runs.jsonl, ranks.png")

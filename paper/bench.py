@@ -1,12 +1,12 @@
 """
 Measures what SaLoRA costs. Compare rows of one table only: they were measured in turns, on one machine, in one go.
 
-    python bench.py                                           # step, on the demo: half a minute
-    python bench.py step loop --task cola --model DIR --data DIR --json > speed.json
+    python paper/bench.py                                           # step, on the demo: half a minute
+    python paper/bench.py step loop --task cola --model DIR --data DIR --json > speed.json
 
 step       milliseconds of a training step on the same batches: LoRA, SaLoRA in its window, SaLoRA after pruning
 loop       examples per second of train_glue.py over an epoch, and peak memory; with --peers, the python of another environment,
-           also other people's code (bench_peers.py) on CoLA
+           also other people's code (peers.py) on CoLA
 start      seconds from the command to the end of the second step of train_glue.py
 options    train_glue.py with --compile, --dtype bfloat16, --checkpoint-activations, --accumulate
 processes  train_glue.py in one process, and in two under torchrun, on the same global batch
@@ -36,15 +36,24 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for the modules beside this folder
+
 from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.glue import HERE, load_task
-from model import Decoder, DecoderConfig, Encoder, EncoderConfig, load_decoder, load_encoder, read_config
+from model import (
+    Decoder,
+    DecoderConfig,
+    Encoder,
+    EncoderConfig,
+    load_decoder,
+    load_encoder,
+    read_config,
+)
 from salora import GAMMA, ZETA, SaLoRA
 from train_instruct import token_losses
-from training import markdown, peak_memory_mb
-
-ROOT = Path(__file__).parent
-
+from training.loop import peak_memory_mb
+from training.runs import markdown
 
 # ---------------------------------------------------------------------------------------------------------------------
 # step and size: in this process
@@ -183,7 +192,7 @@ def take_turns(systems, repeats):
 
 def bench_loop(args):
     def peer(system):
-        command = [args.peers, ROOT / "bench_peers.py", system, "--model", args.model, "--data", args.data]
+        command = [args.peers, ROOT / "paper" / "peers.py", system, "--model", args.model, "--data", args.data]
         command += ["--threads", str(args.threads)]
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         return json.loads(out.splitlines()[-1])

@@ -1,0 +1,283 @@
+"""
+The folders of runs: checkpoints, resuming, several seeds, the choice of the learning rate.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import statistics
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from data import InputError, locked
+from model import read_json
+from training.flags import (
+    MAY_CHANGE,
+    NOT_OF_A_RUN,
+    PROCESSES,
+    RANK,
+    RESOLVED_LATER,
+    fail,
+    flag,
+    need,
+)
+
+TUNING_SEED = 100  # of the runs of --lr-grid
+CHECKPOINTS = ("checkpoint", "checkpoint.previous")  # in a run's folder: the last, and the one before, should the last be damaged
+
+
+def write_text(file, text):
+    """Whole or not at all."""
+    beside = file.with_name(file.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, file)
+
+
+def markdown(head, rows):
+    """A table."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def save_checkpoint(folder, optimizer, lowrank, progress):
+    """Everything a run needs to go on, as safetensors and JSON: nothing in it is code. Written beside and renamed; the last one stays as
+    checkpoint.previous."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = {f"param.{i}": p.detach() for i, p in enumerate(trained)}
+    for i, p in enumerate(trained):
+        tensors |= {f"state.{i}.{name}": value for name, value in optimizer.state.get(p, {}).items()}
+    state = lowrank.state_dict() if lowrank else {}
+    tensors |= {f"method.{name}": value for name, value in state.items() if torch.is_tensor(value)}
+    progress["method"] = {name: value for name, value in state.items() if not torch.is_tensor(value)}
+    beside, previous = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.previous")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        save_file({name: value.contiguous() for name, value in tensors.items()}, beside / "state.safetensors")
+        (beside / "progress.json").write_text(json.dumps(progress))
+        shutil.copymode(beside / "progress.json", beside / "state.safetensors")  # save_file lets nobody else read it
+    except (OSError, SafetensorError):
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(folder, previous)
+    os.replace(beside, folder)
+
+
+def find_checkpoint(out):
+    """(progress, tensors) of the last checkpoint in a run's folder that is whole, or None."""
+    for folder in (out / name for name in CHECKPOINTS):
+        if not folder.is_dir():
+            continue
+        try:
+            progress, tensors = read_json(folder / "progress.json"), load_file(folder / "state.safetensors")
+            if progress.keys() >= {"step", "history", "seconds", "settings", "method", "open_line"}:
+                return progress, tensors
+            reason = "entries of progress.json are missing"
+        except (InputError, OSError, SafetensorError) as e:
+            reason = e
+        print(f"{folder}: not a whole checkpoint ({reason})")
+    return None
+
+
+def load_checkpoint(out, progress, tensors, optimizer, lowrank, device, settings):
+    """The inverse of save_checkpoint, for what find_checkpoint gave. Pruned tensors come in the shapes they were saved in."""
+    for name, value in settings.items():
+        found = progress["settings"].get(name)
+        if found != value and name not in MAY_CHANGE:
+            raise InputError(f"--resume: {flag(name)} is {value}, but the checkpoint in {out} was written with {found}: "
+                             "give the run's own flags")
+    if lowrank:  # before the parameters: it brings A and B into the shapes they were saved in
+        state = {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
+        try:
+            lowrank.load_state_dict(progress["method"] | state)
+        except KeyError as e:
+            raise InputError(f"--resume: the checkpoint in {out} has no {e}, as another version wrote it: start anew") from None
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, value in tensors.items():
+        kind, *rest = name.split(".")
+        if kind in ("param", "state"):
+            p, value = trained[int(rest[0])], value.to(device, copy=True)  # a file aligns its tensors otherwise: other last bits
+            if kind == "param":
+                p.data = value
+            else:
+                optimizer.state[p][rest[1]] = value
+
+
+@contextlib.contextmanager
+def own_folder(args, out):
+    """Makes the folder of a run and keeps other processes out of it until the run is through, or the process ends."""
+    if RANK:
+        yield
+        return
+    make_folder(out)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(out, wait=False))
+        except BlockingIOError:
+            raise InputError(f"--out {out}: another run is writing into it; give another folder, or wait") from None
+        refuse_taken(args, out)  # by another process while this one was loading
+        yield
+
+
+def make_folder(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out {out}: cannot be written ({e.strerror})") from None
+
+
+def clear_folder(out):
+    """Removes the files of an earlier run."""
+    if (out / "adapter").exists() and not any((out / name).exists() for name in ("result.json", "log.jsonl", "checkpoint")):
+        raise InputError(f"--out {out}: has an adapter/ which is not of a run; give another folder")
+    try:
+        for name in ("result.json", "log.jsonl", "predictions.tsv", "predictions_mismatched.tsv"):
+            (out / name).unlink(missing_ok=True)
+        for name in ("adapter", "checkpoint", "checkpoint.previous", "checkpoint.new"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    except OSError as e:
+        raise InputError(f"--out {out}: cannot be written ({e.strerror})") from None
+
+
+def free_folder(stem):
+    """stem, or stem-2, stem-3 .. if it is taken."""
+    number = 1
+    while (folder := Path(stem if number == 1 else f"{stem}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def refuse_taken(args, out):
+    """Unless flags say otherwise, no run is replaced: neither one that is finished nor one that could go on."""
+    if (out / "result.json").exists() and not args.overwrite:
+        raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
+    if any((out / name).exists() for name in CHECKPOINTS) and not (args.overwrite or args.resume):
+        raise InputError(f"--out {out} holds a run that did not finish: --resume goes on with it, --overwrite replaces it")
+
+
+def read_result(out):
+    """result.json of a run's folder, or None if there is none."""
+    file = Path(out) / "result.json"
+    if not file.exists():
+        return None
+    result = read_json(file)
+    if not isinstance(result.get("settings"), dict) or not isinstance(result.get("score"), float):
+        raise InputError(f"{file}: has no settings or no score, so it is not of a run")
+    return result
+
+
+def finished(args, out):
+    """The result of a finished run of the same flags in `out`, or None."""
+    result = read_result(out)
+    if result is None:
+        return None
+    for name, value in vars(args).items():
+        found = result["settings"].get(name, value)
+        if found != value and (value is not None or name not in RESOLVED_LATER) and name not in (*NOT_OF_A_RUN, *MAY_CHANGE, "seed"):
+            raise InputError(f"--out {out} holds a finished run with {flag(name)} {found}, not {value}: give another folder")
+    return result
+
+
+def run(args, seed, out, train, report):
+    """train(args, seed, out), unless --resume finds it done, and report(args, result, out); returns the result (in the first process)."""
+    if args.adapter and out.resolve() in Path(args.adapter).resolve().parents:
+        raise InputError(f"--out {out}: --adapter lies in it and would be overwritten; give another folder")
+    result = finished(args, out) if args.resume else None
+    if result:
+        need(result.get("seed") == seed, f"--out {out} holds a finished run; its --seed", result.get("seed"),
+             f"{seed}: give another folder")
+        print(f"{out}: finished already")
+    else:
+        result = train(args, seed, out)
+        if RANK == 0:
+            report(args, result, out)
+    return result
+
+
+def choose_lr(args, root, train, report):
+    """The learning rate of --lr-grid with the best score on rows held out of training, in a run of its own seed."""
+    scores = {}
+    for lr in args.lr_grid:
+        trial = argparse.Namespace(**vars(args) | dict(lr=lr, hold_out=args.hold_out or 0.2))
+        result = run(trial, TUNING_SEED, root / f"lr{lr:g}", train, report)
+        scores[lr] = result["score"] if result else 0.0
+    if PROCESSES > 1:  # the first process knows the scores
+        dist.broadcast_object_list(box := [scores])
+        scores = box[0]
+    best = max(scores, key=scores.get)
+    print(f"\nlearning rate {best:g}, on held-out rows: " + ", ".join(f"{lr:g}: {score:.4f}" for lr, score in scores.items()))
+    return best
+
+
+def run_all(args, root, train, report):
+    """The run, or the runs of --seeds, after the choice of --lr-grid; their results (in the first process)."""
+    args.out = root  # also where the flag was not given
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if PROCESSES > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    runs = [(args.seed, root)] if args.seeds is None else [(seed, root / f"seed{seed}") for seed in args.seeds]
+    grid = getattr(args, "lr_grid", None) or []
+    if not args.resume:  # all of them, before the first takes its hours
+        for out in [root / f"lr{lr:g}" for lr in grid] + [out for _, out in runs]:
+            if out.exists():
+                with own_folder(args, out):
+                    pass
+    if grid:
+        args.lr = choose_lr(args, root, train, report)
+        args.hold_out = None
+    results = [run(args, seed, out, train, report) for seed, out in runs]
+    if args.seeds is not None and RANK == 0:
+        scores = [r["score"] for r in results]
+        summary = dict(metric=results[0]["metric"], seeds=args.seeds, scores=scores, mean=statistics.mean(scores),
+                       std=statistics.stdev(scores) if len(scores) > 1 else 0.0)
+        write_text(root / "summary.json", json.dumps(summary, indent=1) + "\n")
+        print(f"\n{summary['metric']} over seeds {' '.join(map(str, args.seeds))}: {summary['mean']:.4f} ± {summary['std']:.4f} "
+              f"({' '.join(f'{s:.4f}' for s in scores)}); {root}/summary.json")
+    return results
+
+
+class Stopped(Exception):
+    """A signal ended the run, whose state is saved. args: the line to print, the number of the signal."""
+
+
+def run_command(main, argv):
+    """main(argv) as a shell sees it: bad input is one line on stderr and exit status 2."""
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+        warnings.simplefilter("ignore")
+    warnings.formatwarning = lambda message, *rest: f"warning: {message}\n"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a notebook has is none
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that knows nothing but ASCII
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except InputError as e:
+        sys.exit(fail(e))
+    except Stopped as e:
+        fail(e.args[0])
+        sys.exit(128 + e.args[1])
+    except KeyboardInterrupt:
+        fail("stopped")
+        sys.exit(128 + signal.SIGINT)
+    except (OSError, SafetensorError) as e:
+        where = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e
+        sys.exit(fail(f"{where}; what was saved before is still there, and where a checkpoint was, --resume goes on from it"))
+    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is one; a CPU's is told by its words alone
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
+            raise
+        sys.exit(fail("out of memory. What helps: a smaller --batch-size with --accumulate, --checkpoint-activations, --dtype bfloat16, "
+                      "a smaller --max-length"))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
