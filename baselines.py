@@ -1,17 +1,21 @@
 """
-What SaLoRA is compared with. install(model, method, ..) puts one of these into an Encoder whose other weights are frozen:
+What SaLoRA is compared with. install(model, method, ..) puts a method into an Encoder and freezes
+the other weights:
 
-    ft         full fine-tuning, every weight (head: none but the classifier, the floor of every comparison)
-    adapter-h  Houlsby et al. 2019, arXiv 1902.00751: a bottleneck after the attention and one after the feed-forward of each layer, before
-               the residual sum. They train the layer norms too; here, as in the tables of LoRA's paper, those are frozen
-    adapter-p  Pfeiffer et al. 2021, arXiv 2005.00247: a bottleneck after the feed-forward only. Theirs has another layer norm and residual
-               sum around it, and ReLU; here it is Houlsby's, in the same place
-    prefix     Li and Liang 2021, arXiv 2101.00190: n keys and values in every layer, the output of a small network that is dropped at the
-               end. Without their dropout on the prefix, and with the network's output divided by the root of its width
-    prompt     Lester et al. 2021, arXiv 2104.08691: n input vectors that start as random words. They stand behind the first token, not
-               before it, so that the token that the classifier reads stays the first
-    lora       Hu et al. 2022, arXiv 2106.09685: SaLoRA without gates and regulariser
-    lora-svd   LoRA, cut in the middle of the run to the largest singular values of all its updates, the simplest way to find ranks: below
+    ft         full fine-tuning, every weight
+    head       only the classifier, the floor of every comparison
+    adapter-h  Houlsby et al. 2019, arXiv 1902.00751: a bottleneck after the attention and after the
+               feed-forward of each layer, before the residual sum. The layer norms stay frozen, as
+               in the LoRA paper; Houlsby et al. train them
+    adapter-p  Pfeiffer et al. 2021, arXiv 2005.00247: a bottleneck after the feed-forward only.
+               Ours is Houlsby's; theirs has ReLU and another layer norm and residual sum around it
+    prefix     Li and Liang 2021, arXiv 2101.00190: n keys and values in every layer, from a small
+               network that is dropped at the end. Without their dropout on the prefix, and with
+               the network's output divided by the root of its width
+    prompt     Lester et al. 2021, arXiv 2104.08691: n input vectors that start as random words.
+               They follow the first token, which the classifier reads
+    lora       Hu et al. 2022, arXiv 2106.09685: SaLoRA without gates and regularizer
+    lora-svd   LoRA cut to the largest singular values of all its updates: below
     adalora    Zhang et al. 2023, arXiv 2303.10512: below
 """
 
@@ -21,15 +25,17 @@ import torch.nn.functional as F
 
 import salora as sl
 
-METHODS = ("lora", "lora-svd", "adalora", "ft", "head", "adapter-h", "adapter-p", "prefix", "prompt")
+METHODS = (
+    "lora", "lora-svd", "adalora", "ft", "head", "adapter-h", "adapter-p", "prefix", "prompt")
 
 
 class Adapter(nn.Module):
-    """x + up(gelu(down(x))) over the last dimension d; weights of standard deviation 0.001 make it start near the identity."""
+    """x + up(gelu(down(x))), (.., d). The small initial weights make it start near the identity."""
 
     def __init__(self, d, bottleneck, device):
         super().__init__()
-        self.down, self.up = nn.Linear(d, bottleneck, device=device), nn.Linear(bottleneck, d, device=device)
+        self.down = nn.Linear(d, bottleneck, device=device)
+        self.up = nn.Linear(bottleneck, d, device=device)
         for layer in (self.down, self.up):
             nn.init.normal_(layer.weight, std=0.001)
             nn.init.zeros_(layer.bias)
@@ -41,21 +47,23 @@ class Adapter(nn.Module):
 
 
 class Prefix(nn.Module):
-    """n keys and values for each of the layers (layers, 2, n, d), reparametrised: a table of n vectors goes through a network of two
-    layers while it is trained, and finish() replaces both by their output."""
+    """n keys and values for each layer, (layers, 2, n, d). A table of n vectors goes through a
+    network of two layers in training; finish() replaces both by their output."""
 
     def __init__(self, layers, n, d, device, inner=512):
         super().__init__()
         self.shape = layers, 2, n, d
         self.table = nn.Parameter(torch.randn(n, d, device=device))
-        self.network = nn.Sequential(nn.Linear(d, inner, device=device), nn.Tanh(), nn.Linear(inner, layers * 2 * d, device=device))
+        self.network = nn.Sequential(nn.Linear(d, inner, device=device), nn.Tanh(),
+                                     nn.Linear(inner, layers * 2 * d, device=device))
 
     def forward(self):
         if self.network is None:
             return self.table
         layers, two, n, d = self.shape
-        # Adam moves every weight by about the learning rate, so the prefix by a sum of 512 such moves. Divided, both prefix and head can
-        # learn at one rate; undivided, on STS-B, it ended far below the head alone.
+        # Adam moves every weight by about the learning rate, so the prefix by a sum of 512 such
+        # moves. Divided, prefix and head can learn at one rate; undivided, on STS-B, it ended far
+        # below the head alone.
         y = self.network(self.table) / self.network[2].in_features**0.5
         return y.view(n, layers, two, d).permute(1, 2, 0, 3)  # (layers, 2, n, d)
 
@@ -64,36 +72,39 @@ class Prefix(nn.Module):
         self.table, self.network = nn.Parameter(self().contiguous()), None
 
 
-def install(model, method, paths, steps, r=8, alpha=None, budget=0.5, beta=0.1, window=(0.2, 0.5), bottleneck=32, virtual_tokens=20):
-    """Freezes what `method` does not train (the head too: unfreeze it afterwards) and puts in what it does, in place. `paths`: the
-    nn.Linear modules that low-rank methods adapt; `steps`: of the run; budget and window are lora-svd's and adalora's, beta
-    adalora's, bottleneck the adapters', virtual_tokens the prefix's and the prompt's. Returns the SaLoRA or AdaLoRA of a low-rank method, else None."""
+def install(model, method, paths, steps, r=8, alpha=None, budget=0.5, beta=0.1, window=(0.2, 0.5),
+            bottleneck=32, virtual_tokens=20):
+    """Freezes what `method` does not train (the head too: unfreeze it afterwards) and puts the
+    method in, in place. paths: the nn.Linear modules that low-rank methods adapt; steps: of the
+    run. Returns the SaLoRA or AdaLoRA of a low-rank method, else None."""
     if method == "lora":
         return sl.SaLoRA(model, paths, max(steps, 1), r, alpha, window=None)
     if method == "lora-svd":
         return LoRASVD(model, paths, steps, r, alpha, budget, window)
     if method == "adalora":
-        return AdaLoRA(model, paths, steps, r=r, alpha=alpha, budget=budget, beta=beta, window=window)
+        return AdaLoRA(model, paths, steps, r, alpha, budget, beta, window)
     model.requires_grad_(method == "ft")
     c, words = model.config, model.body.embeddings.word_embeddings.weight
     if method in ("adapter-h", "adapter-p"):
         for layer in model.body.encoder.layer:
-            for place in [layer.output, layer.attention.output] if method == "adapter-h" else [layer.output]:
+            places = [layer.output, layer.attention.output]
+            for place in places if method == "adapter-h" else places[:1]:
                 place["adapter"] = Adapter(c.hidden_size, bottleneck, words.device)
     elif method == "prefix":
         model.prefix = Prefix(c.num_hidden_layers, virtual_tokens, c.hidden_size, words.device)
     elif method == "prompt":
-        model.prompt = nn.Parameter(words[torch.randint(len(words), (virtual_tokens,))].float())  # (n, d)
+        start = words[torch.randint(len(words), (virtual_tokens,))]  # (n, d)
+        model.prompt = nn.Parameter(start.float())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # LoRA, cut by singular values
 
 
 class LoRASVD(sl.SaLoRA):
-    """LoRA until the window ends. Then each update is turned into its singular directions, and of all triplets
-    those of the largest singular values stay that fit into the budget. It needs no gates: what SaLoRA has to
-    beat."""
+    """LoRA until the window ends. Then each update is turned into its singular directions, and the
+    triplets with the largest singular values that fit the budget stay. It has no gates: this is
+    what SaLoRA has to beat."""
 
     def __init__(self, model, targets, steps, r=8, alpha=None, budget=0.5, window=(0.4, 0.5)):
         super().__init__(model, targets, steps, r, alpha, budget, window=window, turn=False)
@@ -107,12 +118,12 @@ class LoRASVD(sl.SaLoRA):
         self.final_density = self.kept_params() / self.initial_params
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # AdaLoRA
 
 
 def stack_by_shape(matrices):
-    """Matrices (r, n) of one shape in one tensor (count, r, n): fewer, larger products."""
+    """Stacks matrices (r, n) of one shape as (count, r, n): fewer, larger products."""
     shapes = {}
     for m in matrices:
         shapes.setdefault(m.shape, []).append(m)
@@ -120,8 +131,8 @@ def stack_by_shape(matrices):
 
 
 class AdaLoRALinear(sl.SaLoRALinear):
-    """h = W x + (alpha/r) P diag(lambda) Q x, the form of a singular value decomposition: Q is lora_A (r, k), P lora_B (d, r), and lora_E
-    (r,) the singular values, which start at 0."""
+    """h = W x + (alpha/r) P diag(lambda) Q x, shaped like a singular value decomposition: Q is
+    lora_A (r, k), P is lora_B (d, r), and lora_E (r,) the singular values, which start at 0."""
 
     triplet_dim = sl.SaLoRALinear.triplet_dim | dict(lora_E=0)
 
@@ -136,24 +147,28 @@ class AdaLoRALinear(sl.SaLoRALinear):
 
 
 class AdaLoRA:
-    """Adaptive budget allocation (Zhang et al. 2023), used in a training loop as SaLoRA is. From the start of the window to its end
-    the number of triplets with a singular value other than 0 falls, as a cubic, from all to `budget` of all; a smoothed importance
-    decides again and again which. At the end of the window the tensors are cut down. beta: of the mean over the 2K matrices of
-    |PP' - I|, which their paper squares and their code does not. ValueError: as SaLoRA.
+    """Adaptive budget allocation (Zhang et al. 2023), used in a training loop as SaLoRA is. In the
+    window the number of triplets whose singular value is not 0 falls, as a cubic, from all to
+    `budget` of all; a smoothed importance decides which stay, again and again. At the end the
+    tensors are cut. beta: weight of the mean over the 2K matrices of |PP' - I|, which their paper
+    squares and their code does not. ValueError: as SaLoRA.
 
-    Ours differs in two points: window and interval are shares of the run, where theirs are numbers of steps for each task; and triplets
-    that lost are cut out of the tensors, where their code goes on with zeros."""
+    Ours differs in two points: window and interval are shares of the run, theirs are numbers of
+    steps for each task; and lost triplets are cut out, where their code goes on with zeros."""
 
     BETA1 = BETA2 = 0.85  # of the two moving averages
-    SCALE = 16  # alpha/r if no alpha is given, as in their scripts for GLUE: Adam moves one singular value as slowly as one element of B
+    SCALE = 16  # default alpha/r, as in their GLUE scripts; Adam moves singular values slowly
+    PLAIN = ("step", "live", "pruned", "final_density")  # in a checkpoint, besides tensors
 
-    def __init__(self, model, targets, steps, r=8, alpha=None, budget=0.5, beta=0.1, window=(0.2, 0.5)):
-        self.layers = sl.adapt(model, targets, r, self.SCALE * r if alpha is None else alpha, AdaLoRALinear)
+    def __init__(self, model, targets, steps, r=8, alpha=None, budget=0.5, beta=0.1,
+                 window=(0.2, 0.5)):
+        alpha = self.SCALE * r if alpha is None else alpha
+        self.layers = sl.adapt(model, targets, r, alpha, AdaLoRALinear)
         self.steps, self.beta = steps, beta
         self.start, self.end = sl.window_steps(window, steps)
-        self.interval = max(1, (self.end - self.start) // 100)  # steps from one choice of triplets to the next
-        self.total = self.live = len(self.layers) * r  # triplets in all; those that the last choice left
-        self.target = int(budget * self.total + 1e-6)  # the margin is for products such as 0.29 * 100 = 28.999..
+        self.interval = max(1, (self.end - self.start) // 100)  # steps between choices of triplets
+        self.total = self.live = len(self.layers) * r  # triplets in all; left by the last choice
+        self.target = int(budget * self.total + 1e-6)  # 0.29 * 100 is 28.999..
         self.step, self.pruned, self.final_density = 0, False, None
         self.params = [p for m in self.layers for p in (m.lora_A, m.lora_B, m.lora_E)]
         self.sensitivity = [torch.zeros_like(p) for p in self.params]
@@ -167,14 +182,15 @@ class AdaLoRA:
         live = [m for m in self.layers if m.rank]
         if not live:
             return torch.zeros(())
-        stacks = stack_by_shape([m.lora_A for m in live] + [m.lora_B.mT for m in live])  # (count, r, n) each
-        norms = [(m @ m.mT - torch.eye(m.shape[1], device=m.device)).flatten(1).norm(dim=1) for m in stacks]
+        # (count, r, n) each
+        stacks = stack_by_shape([m.lora_A for m in live] + [m.lora_B.mT for m in live])
+        norms = [(m @ m.mT - torch.eye(m.shape[1], device=m.device)).flatten(1).norm(dim=1)
+                 for m in stacks]
         return self.beta * torch.cat(norms).mean()
 
     @torch.no_grad()
     def end_step(self, optimizer):
-        """After the optimiser's step, while the gradients are still there. At the end of the window it prunes, also in
-        `optimizer`."""
+        """After optimizer.step(), before zero_grad(). Cuts at the end of the window."""
         if not self.pruned:
             self.measure()
         self.step += 1
@@ -185,7 +201,7 @@ class AdaLoRA:
             self.params, self.sensitivity, self.uncertainty = [], [], []
 
     def measure(self):
-        """Takes this step's gradients into the importance of the triplets, and now and then masks those that matter least."""
+        """Updates the importance from this step's gradients; now and then masks the least."""
         importance = torch._foreach_mul(self.params, [p.grad for p in self.params])
         torch._foreach_abs_(importance)  # eq. 8 of their paper
         torch._foreach_lerp_(self.sensitivity, importance, 1 - self.BETA1)  # eq. 9
@@ -198,24 +214,27 @@ class AdaLoRA:
             torch._foreach_mul_([m.lora_E for m in self.layers], list(keep))
 
     def choose(self, count):
-        """(K, r) bool: the `count` triplets that matter most."""
+        """(K, r) bool: the `count` triplets of largest importance."""
         self.live = count
         keep = torch.zeros(self.total, dtype=torch.bool, device=self.layers[0].lora_E.device)
         keep[self.scores().flatten().argsort(descending=True, stable=True)[:count]] = True
         return keep.view(len(self.layers), -1)
 
     def scores(self):
-        """Importance of the triplets (K, r): their singular value's, and the means over their two vectors."""
-        a, b, e = (torch._foreach_mul(self.sensitivity[i::3], self.uncertainty[i::3]) for i in range(3))  # eq. 11
+        """Importance of the triplets (K, r): singular value's, plus the means of both vectors'."""
+        importance = torch._foreach_mul(self.sensitivity, self.uncertainty)  # eq. 11
+        a, b, e = (importance[i::3] for i in range(3))
         return torch.stack([a.mean(1) + b.mean(0) + e for a, b, e in zip(a, b, e)])  # eq. 7
 
     def state_dict(self):
-        """What a checkpoint needs besides the parameters and the optimiser's state: a flat dict of tensors and plain values."""
-        tensors = {f"{name}.{i}": t for name in ("sensitivity", "uncertainty") for i, t in enumerate(getattr(self, name))}
-        return tensors | dict(step=self.step, live=self.live, pruned=self.pruned, final_density=self.final_density)
+        """What a checkpoint needs besides the parameters and the optimizer's state."""
+        tensors = {f"{name}.{i}": t for name in ("sensitivity", "uncertainty")
+                   for i, t in enumerate(getattr(self, name))}
+        return tensors | {name: getattr(self, name) for name in self.PLAIN}
 
     def load_state_dict(self, state):
-        self.step, self.live, self.pruned, self.final_density = (state[name] for name in ("step", "live", "pruned", "final_density"))
+        for name in self.PLAIN:
+            setattr(self, name, state[name])
         if self.pruned:
             self.params, self.sensitivity, self.uncertainty = [], [], []
         for i in range(len(self.params)):
@@ -223,7 +242,7 @@ class AdaLoRA:
             self.uncertainty[i].copy_(state[f"uncertainty.{i}"])
 
     def density(self):
-        """The share of triplets with a singular value other than 0."""
+        """The share of triplets whose singular value is not 0."""
         return torch.tensor(self.live / self.total)
 
     orthogonality = sl.SaLoRA.orthogonality  # squared

@@ -263,8 +263,8 @@ class SaLoRA:
         (orth_reduction="sum")
     window: the part of the run, as fractions, in which gates are learned; None: plain LoRA
     seed: of the gates' own random generator
-    gate_lr: learning rate of log theta and lambda. By default log theta can travel far enough in
-        the window, however short it is: 12 / its steps, 1 at most
+    gate_lr: learning rate of log theta and lambda. By default they can travel far enough in the
+        window, however short it is: 12 and 24 / its steps, 1 and 2 at most (for AdamW)
     turn: at the window's start, turn A and B into the singular directions of BA and start theta as
         the singular values over their median. False: theta starts at 1
     selection: "budget" keeps the triplets of largest log theta that fit into b, never more;
@@ -277,7 +277,7 @@ class SaLoRA:
     ValueError: a target that matches nothing, a setting out of range."""
 
     def __init__(self, model: nn.Module, targets, steps: int, r: int = 8, alpha: float = None,
-                 budget: float = 0.5, beta: float = 0.0, window: tuple = (0.4, 0.5), seed: int = 0,
+                 budget: float = 0.5, beta: float = 0.0, window: tuple = (0.5, 0.6), seed: int = 0,
                  *, gate_lr: float = None, turn: bool = True, orth_reduction: str = "mean",
                  selection: str = None, fold_gates: bool = False, price: float = None):
         start, end = window or (0.0, 1.0)
@@ -308,7 +308,8 @@ class SaLoRA:
 
         self.model, self.steps, self.gated = model, steps, window is not None
         self.budget, self.beta, self.price = budget, beta, price
-        self.gate_lr = gate_lr or 12 / max(self.last - self.first, 12)
+        travel = 1 / max(self.last - self.first, 12)
+        self.gate_lr, self.lam_lr = gate_lr or 12 * travel, gate_lr or 24 * travel
         self.turn, self.orth_reduction, self.fold_gates = turn, orth_reduction, fold_gates
         self.selection = selection or ("budget" if price is None else "paper")
         self.step, self.final_density = 0, None  # C at the end of the window
@@ -329,9 +330,8 @@ class SaLoRA:
         weights = [p for p in self.model.parameters() if p.requires_grad]
         groups = [dict(params=weights, lr=lr, weight_decay=weight_decay)]
         if self.gated:
-            gates = dict(lr=self.gate_lr, weight_decay=0.0)
-            groups += [gates | dict(params=[self.log_theta]),
-                       gates | dict(params=[self.lam], maximize=True)]  # eq. 12: max over lambda
+            groups += [dict(params=[self.log_theta], lr=self.gate_lr, weight_decay=0.0),
+                       dict(params=[self.lam], lr=self.lam_lr, weight_decay=0.0, maximize=True)]
         return groups
 
     @property
@@ -459,8 +459,8 @@ class SaLoRA:
         missed = self.gated and abs(self.final_density - self.budget) > 0.1
         if missed and self.selection == "budget":
             warnings.warn(f"the gates came to a density of {self.final_density:.2f}, and the "
-                          f"budget is {self.budget:g}: the cut decides more than they do. Widen "
-                          "the window, or raise gate_lr", stacklevel=5)
+                          f"budget is {self.budget:g}: the cut decides more than they do, so "
+                          "widen the window", stacklevel=5)
         gates = deterministic_gates(self.log_theta)
         for layer, keep, g in zip(self.layers, self.select(optimizer), gates):
             if self.fold_gates:

@@ -1,14 +1,16 @@
 """
-Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA, or with one of the methods it is compared with.
+Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA, or with a method it is compared with.
 
     python train_glue.py                         # offline demo, about a minute on two CPU cores
     python train_glue.py --task cola             # roberta-base and CoLA, downloaded once
     python train_glue.py --task cola --model DIR --data DIR --seeds 0 1 2
-    python train_glue.py --task my_folder        # train.tsv, dev.tsv: sentence (or sentence1, sentence2), label (or score)
-    python train_glue.py table1 --tasks cola rte # experiments of the paper: also ablation, efficiency, ranks, sweep, components
-    torchrun --nproc-per-node 2 train_glue.py .. # every step's rows shared out among processes, one GPU each
+    python train_glue.py --task my_folder        # your own train.tsv and dev.tsv
+    python train_glue.py table1 --tasks cola rte # paper/: table1, ablation, efficiency, ranks, ..
+    torchrun --nproc-per-node 2 train_glue.py .. # splits every step's rows; one GPU per process
 
-A run leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/ (for --resume).
+The columns of your own files are sentence (or sentence1, sentence2) and label (or score). A run
+leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/
+(for --resume).
 """
 
 import argparse
@@ -54,44 +56,49 @@ from training.loop import (
 from training.runs import free_folder, own_folder, run_all, run_command, write_text
 
 METHODS = ("salora", *baselines.METHODS)
-LEARNING_RATES = dict(ft=3e-5, prefix=1e-3, prompt=1e-3)  # all others 3e-4
-DEMO_LEARNING_RATES = dict(ft=5e-4, prompt=1e-2)  # all others 3e-3
+LEARNING_RATES = dict(ft=3e-5, prefix=1e-3, prompt=1e-3)  # others: 3e-4
+DEMO_LEARNING_RATES = dict(ft=5e-4, prompt=1e-2)  # others: 3e-3
+TASK = f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv"
 EXPERIMENTS = ("table1", "ablation", "efficiency", "ranks", "sweep", "components")
 
 
 def parse_args(argv=None):
     parser = new_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = flag_group(parser, "what to train, on what")
-    arg("--task", default="demo", help=f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv")
-    arg("--model", help="folder in Hugging Face layout, or a hub name (default: roberta-base; for demo the built-in one)")
-    arg("--data", help="folder in GLUE's layout, DIR/CoLA/train.tsv .. (default: data/, where a missing task is downloaded)")
-    arg("--limit-train", type=int, metavar="N", help="use only the first N training rows (default: all)")
-    arg("--limit-dev", type=int, metavar="N", help="use only the first N dev rows (default: all)")
+    arg("--task", default="demo", help=TASK)
+    arg("--model", help="folder in Hugging Face layout, or a hub name (default: roberta-base; for "
+        "demo the built-in one)")
+    arg("--data", help="folder in GLUE's layout, DIR/CoLA/train.tsv .. (default: data/, where a "
+        "missing task is downloaded)")
+    arg("--limit-train", type=int, metavar="N", help="use the first N training rows (default: all)")
+    arg("--limit-dev", type=int, metavar="N", help="use the first N dev rows (default: all)")
     arg("--hold-out", type=float, metavar="N",
-        help="score on N random training rows, always the same, that are taken out of training, "
-        "instead of the dev set, to choose settings by; below 1: on this share of them, at most 3000 (default: off)")
-    arg("--max-length", type=int,
-        help="longer inputs are cut to this many tokens (default: 128, or what the model has positions for)")
+        help="to choose settings by: score on N random training rows, always the same, that are "
+        "not trained on; below 1: on this share of them, at most 3000 (default: off)")
+    arg("--max-length", type=int, help="longer inputs are cut to this many tokens (default: 128, "
+        "or what the model has positions for)")
 
     method_flags(parser, METHODS, LINEARS)
     arg = flag_group(parser, "some baselines")
-    arg("--bottleneck", type=int,
-        help="width of adapter-h and adapter-p (default: 32 and 64, with which they are as large as LoRA of rank 8)")
+    arg("--bottleneck", type=int, help="width of adapter-h and adapter-p (default: 32 and 64, "
+        "which makes them as large as LoRA of rank 8)")
     arg("--virtual-tokens", type=int, default=20, help="length of the prefix or the prompt")
 
-    run_flags(parser, epochs="by task, 3 to 20", lr="3e-4; ft 3e-5, prefix and prompt 1e-3; more for demo", batch_size=32,
-                       dtype="float32", out="runs/TASK-METHOD")
+    run_flags(parser, epochs="by task, 3 to 20", batch_size=32, dtype="float32",
+              lr="3e-4; ft 3e-5, prefix and prompt 1e-3; more for demo", out="runs/TASK-METHOD")
     arg = flag_group(parser, "choice of the learning rate")
     arg("--lr-grid", type=float, nargs="+", metavar="LR",
-        help="a run for each, scored on rows held out of training (--hold-out, by default a fifth, at "
-        "most 3000), with a seed of its own; then the run, or those of --seeds, on all rows at the best (default: no choice, --lr)")
+        help="a run for each, with a seed of its own, scored on rows held out of training "
+        "(--hold-out, by default a fifth, at most 3000); then the run, or those of --seeds, on all "
+        "rows at the best (default: off, --lr)")
     args = parser.parse_args(argv)
 
     demo = args.task == "demo"
     if args.model is None:
         args.model = str(HERE / "demo" / "model") if demo else "roberta-base"
     if args.lr is None:
-        args.lr = DEMO_LEARNING_RATES.get(args.method, 3e-3) if demo else LEARNING_RATES.get(args.method, 3e-4)
+        rates, others = (DEMO_LEARNING_RATES, 3e-3) if demo else (LEARNING_RATES, 3e-4)
+        args.lr = rates.get(args.method, others)
     if args.bottleneck is None:
         args.bottleneck = 64 if args.method == "adapter-p" else 32
     if args.threads is None and demo:
@@ -100,16 +107,17 @@ def parse_args(argv=None):
     settle(args)
     at_least(args, 1, "bottleneck", "virtual_tokens")
     if args.task not in TASKS:
-        expected = f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv"
-        need(Path(args.task).is_dir(), "--task", repr(args.task), expected)
-        need(args.data is None, "--data", repr(args.data), "nothing when --task is itself the folder with the data")
+        need(Path(args.task).is_dir(), "--task", repr(args.task), TASK)
+        need(args.data is None, "--data", repr(args.data),
+             "nothing when --task is itself the folder with the data")
     grid = args.lr_grid or []
-    need(all(0 < lr < math.inf for lr in grid) and len(set(grid)) == len(grid), "--lr-grid", grid, "different positive numbers")
+    need(all(0 < lr < math.inf for lr in grid) and len(set(grid)) == len(grid), "--lr-grid", grid,
+         "different positive numbers")
     return args
 
 
 def evaluate(model, rows, pad_id, device, batch_size=128):
-    """Logits (n, num_labels) in the order of `rows`, float32 numpy; each process computes its share of the batches."""
+    """Logits (n, num_labels) of `rows`, float32 numpy; each process computes its share."""
     training_mode = model.training
     logits = torch.zeros(len(rows), model.num_labels, device=device)
     model.eval()
@@ -123,27 +131,33 @@ def evaluate(model, rows, pad_id, device, batch_size=128):
 
 
 def train(args, seed, out):
-    """One run: trains with one seed, writes its files into `out`, returns what is in result.json (in the first process)."""
+    """One run: trains, writes its files into `out`, returns result.json (in the first process)."""
     # ---- data, and what the model's sizes allow
-    task, train_rows, dev_sets = load_task(args.task, args.data, args.limit_train, args.limit_dev, args.hold_out)
+    task, train_rows, dev_sets = load_task(
+        args.task, args.data, args.limit_train, args.limit_dev, args.hold_out)
     folder = model_folder(args.model)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
     check_sizes(args, config)
-    room = config.max_length - (args.virtual_tokens if args.method == "prompt" else 0)
+    prompt = args.virtual_tokens if args.method == "prompt" else 0
+    room = config.max_length - prompt
     max_length = min(128, room) if args.max_length is None else args.max_length
     if not 8 <= max_length <= room:
-        taken = f", {args.virtual_tokens} of them for the prompt (--virtual-tokens)" if args.method == "prompt" else ""
-        raise InputError(f"--max-length is {max_length}, but {args.model} has positions for {config.max_length} tokens{taken}")
-    tokens = tokenize(tokenizer, train_rows.texts, max_length, config.vocab_size)
-    dev_tokens = [tokenize(tokenizer, rows.texts, max_length, config.vocab_size) for rows in dev_sets]
+        taken = f", {prompt} of them for the prompt (--virtual-tokens)" if prompt else ""
+        raise InputError(f"--max-length is {max_length}, but {args.model} has positions for "
+                         f"{config.max_length} tokens{taken}")
+    tokens, *dev_tokens = (tokenize(tokenizer, rows.texts, max_length, config.vocab_size)
+                           for rows in (train_rows, *dev_sets))
     lengths, pad_id = [len(ids) for ids, _ in tokens], config.pad_token_id
-    plan = schedule(args, lengths, [1] * len(tokens), task.epochs if args.epochs is None else args.epochs)
+    epochs = task.epochs if args.epochs is None else args.epochs
+    plan = schedule(args, lengths, [1] * len(tokens), epochs)
 
     # ---- model and method
     torch.manual_seed(seed)
     device = own_device(args)
-    mixed = args.method == "ft" and args.dtype == "bfloat16"  # what is trained stays float32: products are taken of rounded copies
-    model = load_encoder(folder, task.num_labels, torch.float32 if mixed else getattr(torch, args.dtype)).to(device)
+    # full fine-tuning in bfloat16: autocast, since what is trained stays float32
+    mixed = args.method == "ft" and args.dtype == "bfloat16"
+    dtype = torch.float32 if mixed else getattr(torch, args.dtype)
+    model = load_encoder(folder, task.num_labels, dtype).to(device)
     if mixed:
         model.hidden = torch.autocast(device.type, torch.bfloat16)(model.hidden)
     model.checkpoint_activations = args.checkpoint_activations
@@ -155,34 +169,42 @@ def train(args, seed, out):
     head_params = sum(p.numel() for module in model.head for p in module.parameters())
     trainable_params = count_trainable(model, head_params)
     settings = settings_of(args, seed, plan, lowrank) | dict(max_length=max_length)
-    announce(settings, f"{args.method} on {args.task}: {len(tokens)} training rows, {plan.steps} steps of {plan.rows_per_step}; "
-                                f"{trainable_params:,} parameters to train and {head_params:,} in the head")
+    announce(settings, f"{args.method} on {args.task}: {len(tokens)} training rows, {plan.steps} "
+                       f"steps of {plan.rows_per_step}; {trainable_params:,} parameters to train "
+                       f"and {head_params:,} in the head")
 
     # ---- training
     forward = torch.compile(model, dynamic=True) if args.compile else model
     labels = torch.tensor(train_rows.labels)
 
     def loss_of(rows):
-        inputs = collate([tokens[j] for j in rows], pad_id, device, always_mask=args.compile)  # one graph instead of two
+        part = [tokens[j] for j in rows]
+        inputs = collate(part, pad_id, device, always_mask=args.compile)  # one graph, not two
         logits = forward(*inputs)  # (b, num_labels)
         label = labels[rows].to(device, non_blocking=True)  # (b,)
-        return F.cross_entropy(logits, label, reduction="sum") if task.labels else F.mse_loss(logits[:, 0], label, reduction="sum")
+        if task.labels:
+            return F.cross_entropy(logits, label, reduction="sum")
+        return F.mse_loss(logits[:, 0], label, reduction="sum")
 
     def evaluate_dev():
         logits = [evaluate(model, rows, pad_id, device) for rows in dev_tokens]
         scores = score(task, dev_sets[0].labels, logits[0])
         if len(dev_sets) > 1:  # MNLI
-            scores |= {f"{k}_mismatched": v for k, v in score(task, dev_sets[1].labels, logits[1]).items()}
+            mismatched = score(task, dev_sets[1].labels, logits[1])
+            scores |= {f"{k}_mismatched": v for k, v in mismatched.items()}
         return logits, scores
 
     with own_folder(args, out):
-        logits, scores, history, seconds = fit(args, plan, settings, out, model, lowrank, loss_of, evaluate_dev)
+        logits, scores, history, seconds = fit(
+            args, plan, settings, out, model, lowrank, loss_of, evaluate_dev)
 
-        # ---- results; result.json comes last: with it the run counts as finished
+        # ---- results; result.json comes last and marks the run as finished
         if RANK:
             return None
-        for name, rows, values in zip(("predictions.tsv", "predictions_mismatched.tsv"), dev_sets, logits):
-            lines = ["\t".join(["index", "label", "prediction", *(f"logit_{i}" for i in range(values.shape[1]))])]
+        names = ("predictions.tsv", "predictions_mismatched.tsv")
+        for name, rows, values in zip(names, dev_sets, logits):
+            columns = ["index", "label", "prediction"]
+            lines = ["\t".join(columns + [f"logit_{i}" for i in range(values.shape[1])])]
             for i, (label, row) in enumerate(zip(rows.labels, values)):
                 prediction = row.argmax() if task.labels else row[0]
                 lines.append("\t".join(map(str, [i, label, prediction, *row])))
@@ -194,16 +216,20 @@ def train(args, seed, out):
         if args.method == "prefix":
             model.prefix.finish()
         result = dict(
-            task=args.task, model=args.model, method=args.method, seed=seed, metric=task.metric, score=scores[task.metric], metrics=scores,
-            best_score=max(h[task.metric] for h in history), labels=task.labels, dev_rows=[len(rows.labels) for rows in dev_sets])
-        result |= common_result(args, plan, settings, model, lowrank, trainable_params, head_params, history, seconds)
+            task=args.task, model=args.model, method=args.method, seed=seed, metric=task.metric,
+            score=scores[task.metric], metrics=scores,
+            best_score=max(h[task.metric] for h in history), labels=task.labels,
+            dev_rows=[len(rows.labels) for rows in dev_sets])
+        result |= common_result(
+            args, plan, settings, model, lowrank, trainable_params, head_params, history, seconds)
         write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
 def report(args, result, out):
-    """The end of a run, for a person."""
-    print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} {'held-out' if args.hold_out else 'dev'} rows "
+    """Prints the end of a run."""
+    rows = "held-out" if args.hold_out else "dev"
+    print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} {rows} rows "
           f"after {result['steps']} steps, {result['seconds']:.0f} s")
     report_ranks(args, result, LINEARS, at=3)
     loads = ", adapter/ (loads in PEFT)" if result["ranks"] else ""
@@ -219,10 +245,11 @@ def main(argv):
         return experiments.main(argv[0], argv[1:], parse_args)
     args = parse_args(argv)
     name = args.task if args.task in TASKS else Path(args.task).resolve().name
-    run_all(args, Path(args.out) if args.out else free_folder(f"runs/{name}-{args.method}"), train, report)
+    root = Path(args.out) if args.out else free_folder(f"runs/{name}-{args.method}")
+    run_all(args, root, train, report)
     if args.task == "demo" and args.seeds is None and RANK == 0:
-        print("\nnext: --method lora (the same without gates), --budget 0.25, --seeds 0 1 2, or the real thing: "
-              "python train_glue.py --task cola")
+        print("\nnext: --method lora (the same without gates), --budget 0.25, --seeds 0 1 2, or "
+              "the real thing: python train_glue.py --task cola")
 
 
 def command(argv=None):

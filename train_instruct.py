@@ -1,16 +1,15 @@
 """
 Tunes a LLaMA on instructions with SaLoRA or LoRA, and lets it answer.
 
-    python train_instruct.py                                              # offline demo, about a minute
+    python train_instruct.py                                   # offline demo, about a minute
     python train_instruct.py --model DIR --data alpaca.json --out runs/NAME
-    python train_instruct.py generate --model DIR --adapter runs/NAME/adapter --instruction ".." [--input ".."]
-    python train_instruct.py style --model DIR --adapter runs/NAME/adapter --data DIR/yelp --direction neg2pos
-        # style transfer, then its scores
-    python train_instruct.py score --outputs FILE --sources FILE --references FILE.. --classifier RUN --lm FILE.arpa
+    python train_instruct.py generate --model DIR --adapter runs/NAME/adapter --instruction ".."
+    python train_instruct.py style --model DIR --adapter DIR --data DIR/yelp --direction neg2pos
+    python train_instruct.py score --outputs FILE --references FILE.. --classifier RUN --lm FILE
 
-DIR is a folder in Hugging Face layout (config.json, model.safetensors or its shards, tokenizer.json), --data a JSON list or JSONL of
-objects with instruction, input and output. A run leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT)
-and checkpoint/.
+DIR is a folder in Hugging Face layout (config.json, model.safetensors or its shards,
+tokenizer.json), --data a JSON list or JSONL of objects with instruction, input and output. A run
+leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/.
 """
 
 import argparse
@@ -74,32 +73,36 @@ from training.runs import (
 )
 
 DEMO = Path(__file__).parent / "data" / "demo"
+MODEL = "folder in Hugging Face layout, or a hub name (default: the demo's)"
 
 
 def parse_args(argv=None):
     parser = new_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = flag_group(parser, "what to train, on what")
-    arg("--model", help="folder in Hugging Face layout, or a hub name (default: the built-in one of the demo)")
-    arg("--data", help="JSON or JSONL file of instructions (default: the built-in one of the demo)")
+    arg("--model", help=MODEL)
+    arg("--data", help="JSON or JSONL file of instructions (default: the demo's)")
     arg("--template", choices=list(TEMPLATES), default="alpaca",
-        help="how an instruction becomes a prompt: as Alpaca did, or as a turn of a chat")
+        help="how an instruction becomes a prompt: Alpaca's, or a turn of a chat")
     arg("--train-on-prompt", action="store_true", default=False,
-        help="train on the tokens of the prompt too, not on those of the response alone")
-    arg("--limit-train", type=int, metavar="N", help="use only the first N training rows (default: all)")
-    arg("--limit-dev", type=int, metavar="N", help="use only the first N held-out rows (default: all)")
+        help="train on the tokens of the prompt too, not only on those of the response")
+    arg("--limit-train", type=int, metavar="N", help="use the first N training rows (default: all)")
+    arg("--limit-dev", type=int, metavar="N", help="use the first N held-out rows (default: all)")
     arg("--hold-out", type=float, metavar="N", default=0.05,
-        help="random rows, always the same, that are not trained on but scored; below 1: this share of them")
-    arg("--max-length", type=int, default=512, help="prompt and response are cut to this many tokens")
-    arg("--generate", type=int, metavar="N",
-        help="held-out rows that are answered before and after training (default: 8; for demo 100)")
+        help="random rows, always the same, that are scored and not trained on; below 1: this "
+        "share of them")
+    arg("--max-length", type=int, default=512,
+        help="prompt and response are cut to this many tokens")
+    arg("--generate", type=int, metavar="N", help="held-out rows that are answered before and "
+        "after training (default: 8; for demo 100)")
     method_flags(parser, ("salora", "lora"), DECODER_LINEARS)
-    run_flags(parser, epochs="3", lr="3e-4; for demo 5e-3", batch_size=16, dtype="bfloat16; for demo float32",
-                       out="runs/DATA-METHOD")
+    run_flags(parser, epochs="3", lr="3e-4; for demo 5e-3", batch_size=16,
+              dtype="bfloat16; for demo float32", out="runs/DATA-METHOD")
     args = parser.parse_args(argv)
 
     demo = args.model is None and args.data is None
     missing = "--data" if args.model else "--model"
-    need(demo or (args.model and args.data), missing, "not given", "both --model and --data (or neither, for the demo)")
+    need(demo or (args.model and args.data), missing, "not given",
+         "both --model and --data (or neither, for the demo)")
     if demo:
         args.model, args.data = str(DEMO / "llama"), str(DEMO / "instruct.jsonl")
         args.threads = 1 if args.threads is None else args.threads
@@ -115,12 +118,12 @@ def parse_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # loss and answers
 
 
 def collate(examples, device, on_prompt=False):
-    """input_ids and targets (b, t), padded on the right: the target of a position is the token behind it, or -100 for none."""
+    """input_ids and targets (b, t), padded on the right; a target is the next token, or -100."""
     t = max(map(len, examples))
     ids = torch.tensor([e.prompt + e.response + [0] * (t - len(e)) for e in examples])
     targets = torch.full_like(ids, -100)
@@ -131,8 +134,9 @@ def collate(examples, device, on_prompt=False):
 
 
 def token_losses(model, x, targets, chunk=1024):
-    """Cross-entropy in float32 of every position of hidden states x (b, t, d) that has a target: (n,). The vocabulary is wide: no
-    more than `chunk` positions have their logits in memory at a time, in the backward pass too, which computes them again."""
+    """Cross-entropy in float32 of the positions of x (b, t, d) that have a target: (n,). The
+    vocabulary is large: only `chunk` positions have their logits in memory at a time, in the
+    backward pass too, which computes them again."""
     asked = targets != -100
     x, targets = x[asked], targets[asked]  # (n, d), (n,)
 
@@ -147,7 +151,8 @@ def token_losses(model, x, targets, chunk=1024):
 
 @torch.no_grad()
 def evaluate(model, examples, device, batch_size=32):
-    """Summed loss and number of response tokens of each example: (n, 2) on the CPU; each process computes its share of the batches."""
+    """Summed loss and number of response tokens of each example: (n, 2) on the CPU; each process
+    computes its share."""
     training_mode = model.training
     model.eval()
     sums = torch.zeros(len(examples), 2, device=device)
@@ -163,7 +168,7 @@ def evaluate(model, examples, device, batch_size=32):
 
 
 def answer(model, tokenizer, prompts, stop, max_new_tokens, batch_size=16, **sampling):
-    """Texts that the model gives to prompts (lists of token ids)."""
+    """The texts that the model answers to prompts (lists of token ids)."""
     training_mode, texts = model.training, []
     model.eval()
     for i in range(0, len(prompts), batch_size):
@@ -177,26 +182,29 @@ def answer(model, tokenizer, prompts, stop, max_new_tokens, batch_size=16, **sam
     return texts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # one run
 
 
 def train(args, seed, out):
-    """One run: trains with one seed, writes its files into `out`, returns what is in result.json (in the first process)."""
+    """One run: trains, writes its files into `out`, returns result.json (in the first process)."""
     # ---- data, and what the model's sizes allow
     rows, held = split(load_instructions(args.data), args.hold_out)
     rows, held = rows[:args.limit_train], held[:args.limit_dev]
     folder = model_folder(args.model)
-    config, tokenizer, stop = read_config(folder, DecoderConfig), load_tokenizer(folder), stop_ids(folder)
+    config, tokenizer = read_config(folder, DecoderConfig), load_tokenizer(folder)
+    stop = stop_ids(folder)
     if args.max_length > config.max_length:
-        raise InputError(f"--max-length is {args.max_length}, but {args.model} has positions for {config.max_length} tokens")
+        raise InputError(f"--max-length is {args.max_length}, but {args.model} has positions for "
+                         f"{config.max_length} tokens")
     check_sizes(args, config)
     end_of_turn = tokenizer.token_to_id("<|im_end|>")
     end_id = end_of_turn if end_of_turn in stop else min(stop)
-    examples = encode(tokenizer, rows, args.template, end_id, args.max_length, config.vocab_size)
-    dev = encode(tokenizer, held, args.template, end_id, args.max_length, config.vocab_size)
+    examples, dev = (encode(tokenizer, part, args.template, end_id, args.max_length,
+                            config.vocab_size) for part in (rows, held))
     lengths = [len(e) for e in examples]
-    asked = [len(e) - 1 if args.train_on_prompt else len(e.response) for e in examples]  # tokens that are trained on
+    # tokens that are trained on
+    asked = [len(e) - 1 if args.train_on_prompt else len(e.response) for e in examples]
     plan = schedule(args, lengths, asked, args.epochs)
 
     # ---- model and method
@@ -207,9 +215,11 @@ def train(args, seed, out):
     lowrank = install(args, model, plan.steps, seed)
     trainable_params = count_trainable(model)
     settings = settings_of(args, seed, plan, lowrank)
-    announce(settings, f"{args.method} on {args.data}: {len(examples)} training rows, {sum(asked):,} tokens of them trained on; "
-                                f"{plan.steps} steps of {plan.rows_per_step}; {trainable_params:,} parameters to train")
-    prompts = [encode_prompt(tokenizer, fill(args.template, row["instruction"], row["input"])) for row in held[:args.generate]]
+    announce(settings, f"{args.method} on {args.data}: {len(examples)} training rows, "
+                       f"{sum(asked):,} tokens of them trained on; {plan.steps} steps of "
+                       f"{plan.rows_per_step}; {trainable_params:,} parameters to train")
+    prompts = [encode_prompt(tokenizer, fill(args.template, row["instruction"], row["input"]))
+               for row in held[:args.generate]]
     before = answer(model, tokenizer, prompts, stop, 40) if RANK == 0 else []
 
     # ---- training
@@ -225,55 +235,62 @@ def train(args, seed, out):
         return [sums.numpy()], dict(loss=loss, perplexity=math.exp(min(loss, 700)))
 
     with own_folder(args, out):
-        _, scores, history, seconds = fit(args, plan, settings, out, model, lowrank, loss_of, evaluate_dev)
+        _, scores, history, seconds = fit(
+            args, plan, settings, out, model, lowrank, loss_of, evaluate_dev)
 
-        # ---- results; result.json comes last: with it the run counts as finished
+        # ---- results; result.json comes last and marks the run as finished
         if RANK:
             return None
         answers = answer(model, tokenizer, prompts, stop, 128)
         lines = ["index\tlabel\tprediction"]
-        lines += [f"{i}\t{escape(row['output'])}\t{escape(text)}" for i, (row, text) in enumerate(zip(held, answers))]
+        for i, (row, text) in enumerate(zip(held, answers)):
+            lines.append(f"{i}\t{escape(row['output'])}\t{escape(text)}")
         write_text(out / "predictions.tsv", "\n".join(lines) + "\n")
         adapter.save(model, out / "adapter", budget=budget_of(args),
                      base_model_name_or_path=str(args.model), task_type="CAUSAL_LM")
-        shown = [dict(instruction=row["instruction"], input=row["input"], reference=row["output"], before=b, after=a)
-                 for row, b, a in zip(held, before, answers)]
+        shown = [dict(instruction=row["instruction"], input=row["input"], reference=row["output"],
+                      before=b, after=a) for row, b, a in zip(held, before, answers)]
         if shown:
             scores["exact_match"] = sum(e["after"] == e["reference"] for e in shown) / len(shown)
+        # first what training has taught
         shown.sort(key=lambda e: (e["before"] == e["reference"], e["after"] != e["reference"]))
-        result = dict(task=Path(args.data).stem, model=args.model, method=args.method, seed=seed, metric="loss", score=scores["loss"],
-                      metrics=scores, best_score=min(h["loss"] for h in history),
-                      dev_rows=[len(dev)], answered=len(answers),
-                      examples=shown[:3])  # first what training has taught
-        result |= common_result(args, plan, settings, model, lowrank, trainable_params, 0, history, seconds)
+        result = dict(
+            task=Path(args.data).stem, model=args.model, method=args.method, seed=seed,
+            metric="loss", score=scores["loss"], metrics=scores,
+            best_score=min(h["loss"] for h in history), dev_rows=[len(dev)], answered=len(answers),
+            examples=shown[:3])
+        result |= common_result(
+            args, plan, settings, model, lowrank, trainable_params, 0, history, seconds)
         write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
 def escape(text):
-    """On one line of a TSV file."""
-    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+    """Puts text on one line of a TSV file."""
+    return text.translate(str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"}))
 
 
 def report(args, result, out):
-    """The end of a run, for a person."""
+    """Prints the end of a run."""
     for example in result["examples"]:
-        before, after, reference = (escape(example[name])[:150] for name in ("before", "after", "reference"))
+        before, after, reference = (
+            escape(example[name])[:150] for name in ("before", "after", "reference"))
         print(f"\n{example['instruction']} {example['input']}")
         print(f"  before:    {before}\n  after:     {after}\n  reference: {reference}")
-    scores, held_out = result["metrics"], result["dev_rows"][0]
-    print(f"\nloss {result['score']:.4f} (perplexity {scores['perplexity']:.2f}) on {held_out} held-out rows "
-          f"after {result['steps']} steps, {result['seconds']:.0f} s")
+    scores = result["metrics"]
+    print(f"\nloss {result['score']:.4f} (perplexity {scores['perplexity']:.2f}) on "
+          f"{result['dev_rows'][0]} held-out rows after {result['steps']} steps, "
+          f"{result['seconds']:.0f} s")
     if "exact_match" in scores:
         right = round(scores["exact_match"] * result["answered"])
         few = any(e["after"] != e["reference"] for e in result["examples"])
         print(f"{right} of {result['answered']} held-out instructions answered exactly"
-              + "; fewer than three to show, so the examples above have other answers, too" * few)
+              + "; fewer than three to show, so not all examples above are right" * few)
     report_ranks(args, result, DECODER_LINEARS, at=2)
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT)")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # answering an instruction
 
 
@@ -283,23 +300,28 @@ def subcommand(name, description):
 
 
 def model_flags(parser, arg):
-    arg("--model", help="folder in Hugging Face layout, or a hub name (default: the built-in one of the demo)")
-    arg("--adapter", help="folder of an adapter, as a run leaves it (default: none)")
-    arg("--merge", action="store_true", default=False, help="add the adapter into the weights first: the same text, faster")
-    arg("--template", choices=list(TEMPLATES), help="as in training (default: that of the adapter's run, else alpaca)")
-    arg("--max-new-tokens", type=int, default=256, help="an answer ends here if not before")
-    arg("--temperature", type=float, default=0.0, help="0 takes the likeliest token; above, tokens are drawn")
-    arg("--top-p", type=float, default=1.0, help="draw from the smallest set of tokens whose probabilities reach this")
+    arg("--model", help=MODEL)
+    arg("--adapter", help="folder of an adapter that a run saved (default: none)")
+    arg("--merge", action="store_true", default=False,
+        help="add the adapter to the weights first: the same text, faster")
+    arg("--template", choices=list(TEMPLATES),
+        help="as in training (default: that of the adapter's run, else alpaca)")
+    arg("--max-new-tokens", type=int, default=256, help="limit of an answer")
+    arg("--temperature", type=float, default=0.0,
+        help="0 takes the most likely token; above, tokens are drawn")
+    arg("--top-p", type=float, default=1.0,
+        help="draw from the smallest set of tokens whose probabilities reach this")
     arg("--seed", type=int, default=0, help="of the draw")
     machine_flags(parser, dtype="float32")
 
 
 def open_model(args):
-    """The model that model_flags name, ready to answer; its tokenizer and the ids that end a text. Fills in the flags' defaults."""
+    """The model of model_flags, its tokenizer and the ids that end a text. Fills in defaults."""
     at_least(args, 1, "max_new_tokens")
     at_least(args, 0, "temperature", "seed")
     need(0 < args.top_p <= 1, "--top-p", args.top_p, "a share in (0, 1]")
-    need(args.temperature == 0 or args.temperature >= 0.001, "--temperature", args.temperature, "0, or at least 0.001")
+    need(args.temperature == 0 or args.temperature >= 0.001, "--temperature", args.temperature,
+         "0, or at least 0.001")
     device = use_machine(args)
     args.model, args.dtype = args.model or str(DEMO / "llama"), args.dtype or "float32"
     args.template = args.template or template_of(args.adapter)
@@ -315,13 +337,14 @@ def open_model(args):
 
 def check_room(args, model, prompts):
     longest = max(map(len, prompts))
-    if longest + args.max_new_tokens > model.config.max_length:
-        raise InputError(f"--max-new-tokens is {args.max_new_tokens}; with the prompt of {longest} tokens the model has positions for "
-                         f"{max(model.config.max_length - longest, 0)} more")
+    room = max(model.config.max_length - longest, 0)
+    if args.max_new_tokens > room:
+        raise InputError(f"--max-new-tokens is {args.max_new_tokens}; with the prompt of {longest} "
+                         f"tokens the model has positions for {room} more")
 
 
 def generate(argv):
-    parser, arg = subcommand("generate", "Answers an instruction, token by token as they come.")
+    parser, arg = subcommand("generate", "Answers an instruction, token by token.")
     arg("--instruction", required=True, help="what to do")
     arg("--input", default="", help="what to do it with")
     model_flags(parser, arg)
@@ -333,7 +356,9 @@ def generate(argv):
     prompt = encode_prompt(tokenizer, fill(args.template, args.instruction, args.input))
     check_room(args, model, [prompt])
     ids, printed = [], ""
-    for (token,) in model.generate([prompt], args.max_new_tokens, stop, args.temperature, args.top_p, args.seed):
+    tokens = model.generate([prompt], args.max_new_tokens, stop, args.temperature, args.top_p,
+                            args.seed)
+    for (token,) in tokens:
         if token not in stop:
             ids.append(token)
         text = tokenizer.decode(ids)
@@ -349,17 +374,18 @@ def template_of(folder):
     return result["settings"].get("template", "alpaca") if result else "alpaca"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # style transfer and its scores
 
 
 def style(argv):
-    parser, arg = subcommand("style", "Rewrites the test sentences of Yelp or GYAFC in the other style, zero-shot (prompts: "
-                                      "data/style.py), and scores them.")
+    parser, arg = subcommand("style", "Rewrites the test sentences of Yelp or GYAFC in the other "
+                             "style, zero-shot (prompts: data/style.py), and scores them.")
     arg("--data", required=True, help="folder of Yelp's files, or of one of GYAFC's domains")
     arg("--direction", required=True, choices=list(PROMPTS), help="from one style to the other")
     arg("--limit", type=int, metavar="N", help="only the first N sentences (default: all)")
-    arg("--out", help="folder for the outputs and scores (default: runs/style-DIRECTION, with a number behind it if that is taken)")
+    arg("--out", help="folder for the outputs and scores (default: runs/style-DIRECTION, numbered "
+        "if that exists)")
     arg("--batch-size", type=int, default=16, help="sentences at a time")
     score_flags(arg)
     model_flags(parser, arg)
@@ -374,37 +400,45 @@ def style(argv):
     if (out / "scores.json").exists():
         raise InputError(f"--out {out} holds a finished run: give another folder")
     model, tokenizer, stop = open_model(args)
-    prompts = [encode_prompt(tokenizer, fill(args.template, PROMPTS[args.direction], sentence)) for sentence in sources]
+    prompts = [encode_prompt(tokenizer, fill(args.template, PROMPTS[args.direction], sentence))
+               for sentence in sources]
     check_room(args, model, prompts)
     make_folder(out)
     answers = answer(model, tokenizer, prompts, stop, args.max_new_tokens, args.batch_size,
                      temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     outputs = [tidy(text, args.direction) for text in answers]
     write_text(out / f"outputs.{args.direction}", "\n".join(outputs) + "\n")
-    lines = [json.dumps(dict(source=a, answer=b, output=c)) + "\n" for a, b, c in zip(sources, answers, outputs)]
+    lines = [json.dumps(dict(source=a, answer=b, output=c)) + "\n"
+             for a, b, c in zip(sources, answers, outputs)]
     write_text(out / "answers.jsonl", "".join(lines))
     scores = scores_of(outputs, sources, references, target, scorers)
     result = dict(direction=args.direction, sentences=len(outputs), **scores, settings=vars(args))
     write_text(out / "scores.json", json.dumps(result, indent=1) + "\n")
-    show(scores, len(outputs))
+    shown = ", ".join(f"{name} {scores[name]:.2f}" for name in SCORES if name in scores)
+    print(f"{len(outputs)} sentences: {shown}")
     print(f"{out}/: outputs.{args.direction}, answers.jsonl, scores.json")
 
 
 def score(argv):
-    parser, arg = subcommand("score", "Scores sentences that somebody or something has transferred to another style. "
-                                      "With several files of outputs: a table.")
-    arg("--outputs", required=True, nargs="+", metavar="FILE", help="files of transferred sentences, one a line")
-    arg("--data", help="folder of Yelp's files, or of one of GYAFC's domains: sources and references are its own, by the direction at "
-                       "the end of an --outputs, as in .neg2pos; a file is not scored against itself")
-    arg("--sources", metavar="FILE", help="sentences they were made from, line by line (default: none, no self-BLEU)")
-    arg("--references", nargs="+", default=[], metavar="FILE",
-        help="human transfers, line by line; of a line with tabs the last column counts (default: none, no BLEU)")
-    arg("--target", help="label of the style that was to be reached (default: what stands behind the 2 in the direction)")
+    parser, arg = subcommand("score", "Scores sentences that were transferred to another style. "
+                             "With several files of outputs: a table.")
+    arg("--outputs", required=True, nargs="+", metavar="FILE",
+        help="files of transferred sentences, one a line")
+    arg("--data", help="folder of Yelp's files, or of one of GYAFC's domains: sources and "
+        "references are its own, by the direction at the end of an --outputs, as in .neg2pos; a "
+        "file is not scored against itself")
+    arg("--sources", metavar="FILE",
+        help="sentences they were made from, line by line (default: none, no self-BLEU)")
+    arg("--references", nargs="+", default=[], metavar="FILE", help="human transfers, line by "
+        "line; of a line with tabs the last column counts (default: none, no BLEU)")
+    arg("--target", help="label of the style to reach (default: what follows the 2 in the "
+        "direction)")
     arg("--out", help="folder for table.md and scores.json (default: none, only printed)")
     score_flags(arg)
     machine_flags(parser)
     args = parser.parse_args(argv)
-    need(not (args.data and (args.sources or args.references)), "--data", "given", "either --data, or --sources and --references")
+    need(not (args.data and (args.sources or args.references)), "--data", "given",
+         "either --data, or --sources and --references")
     use_machine(args)
     entries = []
     for file in args.outputs:
@@ -412,26 +446,33 @@ def score(argv):
         found = re.search(r"\.((\w+)2(\w+))$", file)
         target = args.target or (found and found[3])
         if args.classifier and not target:
-            raise InputError(f"--target is not given, and {file} does not end in a direction such as .neg2pos")
+            raise InputError(f"--target is not given, and {file} does not end in a direction such "
+                             "as .neg2pos")
         if args.data:
             if not found or found[1] not in PROMPTS:
                 endings = ", ".join("." + direction for direction in PROMPTS)
-                raise InputError(f"--outputs {file}: does not end in a direction ({endings}), which --data needs")
+                raise InputError(f"--outputs {file}: does not end in a direction ({endings}), "
+                                 "which --data needs")
             sources, references = task_files(args.data, found[1])
-        references = [read_beside(r, outputs, file) for r in references if Path(r).resolve() != Path(file).resolve()]
+        references = [read_beside(r, outputs, file) for r in references
+                      if Path(r).resolve() != Path(file).resolve()]
         sources = read_beside(sources, outputs, file) if sources else None
         entries.append((file, outputs, sources, references, target))
     scorers = open_scorers(args, [target for *_, target in entries])
     if not (scorers or args.data or args.sources or args.references):
-        raise InputError("nothing to score by: give --data, --sources, --references, --classifier or --lm")
-    scores = {file: dict(sentences=len(outputs), **scores_of(outputs, *rest, scorers)) for file, outputs, *rest in entries}
+        raise InputError("nothing to score by: give --data, --sources, --references, --classifier "
+                         "or --lm")
+    scores = {file: dict(sentences=len(outputs), **scores_of(outputs, *rest, scorers))
+              for file, outputs, *rest in entries}
     names = [name for name in SCORES if any(name in row for row in scores.values())]
-    rows = [[file, row["sentences"], *(f"{row[name]:.2f}" if name in row else "" for name in names)] for file, row in scores.items()]
+    rows = [[file, row["sentences"], *(f"{row[name]:.2f}" if name in row else "" for name in names)]
+            for file, row in scores.items()]
     table = markdown(["outputs", "sentences", *names], rows)
     if args.out:
-        make_folder(Path(args.out))
-        write_text(Path(args.out) / "table.md", f"    python train_instruct.py score {shlex.join(argv)}\n\n{table}")
-        write_text(Path(args.out) / "scores.json", json.dumps(scores, indent=1) + "\n")
+        out, line = Path(args.out), f"    python train_instruct.py score {shlex.join(argv)}"
+        make_folder(out)
+        write_text(out / "table.md", f"{line}\n\n{table}")
+        write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
     print(table)
     if len(scores) == 1:
         scores = {name: value for name, value in scores[file].items() if name != "sentences"}
@@ -439,52 +480,59 @@ def score(argv):
 
 
 def score_flags(arg):
-    arg("--classifier", help="for ACC: folder of a train_glue.py run, with an adapter, on sentences labelled with their style "
-                             "(python -m data.style) (default: none, no ACC)")
-    arg("--lm", metavar="FILE",
-        help="for PPL: an n-gram model in ARPA or KenLM's binary form; needs the kenlm module (default: none, no PPL)")
+    arg("--classifier", help="for ACC: folder of a train_glue.py run, with an adapter, on "
+        "sentences labeled with their style (python -m data.style) (default: none, no ACC)")
+    arg("--lm", metavar="FILE", help="for PPL: an n-gram model in ARPA or KenLM's binary form; "
+        "needs the kenlm module (default: none, no PPL)")
 
 
 def open_scorers(args, targets):
-    """{name of a score: function of outputs and the label of the style to reach, one of `targets`} for --classifier and --lm."""
+    """{name of a score: function of outputs and the style to reach, one of `targets`}."""
     scorers = {}
     if args.classifier:
         run = Path(args.classifier)
         result = read_result(run)
         if result is None:
-            raise InputError(f"--classifier {run}: has no result.json, expected the folder of a finished run of train_glue.py")
+            raise InputError(f"--classifier {run}: has no result.json, expected the folder of a "
+                             "finished run of train_glue.py")
         settings, labels = result["settings"], result.get("labels")
         for target in targets:
             if not labels or target not in labels:
-                raise InputError(f"--classifier {run}: its labels are {labels}, expected {target!r} among them")
+                raise InputError(f"--classifier {run}: its labels are {labels}, expected "
+                                 f"{target!r} among them")
         if not (run / "adapter").is_dir():
-            raise InputError(f"--classifier {run}: has no adapter/ (method {settings['method']}); train it with --method lora or salora")
+            raise InputError(f"--classifier {run}: has no adapter/ (method {settings['method']}); "
+                             "train it with --method lora or salora")
         device, folder = find_device(args), model_folder(settings["model"])
         tokenizer = load_tokenizer(folder)
         model = load_encoder(folder, len(labels), torch.float32).to(device)
         load_adapter(model, run / "adapter")
 
         def accuracy(outputs, target):
-            tokens = tokenize(tokenizer, [(text,) for text in outputs], settings["max_length"], model.config.vocab_size)
-            predictions = train_glue.evaluate(model, tokens, model.config.pad_token_id, device).argmax(1)
-            return 100 * float((predictions == labels.index(target)).mean())
+            tokens = tokenize(tokenizer, [(text,) for text in outputs], settings["max_length"],
+                              model.config.vocab_size)
+            logits = train_glue.evaluate(model, tokens, model.config.pad_token_id, device)
+            return 100 * float((logits.argmax(1) == labels.index(target)).mean())
 
         scorers["ACC"] = accuracy
     if args.lm:
         try:
             import kenlm
         except ImportError:
-            raise InputError("--lm needs the kenlm module: pip install kenlm (it is built with cmake)") from None
+            raise InputError("--lm needs the kenlm module: pip install kenlm (it is built with "
+                             "cmake)") from None
         if not Path(args.lm).is_file():
-            raise InputError(f"--lm {args.lm}: no such file; lmplz -o 5 < sentences > FILE.arpa makes one")
+            raise InputError(f"--lm {args.lm}: no such file; lmplz -o 5 < sentences > FILE.arpa "
+                             "makes one")
         try:
             lm = kenlm.Model(str(args.lm))
         except OSError as e:
-            raise InputError(f"--lm {args.lm}: kenlm cannot read it ({str(e).split(') ')[-1]})") from None
+            reason = str(e).split(") ")[-1]
+            raise InputError(f"--lm {args.lm}: kenlm cannot read it ({reason})") from None
 
         def perplexity(outputs, target):
-            tokens = sum(len(text.split()) + 1 for text in outputs)  # the end of a sentence counts as one
-            return 10 ** (-sum(lm.score(text) for text in outputs) / tokens)  # lm.score is a log10 probability
+            tokens = sum(len(text.split()) + 1 for text in outputs)  # 1: the end of a sentence
+            return 10 ** (-sum(lm.score(text) for text in outputs) / tokens)  # score: a log10
 
         scorers["PPL"] = perplexity
     return scorers
@@ -494,18 +542,14 @@ SCORES = ("ACC", "BLEU", "self-BLEU", "PPL")
 
 
 def scores_of(outputs, sources, references, target, scorers):
-    """ACC, percent that the classifier takes for the target style; BLEU against the references and self-BLEU against the sources, of
-    13a tokens; PPL."""
+    """ACC: percent that the classifier takes for the target style; BLEU against the references and
+    self-BLEU against the sources, of 13a tokens; PPL."""
     scores = {name: scorer(outputs, target) for name, scorer in scorers.items()}
     if references:
         scores["BLEU"] = metrics.bleu(outputs, references)
     if sources:
         scores["self-BLEU"] = metrics.bleu(outputs, [sources])
     return scores
-
-
-def show(scores, count):
-    print(f"{count} sentences: " + ", ".join(f"{name} {scores[name]:.2f}" for name in SCORES if name in scores))
 
 
 def main(argv):

@@ -1,1 +1,1 @@
-"""The paper's tables and figures (experiments.py), known ranks (recover.py), speed and memory (bench.py, peers.py)."""
+"""The paper's tables and figures, known ranks, speed and memory."""

@@ -1,18 +1,19 @@
 """
-Measures what SaLoRA costs. Compare rows of one table only: they were measured in turns, on one machine, in one go.
+Measures what SaLoRA costs. Compare only rows of one table: they were measured in turns, on one
+machine, in one run.
 
-    python paper/bench.py                                           # step, on the demo: half a minute
+    python paper/bench.py                              # step, on the demo: half a minute
     python paper/bench.py step loop --task cola --model DIR --data DIR --json > speed.json
 
-step       milliseconds of a training step on the same batches: LoRA, SaLoRA in its window, SaLoRA after pruning
-loop       examples per second of train_glue.py over an epoch, and peak memory; with --peers, the python of another environment,
-           also other people's code (peers.py) on CoLA
+step       ms per training step on the same batches: LoRA, SaLoRA in its window, SaLoRA pruned
+loop       examples per second of train_glue.py over an epoch, and peak memory; with --peers, the
+           python of another environment, also of other people's code (peers.py) on CoLA
 start      seconds from the command to the end of the second step of train_glue.py
 options    train_glue.py with --compile, --dtype bfloat16, --checkpoint-activations, --accumulate
 processes  train_glue.py in one process, and in two under torchrun, on the same global batch
-size       milliseconds of a step on random models by rank, targets, length and width
-llama      peak memory of a training step of the LLaMA in --model, measured, and on paper
-memory     a paper estimate for RoBERTa-large, SmolLM2-135M and LLaMA-7B; nothing is run
+size       ms per step on random models by rank, targets, length and width
+llama      peak memory of a training step of the LLaMA in --model, measured and estimated
+memory     estimates for RoBERTa-large, SmolLM2-135M and LLaMA-7B; nothing is run
 """
 
 import argparse
@@ -28,6 +29,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -55,12 +57,12 @@ from train_instruct import token_losses
 from training.loop import peak_memory_mb
 from training.runs import markdown
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # step and size: in this process
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that compute something: on a GPU about as many kernels are launched."""
+    """Counts the operators that compute something: about the number of kernels on a GPU."""
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -70,12 +72,13 @@ class Operators(TorchDispatchMode):
 
 
 def make_step(model, kind, r=8, targets="qkvoud"):
-    """step(batch, labels), one training step of LoRA, of SaLoRA in its window, or of SaLoRA pruned to b = 0.5. The run is longer than
-    any measurement, and the window lasts from its second step to its end."""
+    """step(batch, labels), a training step of LoRA, of SaLoRA in its window, or of SaLoRA pruned to
+    b = 0.5. The window lasts from the second step to the end, which no measurement reaches."""
     torch.manual_seed(0)
     device = next(model.parameters()).device
     window = None if kind == "lora" else (0, 1)
-    salora = SaLoRA(model, model.target_paths(targets), steps=10**9, r=r, budget=0.5, window=window, turn=kind == "salora")
+    salora = SaLoRA(model, model.target_paths(targets), steps=10**9, r=r, budget=0.5, window=window,
+                    turn=kind == "salora")
     for module in model.head:
         module.requires_grad_(True)
     optimizer = torch.optim.AdamW(salora.param_groups(1e-3), fused=True)
@@ -91,16 +94,17 @@ def make_step(model, kind, r=8, targets="qkvoud"):
         optimizer.zero_grad()
 
     if kind == "pruned":
-        with torch.no_grad():  # uneven ranks, as learned gates leave them; about half of the gates are open
-            salora.log_theta.normal_(math.log(-GAMMA / ZETA), generator=torch.Generator(device).manual_seed(0))
+        with torch.no_grad():  # uneven ranks, as learned gates leave them; about half are open
+            generator = torch.Generator(device).manual_seed(0)
+            salora.log_theta.normal_(math.log(-GAMMA / ZETA), generator=generator)
         salora.prune(optimizer)
     model.train()
     return step
 
 
 def time_steps(steps, batches, repeats, block):
-    """[median milliseconds, median of the ratios to the first system, its standard error] for each of `steps`: the systems take
-    turns, `block` steps each, and a ratio is that of two neighbouring turns."""
+    """[median ms, median of the ratios to the first system, its standard error] of each system. The
+    systems take turns, `block` steps each; a ratio is that of neighboring turns."""
     wait = torch.cuda.synchronize if batches[0][1].is_cuda else lambda: None
     seconds = np.zeros((repeats, len(steps)))
     for i in range(-1, repeats):  # round -1 warms up
@@ -123,34 +127,40 @@ def bench_step(args):
     task, rows, _ = load_task(args.task, args.data)
     config = read_config(args.model)
     tokens = tokenize(load_tokenizer(args.model), rows.texts, 128, config.vocab_size)
-    order = batch_order([len(ids) for ids, _ in tokens], 32, np.random.default_rng(0))[1:101]  # without the longest
+    order = batch_order([len(ids) for ids, _ in tokens], 32, np.random.default_rng(0))
     labels = torch.tensor(rows.labels)
-    batches = [(collate([tokens[i] for i in batch], config.pad_token_id, args.device), labels[batch].to(args.device))
-               for batch in order]
-    steps = [make_step(load_encoder(args.model, task.num_labels).to(args.device), kind) for kind in KINDS]
+    batches = [
+        (collate([tokens[i] for i in batch], config.pad_token_id, args.device),
+         labels[batch].to(args.device)) for batch in order[1:101]]  # without the longest
+    steps = [make_step(load_encoder(args.model, task.num_labels).to(args.device), kind)
+             for kind in KINDS]
+    times = time_steps(steps, batches, args.repeats * 10, 5)
     table = []
-    for kind, step, (ms, ratio, error) in zip(KINDS, steps, time_steps(steps, batches, args.repeats * 10, 5)):
+    for kind, step, (ms, ratio, error) in zip(KINDS, steps, times):
         with Operators() as seen:
             step(*batches[0])
-        table.append({"step": KINDS[kind], "ms": round(ms, 2), "ratio": round(ratio, 3), "± standard error": round(error, 3),
-                      "operators": seen.count})
+        table.append({"step": KINDS[kind], "ms": round(ms, 2), "ratio": round(ratio, 3),
+                      "± standard error": round(error, 3), "operators": seen.count})
     return table
 
 
 def bench_size(args):
     base = dict(r=8, targets="qkvoud", length=16, width=384)
-    changes = [{}, dict(r=2), dict(r=32), dict(targets="qv"), dict(targets="qkvo"), dict(length=64), dict(length=128), dict(width=192),
-               dict(width=768)]
+    changes = [{}, dict(r=2), dict(r=32), dict(targets="qv"), dict(targets="qkvo"),
+               dict(length=64), dict(length=128), dict(width=192), dict(width=768)]
     table = []
     for change in changes:
         row = base | change
         r, targets, length, width = row.values()
-        config = EncoderConfig("roberta", vocab_size=1000, hidden_size=width, num_hidden_layers=6, num_attention_heads=width // 32,
-                               intermediate_size=4 * width, max_position_embeddings=length + 2, type_vocab_size=1)
+        config = EncoderConfig(
+            "roberta", vocab_size=1000, hidden_size=width, num_hidden_layers=6,
+            num_attention_heads=width // 32, intermediate_size=4 * width,
+            max_position_embeddings=length + 2, type_vocab_size=1)
         ids = torch.randint(2, 1000, (32, length), device=args.device)
-        batches = [((ids, None, None), torch.zeros(32, dtype=torch.long, device=args.device))]
+        labels = torch.zeros(32, dtype=torch.long, device=args.device)
         steps = [make_step(Encoder(config, 2).to(args.device), kind, r, targets) for kind in KINDS]
-        for kind, (ms, ratio, _) in zip(KINDS, time_steps(steps, batches, args.repeats * 3, 3)):
+        times = time_steps(steps, [((ids, None, None), labels)], args.repeats * 3, 3)
+        for kind, (ms, ratio, _) in zip(KINDS, times):
             row[f"{kind} ms"] = round(float(ms), 1)
             if kind != "lora":
                 row[f"{kind} ratio"] = round(float(ratio), 3)
@@ -158,27 +168,29 @@ def bench_size(args):
     return table
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # loop, options and processes: train_glue.py, as a user runs it
 
 
 def run_script(args, *flags, processes=1, threads=None):
-    """{examples per second, tokens per second, peak MB, start} of train_glue.py. Tokens per second are the median over the log lines,
-    which leaves out compiling; start is the time from the command to the last log line."""
+    """{examples per second, tokens per second, peak MB, start} of train_glue.py. Tokens per second:
+    the median of the log lines, which leaves out compiling; start: from command to last line."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    command += [ROOT / "train_glue.py", "--task", args.task, "--model", args.model]
+    command += [ROOT / "train_glue.py", "--task", args.task, "--model", args.model, "--epochs", 1]
+    command += ["--lr", 1e-3, "--limit-dev", 32, "--threads", threads or args.threads, *flags]
     if args.data:
         command += ["--data", args.data]
     with tempfile.TemporaryDirectory() as folder:
         out, start = Path(folder) / "run", time.time()
-        command += ["--epochs", 1, "--lr", 1e-3, "--limit-dev", 32, "--threads", threads or args.threads, "--out", out, *flags]
+        command += ["--out", out]
         subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
         result = json.loads((out / "result.json").read_text())
-        speeds = [json.loads(line)["tokens_per_second"] for line in (out / "log.jsonl").read_text().splitlines()]
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         logged = (out / "log.jsonl").stat().st_mtime
-    return dict(examples=result["examples_per_second"], tokens=median(speeds), mb=result["peak_memory_mb"], start=logged - start)
+    return dict(examples=result["examples_per_second"], mb=result["peak_memory_mb"],
+                tokens=median(line["tokens_per_second"] for line in log), start=logged - start)
 
 
 def take_turns(systems, repeats):
@@ -187,13 +199,14 @@ def take_turns(systems, repeats):
     for _ in range(repeats):
         for name, system in systems.items():
             found[name].append(system())
-    return {name: {key: median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()}
+    return {name: {key: median(row[key] for row in rows) for key in rows[0]}
+            for name, rows in found.items()}
 
 
 def bench_loop(args):
     def peer(system):
-        command = [args.peers, ROOT / "paper" / "peers.py", system, "--model", args.model, "--data", args.data]
-        command += ["--threads", str(args.threads)]
+        command = [args.peers, ROOT / "paper" / "peers.py", system, "--model", args.model, "--data",
+                   args.data, "--threads", str(args.threads)]
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         return json.loads(out.splitlines()[-1])
 
@@ -202,21 +215,27 @@ def bench_loop(args):
         peers = {"floor": "forward and input gradient alone", "trainer": "Trainer + PEFT LoRA",
                  "grouped": "the same, grouped by length", "adalora": "Trainer + PEFT AdaLoRA"}
         systems |= {title: partial(peer, name) for name, title in peers.items()}
-    systems |= {f"train_glue.py --method {m}": partial(run_script, args, "--method", m) for m in ("lora", "salora")}
+    for method in ("lora", "salora"):
+        title = f"train_glue.py --method {method}"
+        systems[title] = partial(run_script, args, "--method", method)
     return [{"system": name, "examples/s": round(row["examples"], 1), "peak MB": round(row["mb"])}
             for name, row in take_turns(systems, args.repeats).items()]
 
 
 def bench_start(args):
-    systems = {m: partial(run_script, args, "--method", m, "--max-steps", 2, "--window", 0, 1) for m in ("lora", "salora")}
+    flags = ["--max-steps", 2, "--window", 0, 1]
+    systems = {m: partial(run_script, args, "--method", m, *flags) for m in ("lora", "salora")}
     return [{"method": name, "seconds to the second step": round(row["start"], 2)}
             for name, row in take_turns(systems, args.repeats).items()]
 
 
 def bench_options(args):
-    flags = ["", "--compile", "--dtype bfloat16", "--checkpoint-activations", "--batch-size 8 --accumulate 4"]
-    systems = {flag or "(none)": partial(run_script, args, "--max-steps", 120, *flag.split()) for flag in flags}
-    return [{"option": name, "tokens/s": round(row["tokens"]), "peak MB": round(row["mb"]), "whole run s": round(row["start"])}
+    flags = ["", "--compile", "--dtype bfloat16", "--checkpoint-activations",
+             "--batch-size 8 --accumulate 4"]
+    systems = {flag or "(none)": partial(run_script, args, "--max-steps", 120, *flag.split())
+               for flag in flags}
+    return [{"option": name, "tokens/s": round(row["tokens"]), "peak MB": round(row["mb"]),
+             "whole run s": round(row["start"])}
             for name, row in take_turns(systems, args.repeats).items()]
 
 
@@ -225,64 +244,76 @@ def bench_processes(args):
                for p, t, b in ((1, 1, 32), (2, 1, 16), (1, 2, 32))}
     found = take_turns(systems, args.repeats)
     alone = found[1, 1, 32]["examples"]
-    return [{"processes": p, "threads each": t, "rows each": b, "examples/s": round(row["examples"], 1),
+    return [{"processes": p, "threads each": t, "rows each": b,
+             "examples/s": round(row["examples"], 1),
              "speed-up": round(row["examples"] / alone, 2)} for (p, t, b), row in found.items()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# memory: on paper
+# -------------------------------------------------------------------------------------------------
+# memory: estimates
 
 
 def kept_by_encoder_layer(d, i, size, mask=1):
-    """Bytes a token that a layer keeps for its backward pass, numbers of `size` bytes and dropout masks of `mask`: x, q, k, v,
-    attention, both norms' inputs, the first one's output; GELU's input and output."""
+    """Bytes per token that a layer keeps for the backward pass, numbers of `size` bytes, dropout
+    masks of `mask`: x, q, k, v, attention, inputs of both norms, output of the first; input and
+    output of GELU."""
     return (8 * d + 2 * i) * size + 2 * d * mask
 
 
 def kept_by_llama_layer(d, i, size):
-    """Both norms' inputs, in float32; their outputs, q, k and v (of all heads), attention; gate, SiLU, up and their product."""
+    """Inputs of both norms in float32; their outputs, q, k and v (of all heads), attention; gate,
+    SiLU, up and their product."""
     return 2 * d * 4 + (6 * d + 4 * i) * size
 
 
 MODELS = {
-    "RoBERTa-large": dict(weights=355e6, d=1024, kv=1024, i=4096, layers=24, vocab=0, batches=[(32, 128)]),
-    "SmolLM2-135M": dict(weights=134.5e6, d=576, kv=192, i=1536, layers=30, vocab=49152, batches=[(16, 256)]),
-    "LLaMA-7B": dict(weights=6.738e9, d=4096, kv=4096, i=11008, layers=32, vocab=32000, batches=[(4, 512), (16, 512)]),
+    "RoBERTa-large": dict(weights=355e6, d=1024, kv=1024, i=4096, layers=24, vocab=0,
+                          batches=[(32, 128)]),
+    "SmolLM2-135M": dict(weights=134.5e6, d=576, kv=192, i=1536, layers=30, vocab=49152,
+                         batches=[(16, 256)]),
+    "LLaMA-7B": dict(weights=6.738e9, d=4096, kv=4096, i=11008, layers=32, vocab=32000,
+                     batches=[(4, 512), (16, 512)]),
 }
 
 
 def paper_memory(m, batch, length, size, recompute):
-    """Bytes of a step with LoRA or SaLoRA, r = 8 on the six matrices, with attention that does not store length x length:
+    """Bytes of a step with LoRA or SaLoRA, r = 8 on the six matrices, where attention does not
+    store length x length:
         frozen       weights x size of the dtype
-        adapter      16 for each parameter: float32 weight, gradient and two moments of AdamW; 2 more in the window, for B diag(g)
-        activations  tokens x layers x what a layer keeps; recomputed (--checkpoint-activations): x of each layer, and all of one
-        logits       LLaMA only, of one chunk of 1024 tokens: in the dtype, and in float32 themselves, their log-softmax and its gradient"""
+        adapter      16 per parameter: float32 weight, gradient and AdamW's two moments; 2 more in
+                     the window, for B diag(g)
+        activations  tokens x layers x what a layer keeps; recomputed: x of each layer, and all of
+                     one (--checkpoint-activations)
+        logits       LLaMA only, of one chunk of 1024 tokens: in the dtype; in float32 themselves,
+                     their log-softmax and its gradient"""
     d, layers, tokens = m["d"], m["layers"], batch * length
     adapter = 8 * layers * (2 * (d + d) + 2 * (d + m["kv"]) + 2 * (d + m["i"]))
-    kept = kept_by_llama_layer(d, m["i"], size) if m["vocab"] else kept_by_encoder_layer(d, m["i"], size)
+    kept = (kept_by_llama_layer if m["vocab"] else kept_by_encoder_layer)(d, m["i"], size)
     activations = tokens * (layers * d * size + kept if recompute else layers * kept)
     logits = min(tokens, 1024) * m["vocab"] * (size + 12)
-    return dict(frozen=m["weights"] * size, adapter=18 * adapter, activations=activations, logits=logits)
+    return dict(frozen=m["weights"] * size, adapter=18 * adapter, activations=activations,
+                logits=logits)
 
 
 def bench_memory(args):
     gb, table = 2**30, []
-    for name, m in MODELS.items():
-        for batch, length in m["batches"]:
-            for dtype, size in (("float32", 4), ("bfloat16", 2)):
-                for recompute in (False, True):
-                    parts = paper_memory(m, batch, length, size, recompute)
-                    total = sum(parts.values()) / gb
-                    row = {"model": name, "batch": f"{batch} x {length}", "dtype": dtype, "recompute": "yes" if recompute else "no"}
-                    row |= {f"{key} GB": round(value / gb, 2) for key, value in parts.items()} | {"total GB": round(total, 1)}
-                    row |= {f"{card} GB card": "fits" if total < 0.9 * card else "no" for card in (24, 80)}
-                    table.append(row)
+    sizes = [(name, m, batch) for name, m in MODELS.items() for batch in m["batches"]]
+    options = product((("float32", 4), ("bfloat16", 2)), (False, True))
+    for (name, m, (batch, length)), ((dtype, size), recompute) in product(sizes, options):
+        parts = paper_memory(m, batch, length, size, recompute)
+        total = sum(parts.values()) / gb
+        row = {"model": name, "batch": f"{batch} x {length}", "dtype": dtype,
+               "recompute": "yes" if recompute else "no"}
+        row |= {f"{key} GB": round(value / gb, 2) for key, value in parts.items()}
+        row |= {"total GB": round(total, 1)}
+        row |= {f"{card} GB card": "fits" if total < 0.9 * card else "no" for card in (24, 80)}
+        table.append(row)
     return table
 
 
 def peak_of_a_step(folder, device, dtype, batch, length, recompute):
-    """Peak memory in bytes of two training steps of a LLaMA with SaLoRA, the second one in the window, in this process, which has
-    done nothing else."""
+    """Peak memory in bytes of two training steps of a LLaMA with SaLoRA, the second in the window.
+    The process must be fresh."""
     torch.set_num_threads(1)
     start = 0 if device.startswith("cuda") else peak_memory_mb(torch.device("cpu"))
     model = load_decoder(folder, getattr(torch, dtype), device).train()
@@ -292,7 +323,8 @@ def peak_of_a_step(folder, device, dtype, batch, length, recompute):
     ids, targets = torch.randint(model.config.vocab_size, (2, batch, length), device=device)
     for _ in range(2):
         salora.begin_step()
-        (token_losses(model, model.hidden(ids), targets).mean() + salora.penalty()).backward()
+        loss = token_losses(model, model.hidden(ids), targets).mean() + salora.penalty()
+        loss.backward()
         optimizer.step()
         salora.end_step(optimizer)
         optimizer.zero_grad()
@@ -300,30 +332,34 @@ def peak_of_a_step(folder, device, dtype, batch, length, recompute):
 
 
 def bench_llama(args):
-    """Measured in fresh processes, beside the paper estimate for the same sizes. On a CPU malloc is told to give freed memory back
-    at once: its heaps would count twice otherwise."""
+    """Measured in fresh processes, beside the estimate for the same sizes. On a CPU malloc must
+    return freed memory at once, or its heaps would count twice."""
     os.environ |= dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     c = read_config(args.model, DecoderConfig)
     with torch.device("meta"):
         weights = sum(p.numel() for p in Decoder(c).parameters())
-    m = dict(weights=weights, d=c.hidden_size, kv=c.num_key_value_heads * c.head_dim, i=c.intermediate_size,
-             layers=c.num_hidden_layers, vocab=c.vocab_size)
+    m = dict(weights=weights, d=c.hidden_size, kv=c.num_key_value_heads * c.head_dim,
+             i=c.intermediate_size, layers=c.num_hidden_layers, vocab=c.vocab_size)
     table = []
-    for batch in (4, 8):
-        for dtype, recompute in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                measured = pool.submit(peak_of_a_step, args.model, args.device, dtype, batch, 256, recompute).result()
-            paper = sum(paper_memory(m, batch, 256, getattr(torch, dtype).itemsize, recompute).values())
-            table.append({"batch": f"{batch} x 256", "dtype": dtype, "recompute": "yes" if recompute else "no",
-                          "measured MB": round(measured / 2**20), "on paper MB": round(paper / 2**20),
-                          "ratio": round(measured / paper, 2)})
+    options = (("float32", False), ("bfloat16", False), ("bfloat16", True))
+    for batch, (dtype, recompute) in product((4, 8), options):
+        sizes = args.model, args.device, dtype, batch, 256, recompute
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            measured = pool.submit(peak_of_a_step, *sizes).result()
+        size = getattr(torch, dtype).itemsize
+        paper = sum(paper_memory(m, batch, 256, size, recompute).values())
+        table.append({"batch": f"{batch} x 256", "dtype": dtype,
+                      "recompute": "yes" if recompute else "no",
+                      "measured MB": round(measured / 2**20), "on paper MB": round(paper / 2**20),
+                      "ratio": round(measured / paper, 2)})
     return table
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
-BENCHES = dict(step=bench_step, loop=bench_loop, start=bench_start, options=bench_options, processes=bench_processes,
-               size=bench_size, memory=bench_memory, llama=bench_llama)
+BENCHES = dict(
+    step=bench_step, loop=bench_loop, start=bench_start, options=bench_options,
+    processes=bench_processes, size=bench_size, memory=bench_memory, llama=bench_llama)
 
 
 def print_table(name, table):
@@ -331,27 +367,35 @@ def print_table(name, table):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", metavar="TABLE", help=f"any of {', '.join(BENCHES)} (default: step)")
-    parser.add_argument("--task", default="demo", help="as in train_glue.py (default: demo)")
-    parser.add_argument("--model", default=str(HERE / "demo" / "model"), help="folder in Hugging Face layout (default: the demo's)")
-    parser.add_argument("--data", help="folder in GLUE's layout")
-    parser.add_argument("--peers", metavar="PYTHON", help="python that has transformers and peft (loop; needs --task cola)")
-    parser.add_argument("--device", default="cpu", help="for step, size and llama: cpu or cuda (default: cpu)")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count()), help="CPU threads (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="times each system has its turn; step takes ten times as many (default: 3)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arg = parser.add_argument
+    arg("what", nargs="*", metavar="TABLE", help=f"{', '.join(BENCHES)} (default: step)")
+    arg("--task", default="demo", help="as in train_glue.py (default: demo)")
+    arg("--model", default=str(HERE / "demo" / "model"),
+        help="folder in Hugging Face layout (default: the demo's)")
+    arg("--data", help="folder in GLUE's layout")
+    arg("--peers", metavar="PYTHON",
+        help="python that has transformers and peft (loop; needs --task cola)")
+    arg("--device", default="cpu", help="for step, size and llama: cpu or cuda (default: cpu)")
+    arg("--threads", type=int, default=min(2, os.cpu_count()),
+        help="CPU threads (default: %(default)s)")
+    arg("--repeats", type=int, default=3,
+        help="turns of each system; step takes ten times as many (default: 3)")
+    arg("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args()
     if unknown := set(args.what) - set(BENCHES):
         parser.error(f"{', '.join(unknown)}: no such table, expected any of {', '.join(BENCHES)}")
     if args.peers and args.task != "cola":
         parser.error(f"--peers: the peers run cola, --task is {args.task}")
     torch.set_num_threads(args.threads)
-    machine = dict(torch=torch.__version__, cpu=platform.processor() or platform.machine(), threads=args.threads,
-                   device=torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu")
+    machine = dict(
+        torch=torch.__version__, cpu=platform.processor() or platform.machine(),
+        threads=args.threads,
+        device=torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu")
     tables = {}
     for name in args.what or ["step"]:
-        with redirect_stdout(sys.stderr):  # what is said while loading is no part of a table
+        with redirect_stdout(sys.stderr):  # loading prints, too
             tables[name] = BENCHES[name](args)
         if not args.json:
             print_table(name, tables[name])

@@ -1,21 +1,22 @@
 """
-The experiments of the paper. Each is one command, which prints its table and leaves in --out: table.md, runs.csv, runs.jsonl (whole
-results) and, with matplotlib, pictures.
+The experiments of the paper, a command each. It prints its table and leaves in --out: table.md,
+runs.csv, runs.jsonl (all results) and, with matplotlib, pictures.
 
     python train_glue.py table1      methods by tasks (Table 1)
-    python train_glue.py ablation    the whole method, a constant price of gates instead of a
+    python train_glue.py ablation    the whole method, a constant price per gate instead of a
                                      budget, no turn into singular directions (Table 3)
     python train_glue.py efficiency  peak memory and time of a step, by batch size (Table 4)
-    python train_glue.py ranks       the ranks that are left (Figure 7); one kind of matrix, or one group of layers, adapted alone
-                                     (Figure 1)
+    python train_glue.py ranks       the ranks that are left (Figure 7); one kind of matrix, or one
+                                     group of layers, adapted alone (Figure 1)
     python train_glue.py sweep       score over the rank or the budget, with LoRA and, over the
                                      budget, LoRA-SVD beside it (Figures 4 and 5)
     python train_glue.py components  density, lambda and orthogonality over the steps (Figure 6)
 
-Further flags, such as --model, --data, --epochs, --dtype or --lr-grid, go to every run (python train_glue.py --help). An entry of
---tasks and --methods may have flags of its own, which come last, and one of --methods a name:
---tasks "cola --epochs 4" mrpc --methods salora "small=lora --r 4". A cell of a table is one train_glue.py command with --seeds, in
-a process of its own; what is finished is not run again.
+Other flags, such as --model, --data, --epochs, --dtype or --lr-grid, go to every run (python
+train_glue.py --help). An entry of --tasks and --methods may have flags of its own, which come last,
+and one of --methods a name: --tasks "cola --epochs 4" mrpc --methods salora "small=lora --r 4". A
+cell of a table is one train_glue.py command with --seeds, in a process of its own; finished runs
+are not repeated.
 """
 
 import argparse
@@ -42,45 +43,49 @@ from training.runs import finished, markdown, write_text
 
 SCRIPT = Path(__file__).parents[1] / "train_glue.py"
 TASKS = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
-METHODS = ["ft", "adapter-h", "adapter-p", "prefix", "prompt", "lora", "adalora", "lora-svd",
-           "salora"]
-LABELS = {"ft": "FT", "adapter-h": "Adapter-H", "adapter-p": "Adapter-P", "prefix": "Prefix", "prompt": "Prompt", "lora": "LoRA",
-          "adalora": "AdaLoRA", "lora-svd": "LoRA-SVD", "salora": "SaLoRA", "head": "Head"}
-FIELDS = ("task", "method", "seed", "metric", "score", "lr", "trainable_params", "kept_params", "density", "kept_density", "steps",
-          "seconds", "peak_memory_mb")
+LABELS = {"ft": "FT", "adapter-h": "Adapter-H", "adapter-p": "Adapter-P", "prefix": "Prefix",
+          "prompt": "Prompt", "lora": "LoRA", "adalora": "AdaLoRA", "lora-svd": "LoRA-SVD",
+          "salora": "SaLoRA", "head": "Head"}
+METHODS = [method for method in LABELS if method != "head"]
+FIELDS = ("task", "method", "seed", "metric", "score", "lr", "trainable_params", "kept_params",
+          "density", "kept_density", "steps", "seconds", "peak_memory_mb")
 
 
 def parse_args(name, argv):
-    parser = new_parser(prog=f"train_glue.py {name}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                 allow_abbrev=False)
+    parser = new_parser(
+        prog=f"train_glue.py {name}", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def arg(*flags, help, **kw):
         parser.add_argument(*flags, **kw, help=f"{help} (default: %(default)s)")
 
-    arg("--tasks", nargs="+", default=TASKS if name == "table1" else ["cola"], help="one or more of train_glue.py's tasks")
+    arg("--tasks", nargs="+", default=TASKS if name == "table1" else ["cola"],
+        help="tasks of train_glue.py")
     if name in ("table1", "efficiency"):
         methods = METHODS if name == "table1" else ["ft", "lora", "adalora", "salora"]
         arg("--methods", nargs="+", default=methods, help="rows of the table")
     seeds = [0] if name in ("efficiency", "components") else [0, 1, 2, 3, 4]
     arg("--seeds", type=int, nargs="+", default=seeds, help="of the runs of a cell")
     if name == "ablation":
-        arg("--price", type=float, default=0.0005, help="of an open gate, in the ablation of the budget")
+        arg("--price", type=float, default=0.0005, help="per open gate, in place of a budget")
     if name == "efficiency":
-        arg("--batch-sizes", type=int, nargs="+", default=[8, 16, 32, 64], help="columns of the table")
+        arg("--batch-sizes", type=int, nargs="+", default=[8, 16, 32, 64], help="the columns")
     if name == "sweep":
         arg("--over", choices=["r", "budget"], required=True, help="what is varied")
-        arg("--values", type=float, nargs="+", help="its values; without: 1 2 4 8 16, or 0.125 0.25 0.5 0.75 1")
+        arg("--values", type=float, nargs="+",
+            help="its values; without: 1 2 4 8 16, or 0.125 0.25 0.5 0.75 1")
     arg("--jobs", type=int, default=1, help="runs at a time")
-    arg("--out", default=f"runs/{name}", help="folder of the runs and what comes out of them")
+    arg("--out", default=f"runs/{name}", help="folder of the runs and the results")
     args, common = parser.parse_known_args(argv)
     if args.jobs < 1:
         raise InputError(f"--jobs is {args.jobs}, expected at least 1")
-    if not all(entry.rpartition("=")[2].split() for entry in args.tasks + getattr(args, "methods", [])):
+    entries = args.tasks + getattr(args, "methods", [])
+    if not all(entry.rpartition("=")[2].split() for entry in entries):
         raise InputError("--tasks or --methods has an empty entry")
     return args, common
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # cells: a task, a method, and its runs
 
 
@@ -89,7 +94,7 @@ def names(entries):
 
 
 def name_of(method):
-    """How an entry of --methods is called in a table: "small=lora --r 4" is small, "lora --r 4" is LoRA r 4."""
+    """The name of an entry of --methods: "small=lora --r 4" is small, "lora --r 4" is LoRA r 4."""
     label, _, method = method.rpartition("=")
     name, *flags = method.split()
     return label or " ".join([LABELS.get(name, name), *(flag.removeprefix("--") for flag in flags)])
@@ -115,36 +120,41 @@ class Cell:
         return [finished(settings, self.folder / f"seed{seed}") for seed in self.seeds]
 
     def missing(self):
-        """How many runs are to be done, those of --lr-grid among them."""
-        tuned = [(self.folder / f"lr{lr:g}" / "result.json").exists() for lr in self.settings.lr_grid or []]
+        """How many runs are left to do, those of --lr-grid included."""
+        tuned = [(self.folder / f"lr{lr:g}" / "result.json").exists()
+                 for lr in self.settings.lr_grid or []]
         return self.results().count(None) + tuned.count(False)
 
     def command(self, *more):
         return [sys.executable, str(SCRIPT), *self.flags, *more]
 
     def run(self):
-        """Runs what is missing, in a process of its own. True if it went well."""
-        start = time.time()
-        command = self.command("--seeds", *map(str, self.seeds), "--out", str(self.folder), "--resume")
+        """Runs what is missing, in a process of its own. True on success."""
+        start, seeds = time.time(), map(str, self.seeds)
+        command = self.command("--seeds", *seeds, "--out", str(self.folder), "--resume")
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            print(f"{self.task}, {self.label}: failed\n{done.stdout[-500:]}{done.stderr[-2000:]}", file=sys.stderr)
+            print(f"{self.task}, {self.label}: failed\n{done.stdout[-500:]}{done.stderr[-2000:]}",
+                  file=sys.stderr)
             return False
         scores = [r["score"] for r in self.results()]
-        print(f"{self.task}, {self.label}: {spread(scores)} in {clock(time.time() - start)}", flush=True)
+        print(f"{self.task}, {self.label}: {spread(scores)} in {clock(time.time() - start)}",
+              flush=True)
         return True
 
 
 def run_cells(tasks, methods, common, args):
-    """{(task, name of the method): [result ..]}, after running what is not finished."""
+    """{(task, name of the method): [result ..]}, after running what is missing."""
     cells = [Cell(task, method, common, args) for task in tasks for method in methods]
     for i, cell in enumerate(cells):
         if cell.folder in [other.folder for other in cells[:i]]:
-            raise InputError(f"{cell.task} with {cell.label} is asked for twice: give methods that differ different names, small=lora ..")
+            raise InputError(f"{cell.task} with {cell.label} is asked for twice: give methods that "
+                             "differ different names, small=lora ..")
     missing = {cell: cell.missing() for cell in cells}
     todo = {cell: runs for cell, runs in missing.items() if runs}
     if todo:
-        print(f"{sum(todo.values())} runs to do, about {clock(estimate(todo) / args.jobs)} on this machine", flush=True)
+        runs, seconds = sum(todo.values()), estimate(todo) / args.jobs
+        print(f"{runs} runs to do, about {clock(seconds)} on this machine", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         failed = list(pool.map(Cell.run, todo)).count(False)
     if failed:
@@ -153,38 +163,41 @@ def run_cells(tasks, methods, common, args):
 
 
 def estimate(todo):
-    """Seconds that the runs of {cell: how many} take one after the other, from the speed of ten steps of the first. A token costs a
-    third as much in an evaluation as in training."""
+    """Seconds for the runs of {cell: how many} one after the other, from the speed of ten steps of
+    the first. A token costs a third as much in evaluation as in training."""
     lengths, total = {}, 0.0
     for cell, runs in todo.items():
         s = cell.settings
         key = s.task, s.data, s.limit_train, s.limit_dev, s.model
         if key not in lengths:
             folder = model_folder(s.model)
-            with contextlib.redirect_stdout(io.StringIO()):  # the run itself will say what the reader has to say
+            with contextlib.redirect_stdout(io.StringIO()):  # the run itself will print it
                 task, train, dev = load_task(s.task, s.data, s.limit_train, s.limit_dev)
             tokenizer, vocab_size = load_tokenizer(folder), read_config(folder).vocab_size
-            tokens = [tokenize(tokenizer, rows.texts, s.max_length or 128, vocab_size) for rows in (train, *dev)]
-            count = [sum(len(ids) for ids, _ in rows) for rows in tokens]
-            lengths[key] = task.epochs, len(train.texts), count[0], sum(count[1:])
+            counts = [sum(len(ids) for ids, _ in tokenize(
+                tokenizer, rows.texts, s.max_length or 128, vocab_size)) for rows in (train, *dev)]
+            lengths[key] = task.epochs, len(train.texts), counts[0], sum(counts[1:])
         epochs, rows, train, dev = lengths[key]
-        epochs = min(epochs if s.epochs is None else s.epochs, (s.max_steps or rows) * s.batch_size * s.accumulate / rows)
+        limit = (s.max_steps or rows) * s.batch_size * s.accumulate / rows
+        epochs = min(epochs if s.epochs is None else s.epochs, limit)
         total += runs * (epochs * train + max(epochs, 1) * dev / 3)
     first = next((cell for cell in todo if cell.settings.epochs != 0), None)
     if first is None:  # nothing is trained
         return 0.0
     with tempfile.TemporaryDirectory() as folder:
-        command = first.command("--max-steps", "10", "--window", "0", "1", "--limit-dev", "8", "--out", folder)
+        command = first.command("--max-steps", "10", "--window", "0", "1", "--limit-dev", "8",
+                                "--out", folder)
         if first.settings.lr_grid:
             command += ["--lr-grid", str(first.settings.lr_grid[0])]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:  # so will the run itself
-            raise InputError(f"{first.task}, {first.label}: {done.stderr.strip().removeprefix('error: ')}")
+            error = done.stderr.strip().removeprefix("error: ")
+            raise InputError(f"{first.task}, {first.label}: {error}")
         last = json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])
     return total / last["tokens_per_second"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # what comes out
 
 
@@ -206,10 +219,11 @@ def spread(scores):
 
 
 def mean_ranks(results):
-    """Ranks as a row for each of q k v o u d, a column for each layer: means over the results."""
+    """Rows q k v o u d, columns layers: means over the results."""
     rows = []
     for tail in LINEARS.values():
-        by_result = [[n for path, n in r["ranks"].items() if path.split(".", 4)[4] == tail] for r in results]
+        by_result = [[n for path, n in r["ranks"].items() if path.split(".", 4)[4] == tail]
+                     for r in results]
         rows.append([statistics.mean(layer) for layer in zip(*by_result)])
     return rows
 
@@ -220,29 +234,37 @@ def span(values, form="{:,}"):
 
 
 def score_table(results):
-    """Methods by tasks: mean ± standard deviation times 100, the best of a task in bold; mean over the tasks; parameters."""
-    tasks, labels = (list(dict.fromkeys(key[i] for key in results)) for i in range(2))
+    """Methods by tasks: mean ± standard deviation times 100, the best of a task in bold."""
+    tasks, labels = tasks_and_labels(results)
     mean = {key: statistics.mean(r["score"] for r in runs) for key, runs in results.items()}
-    overall = {label: statistics.mean(mean[task, label] for task in tasks) for label in labels}
     rows = []
     for label in labels:
         cells = [spread([r["score"] for r in results[task, label]]) for task in tasks]
         if len(labels) > 1:
-            best = [mean[task, label] == max(mean[task, other] for other in labels) for task in tasks]
-            cells = [f"**{cell}**" if b else cell for cell, b in zip(cells, best)]
+            best = [max(mean[task, other] for other in labels) for task in tasks]
+            cells = [f"**{cell}**" if mean[task, label] == b else cell
+                     for cell, task, b in zip(cells, tasks, best)]
         runs = [r for task in tasks for r in results[task, label]]
         density = [r["density"] for r in runs if r["density"] is not None]
-        rows.append([label, *cells, f"{100 * overall[label]:.2f}", span([r["trainable_params"] for r in runs]),
-                     span([r["kept_params"] for r in runs]), span(density, "{:.3f}") if density else ""])
+        overall = statistics.mean(mean[task, label] for task in tasks)
+        rows.append([label, *cells, f"{100 * overall:.2f}",
+                     span([r["trainable_params"] for r in runs]),
+                     span([r["kept_params"] for r in runs]),
+                     span(density, "{:.3f}") if density else ""])
     return markdown(["method", *tasks, "mean", "trained", "kept", "density"], rows)
 
 
+def tasks_and_labels(results):
+    return (list(dict.fromkeys(key[i] for key in results)) for i in range(2))
+
+
 def as_csv(results):
-    """A line for each run."""
+    """A line per run."""
     file = io.StringIO()
     writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(r | dict(method=label, lr=r["settings"]["lr"]) for (_, label), runs in results.items() for r in runs)
+    for (_, label), runs in results.items():
+        writer.writerows(r | dict(method=label, lr=r["settings"]["lr"]) for r in runs)
     return file.getvalue()
 
 
@@ -252,36 +274,41 @@ def figure(file, columns, width=3.2, height=2.6, **kw):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e5e5",
-             "axes.axisbelow": True, "axes.prop_cycle": matplotlib.cycler(color=colours)}
+    colors = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000",
+              "#999999"]
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+             "axes.grid": True, "grid.color": "#e5e5e5", "axes.axisbelow": True,
+             "axes.prop_cycle": matplotlib.cycler(color=colors)}
     with plt.rc_context(style):
-        fig, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained", **kw)
+        fig, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False,
+                                 layout="constrained", **kw)
         yield axes[0]
         fig.savefig(file, dpi=200)
         plt.close(fig)
 
 
 def dots(file, results):
-    """A panel for each task, a line for each method: mean and standard deviation of the score."""
-    tasks, labels = (list(dict.fromkeys(key[i] for key in results)) for i in range(2))
+    """A panel per task, a line per method: mean and standard deviation of the score."""
+    tasks, labels = tasks_and_labels(results)
     with figure(file, len(tasks), height=0.8 + 0.25 * len(labels), sharey=True) as axes:
         for ax, task in zip(axes, tasks):
             for y, label in enumerate(labels):
                 mean, std = mean_std(100 * r["score"] for r in results[task, label])
                 ax.errorbar(mean, y, xerr=std, fmt="o", capsize=3)
             metric = results[task, labels[0]][0]["metric"].replace("_", " ")
-            ax.set(title=task, xlabel=f"{metric} x 100", yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
+            ax.set(title=task, xlabel=f"{metric} x 100", yticks=range(len(labels)),
+                   yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
 
 
 def curves(file, panels, xlabel, bands=None):
-    """A panel for each {title: {line: [(x, mean, standard deviation) ..]}}; bands {title: (x, x)} are shaded from one x to the other."""
+    """A panel per {title: {line: [(x, mean, standard deviation) ..]}}; bands {title: (x, x)} are
+    shaded between the two x."""
     with figure(file, len(panels)) as axes:
         for ax, (title, lines) in zip(axes, panels.items()):
             for label, points in lines.items():
                 x, y, error = zip(*points)
-                ax.errorbar(x, y, yerr=error, fmt="o-" if len(x) < 20 else "-", capsize=3 if any(error) else 0, markersize=4,
-                            label=label)
+                ax.errorbar(x, y, yerr=error, fmt="o-" if len(x) < 20 else "-",
+                            capsize=3 if any(error) else 0, markersize=4, label=label)
             ax.set(xlabel=xlabel, title=title)
             if bands:
                 ax.axvspan(*bands[title], color="#f0f0f0", zorder=0)
@@ -290,21 +317,22 @@ def curves(file, panels, xlabel, bands=None):
 
 
 def heat(file, maps, r):
-    """A map of the ranks for each task: kinds of matrices by layers."""
+    """A map of the ranks per task: kinds of matrices by layers."""
     with figure(file, len(maps)) as axes:
         for ax, (task, rows) in zip(axes, maps.items()):
             ax.grid(False)
             ax.imshow(rows, cmap="Blues", vmin=0, vmax=r, aspect="auto")
             for y, row in enumerate(rows):
                 for x, rank in enumerate(row):
-                    colour = "white" if rank > 0.6 * r else "black"
-                    ax.text(x, y, f"{rank:.0f}", ha="center", va="center", color=colour, fontsize=7)
+                    color = "white" if rank > 0.6 * r else "black"
+                    ax.text(x, y, f"{rank:.0f}", ha="center", va="center", color=color, fontsize=7)
             kinds = [f"$W^{letter.upper()}$" for letter in LINEARS]
-            ax.set(title=f"{task}: rank, of {r}", xlabel="layer", yticks=range(len(kinds)), yticklabels=kinds)
+            ax.set(title=f"{task}: rank, of {r}", xlabel="layer", yticks=range(len(kinds)),
+                   yticklabels=kinds)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the experiments: each runs its cells and returns their results, a table, and {file: (function, arguments)} of its pictures
+# -------------------------------------------------------------------------------------------------
+# the experiments: each returns its results, a table, and {file: (function, arguments)} of plots
 
 
 def table1(args, common):
@@ -323,11 +351,13 @@ def efficiency(args, common):
         common = [*common, "--max-steps", "20"]
 
     def sized(method, b):
-        """The entry with that batch size, in its flags and its name."""
+        """The entry with that batch size in its flags and its name."""
         return f"{name_of(method)} batch-size {b}={method.rpartition('=')[2]} --batch-size {b}"
 
-    results = run_cells(args.tasks, [sized(m, b) for m in args.methods for b in args.batch_sizes], common, args)
-    values = {"peak memory (MB)": lambda r: r["peak_memory_mb"], "time of a step (ms)": lambda r: 1000 * r["seconds"] / max(r["steps"], 1)}
+    methods = [sized(m, b) for m in args.methods for b in args.batch_sizes]
+    results = run_cells(args.tasks, methods, common, args)
+    values = {"peak memory (MB)": lambda r: r["peak_memory_mb"],
+              "time of a step (ms)": lambda r: 1000 * r["seconds"] / max(r["steps"], 1)}
     panels = {}
     for task in names(args.tasks):
         for what, value in values.items():
@@ -338,23 +368,28 @@ def efficiency(args, common):
             panels[f"{task}: {what}"] = lines
     tables = []
     for title, lines in panels.items():
-        rows = [[label, *(f"{mean:.0f}" for _, mean, _ in points)] for label, points in lines.items()]
-        tables.append(f"{title}\n\n" + markdown(["method", *(f"batch {b}" for b in args.batch_sizes)], rows))
+        rows = [[label, *(f"{mean:.0f}" for _, mean, _ in points)]
+                for label, points in lines.items()]
+        head = ["method", *(f"batch {b}" for b in args.batch_sizes)]
+        tables.append(f"{title}\n\n{markdown(head, rows)}")
     return results, "\n".join(tables), {"efficiency.png": (curves, panels, "batch size")}
 
 
 def ranks(args, common):
     base = args.parse([*common, "--task", names(args.tasks)[0]])
-    layers = [str(i) for i in range(read_config(model_folder(base.model)).num_hidden_layers)]
-    third = -(-len(layers) // 3)
+    count = read_config(model_folder(base.model)).num_hidden_layers
+    layers = [str(i) for i in range(count)]
+    third = -(-count // 3)
     by_kind = [f"lora --targets {letter}" for letter in LINEARS]
-    by_layer = [f"lora --layers {' '.join(layers[i:i + third])}" for i in range(0, len(layers), third)]
+    by_layer = [f"lora --layers {' '.join(layers[i:i + third])}" for i in range(0, count, third)]
     results = run_cells(args.tasks, ["salora", "lora", *by_kind, *by_layer], common, args)
     maps = {task: mean_ranks(results[task, "SaLoRA"]) for task in names(args.tasks)}
     text = score_table(results)
     for task, means in maps.items():
-        rows = [[f"W^{letter.upper()}", *(f"{rank:.1f}" for rank in row)] for letter, row in zip(LINEARS, means)]
-        text += f"\n{task}: mean rank over the seeds, {base.r} at the start\n\n" + markdown(["", *layers], rows)
+        rows = [[f"W^{letter.upper()}", *(f"{rank:.1f}" for rank in row)]
+                for letter, row in zip(LINEARS, means)]
+        text += (f"\n{task}: mean rank over the seeds, {base.r} at the start\n\n"
+                 + markdown(["", *layers], rows))
     alone = {key: runs for key, runs in results.items() if key[1] != "SaLoRA"}
     return results, text, {"ranks.png": (heat, maps, base.r), "alone.png": (dots, alone)}
 
@@ -362,20 +397,23 @@ def ranks(args, common):
 def sweep(args, common):
     r = args.parse(common).r
     if args.over == "r":
-        values = args.values or [1, 2, 4, 8, 16]
+        values, xlabel = args.values or [1, 2, 4, 8, 16], "rank at the start"
         lines = {m: [(v, f"{m} --r {v:g}") for v in values] for m in ("salora", "lora")}
     else:  # LoRA with the rank that gives it as many parameters as the budget leaves
-        values = args.values or [0.125, 0.25, 0.5, 0.75, 1.0]
+        values, xlabel = args.values or [0.125, 0.25, 0.5, 0.75, 1.0], "budget"
         lines = {"salora": [(b, f"salora --budget {b:g}") for b in values],
                  "lora": [(b, f"lora --r {max(1, round(b * r))}") for b in values],
                  "lora-svd": [(b, f"lora-svd --budget {b:g}") for b in values]}
-    methods = dict.fromkeys(method for line in lines.values() for _, method in line)  # two budgets may have the same rank of LoRA
+    # a dict, for two budgets may have the same rank of LoRA
+    methods = dict.fromkeys(method for line in lines.values() for _, method in line)
     results = run_cells(args.tasks, methods, common, args)
     panels = {}
     for task in names(args.tasks):
-        scores = {method: [100 * run["score"] for run in results[task, name_of(method)]] for method in methods}
-        panels[f"{task}: score x 100"] = {LABELS[m]: [(x, *mean_std(scores[method])) for x, method in line] for m, line in lines.items()}
-    return results, score_table(results), {"sweep.png": (curves, panels, "rank at the start" if args.over == "r" else "budget")}
+        scores = {method: mean_std(100 * run["score"] for run in results[task, name_of(method)])
+                  for method in methods}
+        panels[f"{task}: score x 100"] = {
+            LABELS[m]: [(x, *scores[method]) for x, method in line] for m, line in lines.items()}
+    return results, score_table(results), {"sweep.png": (curves, panels, xlabel)}
 
 
 def components(args, common):
@@ -386,32 +424,36 @@ def components(args, common):
         file = Path(args.out) / Path(task).name / "SaLoRA" / f"seed{run['seed']}" / "log.jsonl"
         log = [json.loads(line) for line in file.read_text().splitlines()]
         for what in ("density", "lambda", "orth_a", "orth_b"):
-            y = [entry[what] for entry in log]
-            panels[f"{task}: {what}"] = {"SaLoRA": [(entry["step"], entry[what], 0.0) for entry in log]}
-            bands[f"{task}: {what}"] = [share * run["steps"] for share in run["settings"]["window"]]
-            rows.append([task, what, *(f"{value:.4f}" for value in (y[0], min(y), max(y), y[-1]))])
-        panels[f"{task}: density"]["budget"] = [(entry["step"], run["budget"], 0.0) for entry in log]
+            y, title = [entry[what] for entry in log], f"{task}: {what}"
+            panels[title] = {"SaLoRA": [(entry["step"], entry[what], 0.0) for entry in log]}
+            bands[title] = [share * run["steps"] for share in run["settings"]["window"]]
+            rows.append([task, what, *(f"{v:.4f}" for v in (y[0], min(y), max(y), y[-1]))])
+        budget = [(entry["step"], run["budget"], 0.0) for entry in log]
+        panels[f"{task}: density"]["budget"] = budget
     table = markdown(["task", "", "first", "smallest", "largest", "last"], rows)
     return results, table, {"components.png": (curves, panels, "step", bands)}
 
 
 def main(name, argv, parse):
-    """parse(flags): the settings of a run of train_glue.py, or an InputError."""
+    """parse(flags): train_glue.py's parse_args."""
     args, common = parse_args(name, argv)
     args.parse = parse
     for flag in ("--seed", "--resume", "--overwrite"):
         if flag in common:
-            raise InputError(f"{flag} is for a single run; {name} takes --seeds, goes on by itself and replaces nothing")
+            raise InputError(f"{flag} is for a single run; {name} takes --seeds, goes on by itself "
+                             "and replaces nothing")
     results, text, pictures = globals()[name](args, common)
     out = Path(args.out)
     print("\n" + text)
     write_text(out / "table.md", f"    python train_glue.py {name} {shlex.join(argv)}\n\n{text}")
     write_text(out / "runs.csv", as_csv(results))
-    raw = [json.dumps(json.loads(file.read_text())) for file in sorted(out.glob("*/*/*/result.json"))]  # with those of --lr-grid
+    files = sorted(out.glob("*/*/*/result.json"))  # with those of --lr-grid
+    raw = [json.dumps(json.loads(file.read_text())) for file in files]
     write_text(out / "runs.jsonl", "\n".join(raw) + "\n")
     try:
         for file, (draw, *what) in pictures.items():
             draw(out / file, *what)
-        print(f"{out}/: table.md, runs.csv, runs.jsonl, {', '.join(pictures)}")
+        drawn = f", {', '.join(pictures)}"
     except ImportError:
-        print(f"{out}/: table.md, runs.csv, runs.jsonl; no pictures, for which matplotlib is needed")
+        drawn = "; no pictures, for which matplotlib is needed"
+    print(f"{out}/: table.md, runs.csv, runs.jsonl{drawn}")

@@ -1,15 +1,16 @@
 """
-What bench.py compares with: other people's code on the same task. Never needed to use SaLoRA; it runs in an environment of its own
-(pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate datasets), whose python is given to `paper/bench.py loop --peers`.
+What bench.py compares with: other people's code on the same task. SaLoRA does not need it. It runs
+in an environment of its own (pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate
+datasets), whose python is given to `paper/bench.py loop --peers`.
 
-    python paper/peers.py trainer|grouped|adalora|floor --model DIR --data DIR    # prints one line of JSON
+    python paper/peers.py trainer|grouped|adalora|floor --model DIR --data DIR    # prints JSON
 
 One epoch of CoLA, batch 32, truncation 128, float32, r 8 on the six matrices of each layer:
     trainer    transformers' Trainer with PEFT's LoRA
     grouped    the same with its sampler that groups rows of like length
-    adalora    the same as trainer with PEFT's AdaLoRA, 8 to 4: the size of SaLoRA at b = 0.5
-    floor      nothing is trained: forward and input-gradient backward of the frozen model on batches sorted by length, which is
-               what no adapter method can do without
+    adalora    trainer with PEFT's AdaLoRA, 8 to 4: the size of SaLoRA at b = 0.5
+    floor      nothing is trained: forward and input-gradient backward of the frozen model on
+               batches sorted by length, which every adapter method needs
 """
 
 import argparse
@@ -44,7 +45,8 @@ lines = (Path(args.data) / "CoLA" / "train.tsv").read_text(encoding="utf-8").spl
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 rows = [dict(tokenizer(text, truncation=True, max_length=128), labels=int(label))
         for _, label, _, text in (line.split("\t") for line in lines)]
-model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=2, dtype=torch.float32)
+model = AutoModelForSequenceClassification.from_pretrained(
+    args.model, num_labels=2, dtype=torch.float32)
 collate = DataCollatorWithPadding(tokenizer)
 
 
@@ -60,7 +62,7 @@ class Clock(TrainerCallback):
 
 
 class Allocate(TrainerCallback):
-    """What PEFT asks a loop to do for AdaLoRA between the optimiser's step and zero_grad."""
+    """What PEFT requires for AdaLoRA between the optimizer's step and zero_grad."""
 
     def on_optimizer_step(self, _, state, __, **___):
         model.base_model.update_and_allocate(state.global_step)
@@ -79,23 +81,31 @@ if args.system == "floor":
         model(inputs_embeds=embeddings, **batch).loss.backward()
     seconds = time.perf_counter() - start
 else:
-    modules = dict(r=8, lora_alpha=8, lora_dropout=0.0, task_type="SEQ_CLS", modules_to_save=["classifier", "pooler"],
-                   target_modules=r".*encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|(attention\.)?output\.dense|intermediate\.dense)")
+    modules = dict(
+        r=8, lora_alpha=8, lora_dropout=0.0, task_type="SEQ_CLS",
+        modules_to_save=["classifier", "pooler"],
+        target_modules=r".*encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|"
+                       r"(attention\.)?output\.dense|intermediate\.dense)")
     clock = Clock()
     if args.system == "adalora":
         steps = -(-len(rows) // 32)
-        config = AdaLoraConfig(init_r=8, target_r=4, tinit=steps // 5, tfinal=steps // 2, total_step=steps, orth_reg_weight=0.1, **modules)
+        config = AdaLoraConfig(
+            init_r=8, target_r=4, tinit=steps // 5, tfinal=steps // 2, total_step=steps,
+            orth_reg_weight=0.1, **modules)
         callbacks = [clock, Allocate()]
     else:
         config, callbacks = LoraConfig(**modules), [clock]
     model = get_peft_model(model, config)
-    assert sum("lora_A" in name and p.requires_grad for name, p in model.named_parameters()) == 6 * model.config.num_hidden_layers
+    adapted = [name for name, p in model.named_parameters() if "lora_A" in name and p.requires_grad]
+    assert len(adapted) == 6 * model.config.num_hidden_layers
     trainer = Trainer(
         model=model, train_dataset=rows, data_collator=collate, callbacks=callbacks,
         args=TrainingArguments(
-            output_dir=tempfile.mkdtemp(), num_train_epochs=1, per_device_train_batch_size=32, learning_rate=1e-3, warmup_steps=0.06,
-            train_sampling_strategy="group_by_length" if args.system == "grouped" else "random", save_strategy="no",
-            logging_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False))
+            output_dir=tempfile.mkdtemp(), num_train_epochs=1, per_device_train_batch_size=32,
+            learning_rate=1e-3, warmup_steps=0.06,
+            train_sampling_strategy="group_by_length" if args.system == "grouped" else "random",
+            save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
+            use_cpu=True, dataloader_pin_memory=False))
     trainer.train()
     seconds = clock.end - clock.start
 

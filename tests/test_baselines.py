@@ -1,4 +1,7 @@
-"""The methods SaLoRA is compared with: against PEFT's code, the published numbers of parameters, and what their papers promise."""
+"""
+The methods SaLoRA is compared with: against PEFT's code, the published numbers of parameters, and
+what their papers promise.
+"""
 
 from pathlib import Path
 
@@ -21,7 +24,8 @@ def encoder(size):
     """RoBERTa without weights, in its published sizes."""
     d, layers = dict(base=(768, 12), large=(1024, 24))[size]
     with torch.device("meta"):
-        return Encoder(EncoderConfig("roberta", 50265, d, layers, d // 64, 4 * d, 514, type_vocab_size=1), 2)
+        return Encoder(EncoderConfig("roberta", 50265, d, layers, d // 64, 4 * d, 514,
+                                     type_vocab_size=1), 2)
 
 
 def demo(method, dtype=torch.float32, **kw):
@@ -35,7 +39,8 @@ def batch(padding=0):
     ids = torch.randint(5, 90, (3, 9), generator=torch.Generator().manual_seed(0))
     if not padding:
         return ids, None
-    return torch.cat([ids, torch.ones(3, padding, dtype=torch.long)], 1), torch.tensor([[1] * 9 + [0] * padding] * 3)
+    padded = torch.cat([ids, torch.ones(3, padding, dtype=torch.long)], 1)
+    return padded, torch.tensor([[1] * 9 + [0] * padding] * 3)
 
 
 # ---- numbers of parameters
@@ -60,7 +65,8 @@ def test_parameters_are_the_published_arithmetic(method, base, large):
 def test_full_fine_tuning_trains_the_whole_model():
     model = encoder("base")
     baselines.install(model, "ft", [], 100)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(p.numel() for p in model.parameters()) == 124_055_040 + 592_130
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == sum(p.numel() for p in model.parameters()) == 124_055_040 + 592_130
 
 
 def test_a_prefix_is_two_vectors_a_layer_and_token_once_its_network_is_dropped():
@@ -68,7 +74,8 @@ def test_a_prefix_is_two_vectors_a_layer_and_token_once_its_network_is_dropped()
     c = model.config
     before = model(*batch(2))
     model.prefix.finish()
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == c.num_hidden_layers * 2 * 20 * c.hidden_size
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == c.num_hidden_layers * 2 * 20 * c.hidden_size
     torch.testing.assert_close(model(*batch(2)), before)
 
 
@@ -79,21 +86,25 @@ def test_a_step_moves_a_prefix_gently_although_a_whole_network_steps():
     before = prefix()
     before.sum().backward()
     optimizer.step()
-    assert 1e-4 < (prefix() - before).abs().max() < 0.02  # 0.13 if the network's output were not divided
+    # 0.13 if the network's output were not divided
+    assert 1e-4 < (prefix() - before).abs().max() < 0.02
 
 
 # ---- where they start, what they compute
 
 
-@pytest.mark.parametrize("method", ["lora", "lora-svd", "adalora", "adapter-h", "adapter-p", "head", "ft"])
+@pytest.mark.parametrize("method",
+                         ["lora", "lora-svd", "adalora", "adapter-h", "adapter-p", "head", "ft"])
 def test_the_first_step_sees_the_pretrained_model(method):
     plain, _ = demo("head")
     model, _ = demo(method)
     for a, b in zip(plain.hidden(*batch(3)).split(9, 1), model.hidden(*batch(3)).split(9, 1)):
-        torch.testing.assert_close(b, a, atol=1e-3 if method.startswith("adapter") else 1e-6, rtol=0)
+        atol = 1e-3 if method.startswith("adapter") else 1e-6
+        torch.testing.assert_close(b, a, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["adapter-h", "adapter-p", "prefix", "prompt", "lora", "adalora"])
+@pytest.mark.parametrize("method",
+                         ["adapter-h", "adapter-p", "prefix", "prompt", "lora", "adalora"])
 def test_everything_put_in_gets_a_gradient_and_nothing_else(method):
     model, lowrank = demo(method)
     if method == "adalora":
@@ -130,8 +141,10 @@ def test_houlsbys_adapters_follow_both_halves_of_a_layer_and_pfeiffers_the_secon
             if isinstance(m, baselines.Adapter):
                 nn.init.normal_(m.up.weight, std=0.3)
         a = layer.attention
-        q, k, v = (a.self[name](x).view(2, 5, layer.heads, -1).transpose(1, 2) for name in ("query", "key", "value"))
-        y = a.output.dense(((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        q, k, v = (a.self[name](x).view(2, 5, layer.heads, -1).transpose(1, 2)
+                   for name in ("query", "key", "value"))
+        heads = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        y = a.output.dense(heads.transpose(1, 2).flatten(2))
         if method == "adapter-h":
             y = y + a.output.adapter.up(nn.functional.gelu(a.output.adapter.down(y)))
         y = a.output.LayerNorm(x + y)
@@ -148,14 +161,16 @@ def test_a_prompt_of_word_vectors_is_the_same_as_the_words_behind_the_first_toke
     prompted = model(ids, mask)
     model.prompt = None
     spelt = torch.cat([ids[:, :1], torch.tensor([[7, 8, 9]] * 3), ids[:, 1:]], 1)
-    torch.testing.assert_close(prompted, model(spelt, torch.cat([torch.ones(3, 3, dtype=torch.long), mask], 1)))
+    spelt_mask = torch.cat([torch.ones(3, 3, dtype=torch.long), mask], 1)
+    torch.testing.assert_close(prompted, model(spelt, spelt_mask))
 
 
 def test_a_prefix_of_a_tokens_own_keys_and_values_weighs_it_twice():
     model, _ = demo("prefix", virtual_tokens=5)
     layer = model.body.encoder.layer[0]
     x = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(1))
-    own = torch.stack([layer.attention.self.key(x)[0], layer.attention.self.value(x)[0]])  # (2, 5, d): every token once more
+    # (2, 5, d): every token once more
+    own = torch.stack([layer.attention.self.key(x)[0], layer.attention.self.value(x)[0]])
     torch.testing.assert_close(layer(x, prefix=own), layer(x))
 
 
@@ -171,7 +186,8 @@ def test_lora_svd_keeps_the_largest_singular_values_that_fit(budget):
         for m, size in zip(method.layers, (3, 1, 0.1)):
             m.lora_B.copy_(size * torch.randn(8, 8))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.0)
-    sigma = torch.stack([torch.linalg.svdvals(m.lora_B @ m.lora_A) for m in method.layers])  # (3, 8)
+    sigma = torch.stack(  # (3, 8)
+        [torch.linalg.svdvals(m.lora_B @ m.lora_A) for m in method.layers])
     for _ in range(2):  # 0.4 of 5 steps
         assert [m.rank for m in method.layers] == [8, 8, 8] and method.density().item() == 1
         method.begin_step()
@@ -180,7 +196,8 @@ def test_lora_svd_keeps_the_largest_singular_values_that_fit(budget):
     least = sigma.flatten().sort(descending=True)[0][int(24 * budget) - 1]
     assert [m.rank for m in method.layers] == (sigma >= least).sum(1).tolist()
     for m, s in zip(method.layers, sigma):
-        assert torch.allclose(torch.linalg.svdvals(m.lora_B @ m.lora_A)[:m.rank], s[:m.rank], rtol=1e-4)
+        found = torch.linalg.svdvals(m.lora_B @ m.lora_A)
+        assert torch.allclose(found[:m.rank], s[:m.rank], rtol=1e-4)
     assert method.kept_params() == budget * method.initial_params == 384 * budget
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for m in method.layers for p in (m.lora_A, m.lora_B)}
@@ -200,7 +217,8 @@ def test_lora_layer_is_pefts():
 
 @pytest.fixture
 def adalora():
-    """Our AdaLoRA of two layers where PEFT's started: r = 4, target rank 1, window steps 6 to 15 of 30."""
+    """Our AdaLoRA of two layers where PEFT's started: r = 4, target rank 1, the window steps 6 to
+    15 of 30."""
     model = nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 7))
     method = baselines.AdaLoRA(model, ["0", "1"], 30, r=4, alpha=6, budget=0.25, window=(0.2, 0.5))
     with torch.no_grad():
@@ -212,7 +230,8 @@ def adalora():
 def test_adalora_layer_and_regulariser_are_pefts(adalora):
     model, method = adalora
     model[0].base.load_state_dict(dict(weight=PEFT["adalora.W"], bias=PEFT["adalora.b"]))
-    torch.testing.assert_close(model[0](PEFT["adalora.x"]), PEFT["adalora.y"], atol=1e-4, rtol=1e-4)  # PEFT divides by r + 1e-5
+    # PEFT divides by r + 1e-5
+    torch.testing.assert_close(model[0](PEFT["adalora.x"]), PEFT["adalora.y"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(method.penalty(), PEFT["adalora.penalty"])
 
 
@@ -229,14 +248,17 @@ def test_adalora_chooses_pefts_triplets_on_the_same_gradients_step_by_step(adalo
         values = [m.lora_A.clone() for m in method.layers]
         method.end_step(optimizer)
         if step < 14:
-            torch.testing.assert_close(torch.stack([m.lora_E for m in method.layers]), PEFT[f"adalora.E.{step}"])
+            found = torch.stack([m.lora_E for m in method.layers])
+            torch.testing.assert_close(found, PEFT[f"adalora.E.{step}"])
         live.append(method.live)
     assert live[:7] == [8] * 7 and live == sorted(live, reverse=True) and live[-1] == 2
     keep = PEFT["adalora.E.15"] != 0
-    assert keep.sum() == 2 and [m.rank for m in method.layers] == keep.sum(1).tolist() and method.final_density == 0.25
+    assert keep.sum() == 2 and [m.rank for m in method.layers] == keep.sum(1).tolist()
+    assert method.final_density == 0.25
     for m, a, k in zip(method.layers, values, keep):
         torch.testing.assert_close(m.lora_A.data, a[k])
-    assert {p.shape for group in optimizer.param_groups for p in group["params"]} == {p.shape for m in method.layers for p in m.parameters(recurse=False)}
+    assert {p.shape for group in optimizer.param_groups for p in group["params"]} == {
+        p.shape for m in method.layers for p in m.parameters(recurse=False)}
 
 
 def test_adaloras_singular_values_are_folded_into_the_saved_adapter(tmp_path, adalora):

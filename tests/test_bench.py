@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from model import Decoder, DecoderConfig, Encoder, EncoderConfig
@@ -12,12 +13,15 @@ from salora import SaLoRA
 
 
 def encoder(layers, d, i):
-    return Encoder(EncoderConfig("roberta", vocab_size=50, hidden_size=d, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=i,
-                                 max_position_embeddings=34, type_vocab_size=1, attention_probs_dropout_prob=0.0), 2)
+    return Encoder(EncoderConfig(
+        "roberta", vocab_size=50, hidden_size=d, num_hidden_layers=layers, num_attention_heads=4,
+        intermediate_size=i, max_position_embeddings=34, type_vocab_size=1,
+        attention_probs_dropout_prob=0.0), 2)
 
 
 def decoder(layers, d, i):
-    return Decoder(DecoderConfig(vocab_size=50, hidden_size=d, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, intermediate_size=i))
+    return Decoder(DecoderConfig(vocab_size=50, hidden_size=d, num_hidden_layers=layers,
+                                 num_attention_heads=4, num_key_value_heads=2, intermediate_size=i))
 
 
 def kept_by_layer(build, d, i, dtype=torch.float32):
@@ -41,22 +45,30 @@ def kept_by_layer(build, d, i, dtype=torch.float32):
 
 def test_memory_formulas_are_what_a_layer_keeps():
     """And a little more: z = A x, the norms' statistics, A and B rounded."""
-    layer, formula = kept_by_layer(encoder, 128, 512), bench.kept_by_encoder_layer(d=128, i=512, size=4, mask=4)  # on a CPU a mask is of floats
+    layer = kept_by_layer(encoder, 128, 512)
+    formula = bench.kept_by_encoder_layer(d=128, i=512, size=4, mask=4)  # a CPU's mask is of floats
     assert formula < layer < 1.02 * formula
     for dtype in (torch.float32, torch.bfloat16):
-        layer, formula = kept_by_layer(decoder, 128, 344, dtype), bench.kept_by_llama_layer(d=128, i=344, size=dtype.itemsize)
+        layer = kept_by_layer(decoder, 128, 344, dtype)
+        formula = bench.kept_by_llama_layer(d=128, i=344, size=dtype.itemsize)
         assert formula < layer < 1.02 * formula
 
 
+@pytest.mark.slow
 def test_tables_as_json_and_as_text():
     def run(*flags):
         flags = "--threads", "1", *flags  # a second thread would wait for whatever else is running
-        return subprocess.run([sys.executable, bench.__file__, *flags], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([sys.executable, bench.__file__, *flags], capture_output=True,
+                              text=True, check=True).stdout
 
     out = json.loads(run("step", "memory", "--json", "--repeats", "1"))
-    assert [row["step"] for row in out["step"]] == list(bench.KINDS.values()) and out["step"][0]["ratio"] == 1
+    assert [row["step"] for row in out["step"]] == list(bench.KINDS.values())
+    assert out["step"][0]["ratio"] == 1
     assert all(row["ms"] > 0 and row["operators"] > 100 for row in out["step"])
-    fits = {(row["model"], row["batch"], row["dtype"], row["recompute"]): (row["24 GB card"], row["80 GB card"]) for row in out["memory"]}
-    assert fits["RoBERTa-large", "32 x 128", "float32", "no"] == ("fits", "fits") and fits["LLaMA-7B", "4 x 512", "bfloat16", "yes"] == ("fits", "fits")
-    assert fits["LLaMA-7B", "4 x 512", "bfloat16", "no"] == ("no", "fits") == fits["LLaMA-7B", "16 x 512", "bfloat16", "no"]
+    fits = {tuple(row[key] for key in ("model", "batch", "dtype", "recompute")):
+            (row["24 GB card"], row["80 GB card"]) for row in out["memory"]}
+    assert fits["RoBERTa-large", "32 x 128", "float32", "no"] == ("fits", "fits")
+    assert fits["LLaMA-7B", "4 x 512", "bfloat16", "yes"] == ("fits", "fits")
+    assert fits["LLaMA-7B", "4 x 512", "bfloat16", "no"] == ("no", "fits")
+    assert fits["LLaMA-7B", "16 x 512", "bfloat16", "no"] == ("no", "fits")
     assert run("memory").count("| LLaMA-7B |") == 8

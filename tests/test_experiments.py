@@ -1,4 +1,4 @@
-"""The experiments on a few steps of the demo: what is run, what is not run again, what comes out."""
+"""Experiments on a few steps of the demo: what is run, what is not run again, what comes out."""
 
 import csv
 import json
@@ -10,12 +10,14 @@ import train_glue
 from paper import experiments
 from training import runs as training_runs
 
-FEW = ["--tasks", "demo", "--max-steps", "4", "--limit-train", "64", "--limit-dev", "50", "--threads", "1"]
+FEW = ["--tasks", "demo", "--max-steps", "4", "--limit-train", "64", "--limit-dev", "50",
+       "--threads", "1"]
 
 
 @pytest.fixture
 def here(monkeypatch):
-    """The runs in this process instead of one each, which takes seconds to start; a list of their commands."""
+    """The runs in this process instead of one each, which takes seconds to start; a list of their
+    commands."""
     commands = []
 
     def run(command, **kw):
@@ -40,19 +42,27 @@ def test_table1_has_all_methods_of_the_paper_and_lora_cut_by_singular_values():
     assert set(args.methods) == set(train_glue.METHODS) - {"head"}
 
 
+@pytest.mark.slow
 def test_table1_tunes_runs_and_does_nothing_twice(tmp_path, capsys):
-    flags = ["--methods", "salora", "small=lora --r 4", "--seeds", "0", "1", "--lr-grid", "1e-3", "3e-3", "--jobs", "2"]
+    flags = ["--methods", "salora", "small=lora --r 4", "--seeds", "0", "1",
+             "--lr-grid", "1e-3", "3e-3", "--jobs", "2"]
     rows = go("table1", tmp_path, *flags)
     text = capsys.readouterr().out
-    assert "8 runs to do, about " in text and "demo, small: " in text and "| method | demo | mean | trained | kept | density |" in text
-    assert [(r["method"], r["seed"]) for r in rows] == [("SaLoRA", "0"), ("SaLoRA", "1"), ("small", "0"), ("small", "1")]
+    assert "8 runs to do, about " in text and "demo, small: " in text
+    assert "| method | demo | mean | trained | kept | density |" in text
+    assert [(r["method"], r["seed"]) for r in rows] == [
+        ("SaLoRA", "0"), ("SaLoRA", "1"), ("small", "0"), ("small", "1")]
     raw = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     tuning = [r for r in raw if r["seed"] == training_runs.TUNING_SEED]
-    assert len(raw) == 8 and len(tuning) == 4 and {r["dev_rows"][0] for r in tuning} == {50} and {r["settings"]["hold_out"] for r in tuning} == {0.2}
+    assert len(raw) == 8 and len(tuning) == 4 and {r["dev_rows"][0] for r in tuning} == {50}
+    assert {r["settings"]["hold_out"] for r in tuning} == {0.2}
     for method in ("salora", "lora"):
-        best = max((r for r in tuning if r["method"] == method), key=lambda r: r["score"])["settings"]["lr"]
-        assert {r["settings"]["lr"] for r in raw if r["method"] == method and r not in tuning} == {best}
-    scores = {m: [100 * float(r["score"]) for r in rows if r["method"] == m] for m in ("SaLoRA", "small")}
+        trials = [r for r in tuning if r["method"] == method]
+        best = max(trials, key=lambda r: r["score"])["settings"]["lr"]
+        runs = [r for r in raw if r["method"] == method and r not in tuning]
+        assert {r["settings"]["lr"] for r in runs} == {best}
+    scores = {m: [100 * float(r["score"]) for r in rows if r["method"] == m]
+              for m in ("SaLoRA", "small")}
     means = {m: sum(x) / 2 for m, x in scores.items()}
     best = max(means, key=means.get)
     std = abs(scores[best][0] - scores[best][1]) / 2 ** 0.5
@@ -65,6 +75,7 @@ def test_table1_tunes_runs_and_does_nothing_twice(tmp_path, capsys):
     assert "--weight-decay 0.01, not 0.5" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ablation_has_a_price_and_no_turn(tmp_path, here):
     rows = go("ablation", tmp_path, "--seeds", "0", "--price", "0.1", "--window", "0", "1")
     assert [r["method"] for r in rows] == ["SaLoRA", "SaLoRA price 0.1", "SaLoRA no-turn"]
@@ -75,12 +86,16 @@ def test_ablation_has_a_price_and_no_turn(tmp_path, here):
     assert all(r["kept_density"] <= 0.5 for r in by_kind.values())
 
 
+@pytest.mark.slow
 def test_efficiency_has_memory_and_time_by_batch_size(tmp_path, here):
     rows = go("efficiency", tmp_path, "--methods", "lora", "--batch-sizes", "4", "8")
     table = (tmp_path / "table.md").read_text()
-    assert [r["steps"] for r in rows] == ["4", "4"] and "demo: peak memory (MB)" in table and "| method | batch 4 | batch 8 |" in table
-    assert f"| LoRA | {float(rows[0]['peak_memory_mb']):.0f} | {float(rows[1]['peak_memory_mb']):.0f} |" in table
-    rows = go("efficiency", tmp_path / "named", "--methods", "small=lora --r 4", "--batch-sizes", "4", "8")
+    assert [r["steps"] for r in rows] == ["4", "4"] and "demo: peak memory (MB)" in table
+    assert "| method | batch 4 | batch 8 |" in table
+    peaks = [f"{float(row['peak_memory_mb']):.0f}" for row in rows]
+    assert f"| LoRA | {peaks[0]} | {peaks[1]} |" in table
+    rows = go("efficiency", tmp_path / "named", "--methods", "small=lora --r 4",
+              "--batch-sizes", "4", "8")
     assert [r["method"] for r in rows] == ["small batch-size 4", "small batch-size 8"]
 
 
@@ -89,19 +104,26 @@ def test_what_is_only_scored_needs_no_estimate(tmp_path, here):
     assert [(r["method"], r["steps"]) for r in rows] == [("Head epochs 0", "0")]
 
 
+@pytest.mark.slow
 def test_ranks_adapts_every_kind_and_every_group_of_layers_alone(tmp_path, here):
     rows = go("ranks", tmp_path, "--seeds", "0", "1")
     size = {r["method"]: int(r["trainable_params"]) for r in rows}
-    assert size["LoRA"] == sum(size[f"LoRA targets {x}"] for x in "qkvoud") == size["LoRA layers 0 1"] + size["LoRA layers 2 3"]
-    result = [json.loads((tmp_path / "demo" / "SaLoRA" / f"seed{i}" / "result.json").read_text())["ranks"] for i in (0, 1)]
-    mean = sum(r["roberta.encoder.layer.3.intermediate.dense"] for r in result) / 2
-    assert [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| W^U |")][0].split("|")[5].strip() == f"{mean:.1f}"
+    assert size["LoRA"] == sum(size[f"LoRA targets {x}"] for x in "qkvoud")
+    assert size["LoRA"] == size["LoRA layers 0 1"] + size["LoRA layers 2 3"]
+    results = [json.loads((tmp_path / "demo" / "SaLoRA" / f"seed{i}" / "result.json").read_text())
+               for i in (0, 1)]
+    mean = sum(r["ranks"]["roberta.encoder.layer.3.intermediate.dense"] for r in results) / 2
+    table = (tmp_path / "table.md").read_text().splitlines()
+    row = [line for line in table if line.startswith("| W^U |")][0]
+    assert row.split("|")[5].strip() == f"{mean:.1f}"
 
 
-@pytest.mark.parametrize("over,values,pairs", [("r", (2, 4), {"SaLoRA r 2", "LoRA r 2", "SaLoRA r 4", "LoRA r 4"}),
-                                               ("budget", (0.25, 0.5), {
-                                                   "SaLoRA budget 0.25", "LoRA r 2", "LoRA-SVD budget 0.25",
-                                                   "SaLoRA budget 0.5", "LoRA r 4", "LoRA-SVD budget 0.5"})])
+@pytest.mark.slow
+@pytest.mark.parametrize("over,values,pairs", [
+    ("r", (2, 4), {"SaLoRA r 2", "LoRA r 2", "SaLoRA r 4", "LoRA r 4"}),
+    ("budget", (0.25, 0.5), {"SaLoRA budget 0.25", "LoRA r 2", "LoRA-SVD budget 0.25",
+                             "SaLoRA budget 0.5", "LoRA r 4", "LoRA-SVD budget 0.5"}),
+])
 def test_sweep_has_lora_beside_it(tmp_path, here, over, values, pairs):
     rows = go("sweep", tmp_path, "--over", over, "--values", *values, "--seeds", "0")
     assert {r["method"] for r in rows} == pairs
@@ -109,47 +131,64 @@ def test_sweep_has_lora_beside_it(tmp_path, here, over, values, pairs):
 
 def test_components_are_those_of_the_log(tmp_path, here):
     go("components", tmp_path, "--log-every", "1")
-    log = [json.loads(line) for line in (tmp_path / "demo" / "SaLoRA" / "seed0" / "log.jsonl").read_text().splitlines()]
+    file = tmp_path / "demo" / "SaLoRA" / "seed0" / "log.jsonl"
+    log = [json.loads(line) for line in file.read_text().splitlines()]
     density = [line["density"] for line in log]
     cells = [f"{x:.4f}" for x in (density[0], min(density), max(density), density[-1])]
     assert cells[0] == "0.9167" and min(density) < 0.9
     assert f"| demo | density | {' | '.join(cells)} |" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_where_matplotlib_is(tmp_path, here, capsys):
     go("components", tmp_path)
     try:
         import matplotlib  # noqa: F401
         assert (tmp_path / "components.png").stat().st_size > 10_000
     except ImportError:
-        assert "no pictures, for which matplotlib is needed" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
+        assert "no pictures, for which matplotlib is needed" in capsys.readouterr().out
+        assert not list(tmp_path.glob("*.png"))
 
 
 def test_a_first_cell_that_cannot_run_stops_the_experiment_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         go("table1", tmp_path, "--methods", "lora --r 999", "--seeds", "0")
     text = capsys.readouterr().err
-    assert e.value.code == 2 and text.count("\n") == 1 and text.startswith("error: demo, LoRA r 999: --r is 999, but the narrowest")
+    assert e.value.code == 2 and text.count("\n") == 1
+    assert text.startswith("error: demo, LoRA r 999: --r is 999, but the narrowest")
 
 
+@pytest.mark.slow
 def test_a_failed_cell_is_told_and_the_others_are_done(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         go("table1", tmp_path, "--methods", "head", "lora --r 999", "--seeds", "0")
     text = capsys.readouterr()
-    assert e.value.code == 2 and "--r is 999" in text.err and "1 cells failed" in text.err and (tmp_path / "demo" / "Head" / "seed0" / "result.json").exists()
+    assert e.value.code == 2 and "--r is 999" in text.err and "1 cells failed" in text.err
+    assert (tmp_path / "demo" / "Head" / "seed0" / "result.json").exists()
 
 
 @pytest.mark.parametrize("name,flags,words", [
-    ("table1", ["--methods", "loha"], "invalid choice: 'loha' (choose from"), ("table1", ["--tasks", "colla"], "--task is 'colla', expected one of cola"),
-    ("ranks", ["--budget", "2"], "--budget is 2.0"), ("table1", ["--seed", "1"], "--seed is for a single run"), ("sweep", [], "--over"),
-    ("sweep", ["--over", "alpha"], "invalid choice: 'alpha'"), ("ablation", ["--nonsense"], "unrecognized arguments: --nonsense"),
-    ("components", ["--jobs", "0"], "--jobs is 0"), ("ranks", ["--targets", "x"], "invalid choice: 'x'"), ("efficiency", ["--window", "0.5", "0.2"], "--window is 0.5 0.2"),
+    ("table1", ["--methods", "loha"], "invalid choice: 'loha' (choose from"),
+    ("table1", ["--tasks", "colla"], "--task is 'colla', expected one of cola"),
+    ("ranks", ["--budget", "2"], "--budget is 2.0"),
+    ("table1", ["--seed", "1"], "--seed is for a single run"),
+    ("sweep", [], "--over"),
+    ("sweep", ["--over", "alpha"], "invalid choice: 'alpha'"),
+    ("ablation", ["--nonsense"], "unrecognized arguments: --nonsense"),
+    ("components", ["--jobs", "0"], "--jobs is 0"),
+    ("ranks", ["--targets", "x"], "invalid choice: 'x'"),
+    ("efficiency", ["--window", "0.5", "0.2"], "--window is 0.5 0.2"),
     ("table1", ["--methods", "lora", ""], "has an empty entry"),
-    ("table1", ["--methods", "a=lora", "a=lora --r 4"], "demo with a is asked for twice: give methods that differ different names"),
-    ("table1", ["--methods", "small="], "has an empty entry"), ("table1", ["--methods", "lora '"], "unrecognized arguments: '")])
-def test_bad_flags_end_in_one_line_before_anything_is_run(name, flags, words, tmp_path, monkeypatch, capsys):
+    ("table1", ["--methods", "a=lora", "a=lora --r 4"],
+     "demo with a is asked for twice: give methods that differ different names"),
+    ("table1", ["--methods", "small="], "has an empty entry"),
+    ("table1", ["--methods", "lora '"], "unrecognized arguments: '"),
+])
+def test_bad_flags_end_in_one_line_before_anything_is_run(
+        name, flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
         train_glue.command([name, "--tasks", "demo", *flags])
     captured = capsys.readouterr()
-    assert e.value.code == 2 and words in captured.err and captured.err.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert e.value.code == 2 and words in captured.err and captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,7 @@
-"""Whatever stands in a file: either it is read, or our own error names it. With hypothesis (requirements-oracles.txt), 200 inputs a reader; FUZZ=10000 for more."""
+"""
+Whatever stands in a file: either it is read, or our own error names it. With hypothesis
+(requirements-oracles.txt), 200 inputs a reader; FUZZ=10000 for more.
+"""
 
 import json
 import os
@@ -14,11 +17,19 @@ from data.glue import load_task
 from data.instruct import load_instructions
 from model import DecoderConfig, load_encoder, read_config
 
-hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed: pip install -r requirements-oracles.txt")
+hypothesis = pytest.importorskip(
+    "hypothesis", reason="hypothesis is not installed: pip install -r requirements-oracles.txt")
 given, st = hypothesis.given, hypothesis.strategies
-often = hypothesis.settings(max_examples=int(os.environ.get("FUZZ", 200)), deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+often = hypothesis.settings(max_examples=int(os.environ.get("FUZZ", 200)), deadline=None,
+                            derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
 FIXTURES = Path(__file__).parent / "fixtures"
-VALUES = st.recursive(st.none() | st.booleans() | st.integers(-10, 10**12) | st.floats() | st.text(max_size=8), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-10, 10**12) | st.floats() | st.text(max_size=8),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3))
+CELLS = st.sampled_from(["sentence", "label", "score", "a", "1", "0.5", "", "\r", "\ufeff"])
+TABLES = st.lists(st.lists(CELLS, max_size=4).map("\t".join), max_size=6).map("\n".join)
+ROWS = st.lists(
+    st.dictionaries(st.sampled_from(["instruction", "input", "output"]), VALUES), max_size=3)
 
 
 def one_of_ours(read, *kinds):
@@ -29,7 +40,7 @@ def one_of_ours(read, *kinds):
 
 
 @often
-@given(st.binary(max_size=300) | st.lists(st.lists(st.sampled_from(["sentence", "label", "score", "a", "1", "0.5", "", "\r", "\ufeff"]), max_size=4).map("\t".join), max_size=6).map(lambda x: "\n".join(x).encode()))
+@given(st.binary(max_size=300) | TABLES.map(str.encode))
 def test_oracle_any_table(content):
     with tempfile.TemporaryDirectory() as folder:
         for name in ("train.tsv", "dev.tsv"):
@@ -38,7 +49,7 @@ def test_oracle_any_table(content):
 
 
 @often
-@given(st.binary(max_size=200) | VALUES.map(lambda x: json.dumps(x).encode()) | st.lists(st.dictionaries(st.sampled_from(["instruction", "input", "output"]), VALUES), max_size=3).map(lambda x: json.dumps(x).encode()))
+@given(st.binary(max_size=200) | (VALUES | ROWS).map(lambda x: json.dumps(x).encode()))
 def test_oracle_any_instructions(content):
     with tempfile.NamedTemporaryFile(suffix=".json") as f:
         Path(f.name).write_bytes(content)
@@ -49,12 +60,15 @@ def test_oracle_any_instructions(content):
 @given(st.sampled_from(["bert", "llama3"]), st.data())
 def test_oracle_any_config(kind, data):
     good = json.loads((FIXTURES / kind / "config.json").read_text())
-    changes = data.draw(st.dictionaries(st.sampled_from(sorted(good)), VALUES, min_size=1, max_size=3))
+    changes = data.draw(st.dictionaries(st.sampled_from(sorted(good)), VALUES, min_size=1,
+                                        max_size=3))
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(good | changes))
-        one_of_ours(lambda: read_config(folder, DecoderConfig) if kind == "llama3" else read_config(folder), InputError)
+        more = [DecoderConfig] if kind == "llama3" else []
+        one_of_ours(lambda: read_config(folder, *more), InputError)
 
 
+@pytest.mark.slow
 @often
 @given(st.integers(0, 5000), st.binary(min_size=1, max_size=8))
 def test_oracle_any_damaged_weights(at, damage):
@@ -67,6 +81,7 @@ def test_oracle_any_damaged_weights(at, damage):
         one_of_ours(lambda: load_encoder(folder, 3), InputError)
 
 
+@pytest.mark.slow
 @often
 @given(st.data())
 def test_oracle_any_adapter(data):

@@ -1,6 +1,7 @@
 """
-Against other people's code as it is installed: pip install -r requirements-oracles.txt. Without it these are skipped. Tiny models always; the
-real MiniLM and SmolLM2 too where MODELS names their folder.
+Against other people's code as it is installed: pip install -r requirements-oracles.txt. Without it
+these are skipped. Tiny models always; the real MiniLM and SmolLM2 too where MODELS names their
+folder.
 """
 
 import json
@@ -18,10 +19,13 @@ import salora as sl
 from data import metrics
 from model import load_decoder, load_encoder
 
-tr = pytest.importorskip("transformers", reason="transformers is not installed: pip install -r requirements-oracles.txt")
-peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r requirements-oracles.txt")
-REAL = {name: Path(os.environ["MODELS"]) / name for name in ("minilm", "smollm2")} if "MODELS" in os.environ else {}
-FOLDERS = {name: FIXTURES / name for name in ("roberta", "bert", "llama", "llama3")} | REAL
+tr = pytest.importorskip(
+    "transformers", reason="transformers is not installed: pip install -r requirements-oracles.txt")
+peft = pytest.importorskip(
+    "peft", reason="peft is not installed: pip install -r requirements-oracles.txt")
+FOLDERS = {name: FIXTURES / name for name in ("roberta", "bert", "llama", "llama3")}
+if "MODELS" in os.environ:
+    FOLDERS |= {name: Path(os.environ["MODELS"]) / name for name in ("minilm", "smollm2")}
 
 
 @pytest.fixture(params=["roberta", "bert", "llama", "llama3", "minilm", "smollm2"])
@@ -37,12 +41,16 @@ def ours(folder):
     torch.manual_seed(1)  # of a new head
     if kind == "llama":
         return load_decoder(folder, torch.float32), [], "CAUSAL_LM"
-    return load_encoder(folder, 3), {"roberta": ["classifier"], "bert": ["classifier", "pooler"]}[kind], "SEQ_CLS"
+    head = {"roberta": ["classifier"], "bert": ["classifier", "pooler"]}[kind]
+    return load_encoder(folder, 3), head, "SEQ_CLS"
 
 
 def theirs(folder, task):
     """transformers' model, without a word."""
-    auto, more = (tr.AutoModelForCausalLM, {}) if task == "CAUSAL_LM" else (tr.AutoModelForSequenceClassification, dict(num_labels=3))
+    if task == "CAUSAL_LM":
+        auto, more = tr.AutoModelForCausalLM, {}
+    else:
+        auto, more = tr.AutoModelForSequenceClassification, dict(num_labels=3)
     return auto.from_pretrained(folder, dtype=torch.float32, **more).eval()
 
 
@@ -76,20 +84,27 @@ def test_oracle_peft_loads_our_adapter_without_a_warning(folder, how, tmp_path):
     base = theirs(folder, task)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT asks transformers in an old way
+        # PEFT asks transformers in an old way
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*",
+                                category=FutureWarning)
         tuned = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     assert difference(logits_of(model, model.config), logits_of(tuned, model.config)) < 1e-5
     count = sum(p.numel() for name, p in tuned.named_parameters() if ".lora_" in name)
-    kept = sum(p.numel() for layer in sl.adapters(model).values() for p in (layer.lora_A, layer.lora_B))
+    kept = sum(p.numel() for layer in sl.adapters(model).values()
+               for p in (layer.lora_A, layer.lora_B))
     smallest = min(sum(layer.base.weight.shape) for layer in sl.adapters(model).values())
-    assert count == (smallest if how == "everything pruned" else kept) and (kept == 0) == (how == "everything pruned")
+    assert count == (smallest if how == "everything pruned" else kept)
+    assert (kept == 0) == (how == "everything pruned")
 
 
 CONFIGS = {
     "plain": dict(target_modules=["query", "value", "q_proj", "v_proj"]),
-    "patterns": dict(target_modules=["query", "output.dense", "q_proj", "down_proj"], rank_pattern={r"layers?\.1\..*": 2, "query": 3, "q_proj": 3},
+    "patterns": dict(target_modules=["query", "output.dense", "q_proj", "down_proj"],
+                     rank_pattern={r"layers?\.1\..*": 2, "query": 3, "q_proj": 3},
                      alpha_pattern={r"(query|q_proj)": 12, r"^.*layers?\.0\..*dense": 7}),
-    "rslora and a regular expression": dict(target_modules=r".*\.(query|key|intermediate\.dense|q_proj|k_proj|up_proj)", use_rslora=True, lora_alpha=5),
+    "rslora and a regular expression": dict(
+        target_modules=r".*\.(query|key|intermediate\.dense|q_proj|k_proj|up_proj)",
+        use_rslora=True, lora_alpha=5),
     "all linear, a dropout": dict(target_modules="all-linear", lora_dropout=0.3),
 }
 
@@ -99,13 +114,18 @@ def test_oracle_we_load_pefts_adapter(folder, name, tmp_path):
     model, head, task = ours(folder)
     config = dict(CONFIGS[name])
     if isinstance(config["target_modules"], list):
-        found = [path for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not path.startswith("classifier")]
+        found = [path for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+                 and not path.startswith("classifier")]
         for key in ("target_modules", "rank_pattern", "alpha_pattern"):  # of this kind of model
             for pattern in list(config.get(key, [])):
                 if not any(map(adapter.as_regex(pattern, end=True).fullmatch, found)):
-                    config[key] = {k: v for k, v in config[key].items() if k != pattern} if key != "target_modules" else [t for t in config[key] if t != pattern]
+                    if key == "target_modules":
+                        config[key] = [t for t in config[key] if t != pattern]
+                    else:
+                        config[key] = {k: v for k, v in config[key].items() if k != pattern}
     torch.manual_seed(0)
-    tuned = peft.get_peft_model(theirs(folder, task), peft.LoraConfig(**dict(r=4, lora_alpha=6, task_type=task) | config)).eval()
+    config = peft.LoraConfig(**dict(r=4, lora_alpha=6, task_type=task) | config)
+    tuned = peft.get_peft_model(theirs(folder, task), config).eval()
     for p in tuned.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.05)
@@ -115,15 +135,23 @@ def test_oracle_we_load_pefts_adapter(folder, name, tmp_path):
     assert difference(logits_of(model.eval(), model.config), logits_of(tuned, model.config)) < 1e-5
     merged = theirs(tmp_path / "m", task)
     exact = json.loads((folder / "config.json").read_text()).get("torch_dtype") != "bfloat16"
-    assert difference(logits_of(merged, model.config), logits_of(tuned, model.config)) < (1e-4 if exact else 0.05)
+    assert difference(logits_of(merged, model.config), logits_of(tuned, model.config)) < (
+        1e-4 if exact else 0.05)
 
 
 @pytest.mark.parametrize("config,words", [
-    (lambda: peft.LoraConfig(target_modules=["query"], use_dora=True), "use_dora is True"), (lambda: peft.LoraConfig(target_modules=["query"], bias="all"), "bias is 'all'"),
-    (lambda: peft.LoHaConfig(target_modules=["query"]), "peft_type is 'LOHA'"), (lambda: peft.LoraConfig(target_modules=["word_embeddings"]), "matches no nn.Linear"),
-    (lambda: peft.LoraConfig(target_modules=["query"], layers_to_transform=[0]), "layers_to_transform is"), (lambda: peft.IA3Config(target_modules=["query"], feedforward_modules=[]), "peft_type is 'IA3'"),
-    (lambda: peft.LoraConfig(target_modules=["query"], init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
-    (lambda: peft.LoraConfig(target_modules=["query"], lora_bias=True), "lora_bias is True")])
+    (lambda: peft.LoraConfig(target_modules=["query"], use_dora=True), "use_dora is True"),
+    (lambda: peft.LoraConfig(target_modules=["query"], bias="all"), "bias is 'all'"),
+    (lambda: peft.LoHaConfig(target_modules=["query"]), "peft_type is 'LOHA'"),
+    (lambda: peft.LoraConfig(target_modules=["word_embeddings"]), "matches no nn.Linear"),
+    (lambda: peft.LoraConfig(target_modules=["query"], layers_to_transform=[0]),
+     "layers_to_transform is"),
+    (lambda: peft.IA3Config(target_modules=["query"], feedforward_modules=[]),
+     "peft_type is 'IA3'"),
+    (lambda: peft.LoraConfig(target_modules=["query"], init_lora_weights="pissa"),
+     "init_lora_weights is 'pissa'"),
+    (lambda: peft.LoraConfig(target_modules=["query"], lora_bias=True), "lora_bias is True"),
+])
 def test_oracle_what_is_not_implemented_is_refused_by_name(config, words, tmp_path):
     base = theirs(FIXTURES / "bert", "SEQ_CLS")
     peft.get_peft_model(base, config()).save_pretrained(tmp_path)
@@ -131,7 +159,8 @@ def test_oracle_what_is_not_implemented_is_refused_by_name(config, words, tmp_pa
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=words):
         adapter.load(model, tmp_path)
-    assert not sl.adapters(model) and before == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert not sl.adapters(model)
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()}
 
 
 def test_oracle_merged_folder_of_our_adapter_is_transformers_own(folder, tmp_path):
@@ -140,10 +169,13 @@ def test_oracle_merged_folder_of_our_adapter_is_transformers_own(folder, tmp_pat
     adapter.save(model.eval(), tmp_path / "a", head, task_type=task)
     adapter.merge_folder(folder, tmp_path / "a", tmp_path / "m")
     auto = tr.AutoModelForCausalLM if task == "CAUSAL_LM" else tr.AutoModelForSequenceClassification
-    merged = auto.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()  # the labels are those of its config
+    # the labels are those of its config
+    merged = auto.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
     exact = json.loads((folder / "config.json").read_text()).get("torch_dtype") != "bfloat16"
-    assert difference(logits_of(model, model.config), logits_of(merged, model.config)) < (1e-4 if exact else 0.05)
-    assert len(list(folder.glob("*.safetensors"))) - (folder / "expected.safetensors").is_file() == len(list((tmp_path / "m").glob("*.safetensors")))
+    assert difference(logits_of(model, model.config), logits_of(merged, model.config)) < (
+        1e-4 if exact else 0.05)
+    expected = {file.name for file in folder.glob("*.safetensors")} - {"expected.safetensors"}
+    assert len(expected) == len(list((tmp_path / "m").glob("*.safetensors")))
 
 
 # ---- scores
@@ -155,11 +187,15 @@ def test_oracle_scores_are_those_of_scikit_learn_scipy_and_sacrebleu():
     from sklearn import metrics as sk
     rng = np.random.default_rng(7)
     label, prediction = rng.integers(2, size=500), rng.integers(2, size=500)
-    assert metrics.matthews_correlation(label, prediction) == pytest.approx(sk.matthews_corrcoef(label, prediction), abs=1e-12)
+    assert metrics.matthews_correlation(label, prediction) == pytest.approx(
+        sk.matthews_corrcoef(label, prediction), abs=1e-12)
     assert metrics.f1(label, prediction) == pytest.approx(sk.f1_score(label, prediction), abs=1e-12)
     x = rng.normal(size=300).round(1)
     y = x + rng.normal(size=300)
-    assert metrics.pearson(x, y) == pytest.approx(stats.pearsonr(x, y)[0], abs=1e-12) and metrics.spearmanr(x, y) == pytest.approx(stats.spearmanr(x, y)[0], abs=1e-12)
+    assert metrics.pearson(x, y) == pytest.approx(stats.pearsonr(x, y)[0], abs=1e-12)
+    assert metrics.spearmanr(x, y) == pytest.approx(stats.spearmanr(x, y)[0], abs=1e-12)
     words = "the food , was great . n't 's 10 bad".split()
-    outputs, *references = ([" ".join(rng.choice(words, rng.integers(4, 12))) for _ in range(60)] for _ in range(4))
-    assert metrics.bleu(outputs, references) == pytest.approx(corpus_bleu(outputs, references).score, abs=1e-9)
+    outputs, *references = ([" ".join(rng.choice(words, rng.integers(4, 12))) for _ in range(60)]
+                            for _ in range(4))
+    assert metrics.bleu(outputs, references) == pytest.approx(
+        corpus_bleu(outputs, references).score, abs=1e-9)

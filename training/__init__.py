@@ -1,1 +1,1 @@
-"""What train_glue.py and train_instruct.py share: flags.py, the loop (loop.py), the folders of runs (runs.py)."""
+"""What both scripts share: flags, the loop of a run, the folders of runs."""

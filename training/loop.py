@@ -1,5 +1,5 @@
 """
-One run: the schedule of the learning rate, the method put into the model, the training loop and its log.
+One run: learning rate schedule, the method put into the model, training loop and log.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ from training.runs import (
 
 @contextlib.contextmanager
 def noticed_signals():
-    """A list to which the number of a SIGINT or SIGTERM is added, so that a step can be finished first; a second one interrupts at
-    once. Only the main thread hears signals."""
+    """A list that collects the numbers of SIGINT and SIGTERM, so that the step can be finished
+    first; a second signal interrupts at once. Only the main thread receives signals."""
     seen = []
     if threading.current_thread() is not threading.main_thread():
         yield seen
@@ -57,30 +57,33 @@ def noticed_signals():
 
 
 def schedule(args, lengths, weights, epochs):
-    """The plan of a run. lengths: the tokens of each training row; weights: what it counts in the mean loss of a step. In the plan
-    besides: epochs, rows_per_step, epoch_steps, steps; gated: are there gates; warmup and restart, in steps: see lr_factor."""
+    """The plan of a run. lengths: tokens of each training row; weights: what each row counts in the
+    mean loss of a step. warmup and restart are in steps: see lr_factor."""
     rows_per_step = args.batch_size * args.accumulate * PROCESSES
     epoch_steps = math.ceil(len(lengths) / rows_per_step)
     steps = min(math.ceil(epochs * epoch_steps), args.max_steps or math.inf)
     if args.method in ("salora", "lora-svd", "adalora") and steps == 1:
-        raise InputError(f"one step is too short a run for --method {args.method}: in the first, B is zero and gates have no gradient")
+        raise InputError(f"one step is too short a run for --method {args.method}: in the first "
+                         "step B is zero and gates have no gradient")
     end = sl.window_steps(args.window, steps)[1]
     return SimpleNamespace(
-        lengths=lengths, weights=weights, epochs=epochs, rows_per_step=rows_per_step, epoch_steps=epoch_steps, steps=steps,
-        gated=args.method == "salora", warmup=math.ceil(args.warmup * steps), restart=end if args.rewarm else steps)
-
+        lengths=lengths, weights=weights, epochs=epochs, rows_per_step=rows_per_step,
+        epoch_steps=epoch_steps, steps=steps, gated=args.method == "salora",
+        warmup=math.ceil(args.warmup * steps), restart=end if args.rewarm else steps)
 
 def lr_factor(plan, step):
-    """The share of its peak that a learning rate has: it rises linearly over the warm-up and falls linearly to 0; when the adapter
-    has been cut down (restart) it falls from the peak once more."""
+    """The learning rate as a share of its peak: it rises linearly over the warm-up and falls
+    linearly to 0; at restart, when the adapter has been cut, it falls from the peak once more."""
     if step >= plan.restart:
         return (plan.steps - step) / (plan.steps - plan.restart)
-    return min((step + 1) / max(plan.warmup, 1), (plan.steps - step) / max(plan.steps - plan.warmup, 1))
+    fall = (plan.steps - step) / max(plan.steps - plan.warmup, 1)
+    return min((step + 1) / max(plan.warmup, 1), fall)
 
 
 def own_device(args):
-    """The torch.device of this process, with a fresh count of its peak memory."""
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if PROCESSES > 1 and args.device == "cuda" else torch.device(args.device)
+    """The torch.device of this process, with its peak memory count reset."""
+    several = PROCESSES > 1 and args.device == "cuda"
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if several else args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -88,35 +91,41 @@ def own_device(args):
 
 
 def start_from(args, model, steps):
-    """Puts the adapter of --adapter into the model, unless the run cannot go on with it."""
+    """Loads the adapter of --adapter; refuses one that the run cannot go on with."""
     load_adapter(model, args.adapter)
     name, ranks = f"--adapter {args.adapter}", set(sl.ranks(model).values())
     need(ranks, f"{name}: its target_modules", "empty", "at least one matrix to go on with")
-    need(len(ranks) == 1 or args.method == "lora" or not steps, f"{name}: its rank", f"{min(ranks)} to {max(ranks)}",
+    need(len(ranks) == 1 or args.method == "lora" or not steps, f"{name}: its rank",
+         f"{min(ranks)} to {max(ranks)}",
          "one for all where gates are to be learned; --method lora goes on from it")
     head = [m for part in getattr(model, "head", ()) for m in part.modules()]
-    need(not any(isinstance(m, sl.SaLoRALinear) for m in head), f"{name}: its target_modules", "one that reaches into the head",
-         "names in the body: the head is trained whole")
+    need(not any(isinstance(m, sl.SaLoRALinear) for m in head), f"{name}: its target_modules",
+         "one that reaches into the head", "names in the body: the head is trained whole")
     adapted = {id(p) for m in [*head, *sl.adapters(model).values()] for p in m.parameters()}
-    others = [path for path, p in model.named_parameters() if p.requires_grad and id(p) not in adapted]
-    need(not others, f"{name}: its modules_to_save", f"with {', '.join(others)}", "nothing but the head")
+    others = [path for path, p in model.named_parameters()
+              if p.requires_grad and id(p) not in adapted]
+    need(not others, f"{name}: its modules_to_save", f"with {', '.join(others)}",
+         "nothing but the head")
 
 
 def install(args, model, steps, seed):
-    """Puts the method into the model. Returns the SaLoRA or AdaLoRA object that takes part in every step, None if the method has none."""
+    """Puts the method into the model. Returns its SaLoRA or AdaLoRA object, None if it has none."""
     if args.adapter:
         start_from(args, model, steps)
     paths = None if args.adapter else model.target_paths(args.targets, args.layers)
     if args.method == "salora":
-        return sl.SaLoRA(model, paths, max(steps, 1), r=args.r, alpha=args.alpha, budget=args.budget, beta=args.beta,
-                         window=args.window if steps else None, seed=seed, gate_lr=args.gate_lr, turn=args.turn,
-                         orth_reduction=args.orth_reduction, selection=args.selection, fold_gates=args.fold_gates, price=args.price)
-    return baselines.install(model, args.method, paths, steps, args.r, args.alpha, args.budget, args.beta, args.window,
-                             getattr(args, "bottleneck", None), getattr(args, "virtual_tokens", None))
+        return sl.SaLoRA(
+            model, paths, max(steps, 1), r=args.r, alpha=args.alpha, budget=args.budget,
+            beta=args.beta, window=args.window if steps else None, seed=seed, gate_lr=args.gate_lr,
+            turn=args.turn, orth_reduction=args.orth_reduction, selection=args.selection,
+            fold_gates=args.fold_gates, price=args.price)
+    return baselines.install(
+        model, args.method, paths, steps, args.r, args.alpha, args.budget, args.beta, args.window,
+        getattr(args, "bottleneck", None), getattr(args, "virtual_tokens", None))
 
 
 def settings_of(args, seed, plan, lowrank):
-    """Every flag of a run as it was resolved, for result.json and the check of --resume."""
+    """Every flag of a run as resolved, for result.json and the check of --resume."""
     settings = {name: value for name, value in vars(args).items() if name not in NOT_OF_A_RUN}
     settings |= dict(seed=seed, epochs=plan.epochs, processes=PROCESSES)
     if args.method == "salora":
@@ -127,13 +136,14 @@ def settings_of(args, seed, plan, lowrank):
 
 
 def announce(settings, line):
-    """The resolved settings, and what is about to happen."""
-    print("settings: " + " ".join(f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in settings.items()))
+    """Prints the resolved settings and the line."""
+    words = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in settings.items()}
+    print("settings: " + " ".join(f"{k}={v}" for k, v in words.items()))
     print(line)
 
 
 class Log:
-    """log.jsonl, and the same on the screen: now and then a line, with means over the steps since the last one."""
+    """log.jsonl, and the same on the screen: a line now and then, means since the last line."""
 
     def __init__(self, out, plan, device):
         self.file, self.plan = out / "log.jsonl", plan
@@ -143,7 +153,7 @@ class Log:
         self.restart_clock()
 
     def restart_clock(self):
-        """After what is not training: an evaluation, a checkpoint."""
+        """After an evaluation or a checkpoint, which do not count as training."""
         self.start = time.time()
 
     def state(self):
@@ -151,18 +161,21 @@ class Log:
         return [*self.sums.tolist(), self.tokens, self.steps]
 
     def resume(self, step, seconds, state):
-        """Goes on where a run was stopped, without the lines that were written after that."""
+        """Goes on at `step`, without the lines that were written after it."""
         self.seconds = seconds
-        self.sums, self.tokens, self.steps = torch.tensor(state[:2], device=self.sums.device), *state[2:]
-        if RANK == 0:
-            lines, kept = self.file.read_text().splitlines(keepends=True) if self.file.exists() else [], []
-            for number, line in enumerate(lines, 1):
-                try:
-                    if line.endswith("\n") and json.loads(line)["step"] < step:
-                        kept.append(line)
-                except (ValueError, KeyError, TypeError):
-                    raise InputError(f"{self.file}: line {number} is damaged: take it out to go on") from None
-            write_text(self.file, "".join(kept))
+        self.sums = torch.tensor(state[:2], device=self.sums.device)
+        self.tokens, self.steps = state[2:]
+        if RANK:
+            return
+        kept, text = [], self.file.read_text() if self.file.exists() else ""
+        for number, line in enumerate(text.splitlines(keepends=True), 1):
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] < step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{self.file}: line {number} is damaged: remove it to go "
+                                 "on") from None
+        write_text(self.file, "".join(kept))
 
     def write(self, step, lr, lowrank):
         plan = self.plan
@@ -170,20 +183,23 @@ class Log:
             dist.all_reduce(self.sums)
         loss, task_loss = (self.sums / self.steps).tolist()
         now = time.time()  # after the line above, which waits for the device
-        self.seconds, speed = self.seconds + now - self.start, self.tokens / (now - self.start)
-        entry = {"step": step, "epoch": round((step + 1) / plan.epoch_steps, 4), "loss": loss, "task_loss": task_loss, "lr": lr,
-                 "density": None, "lambda": None, "orth_a": None, "orth_b": None, "tokens_per_second": round(speed, 1)}
+        speed = self.tokens / (now - self.start)
+        self.seconds += now - self.start
+        entry = {"step": step, "epoch": round((step + 1) / plan.epoch_steps, 4), "loss": loss,
+                 "task_loss": task_loss, "lr": lr, "density": None, "lambda": None, "orth_a": None,
+                 "orth_b": None, "tokens_per_second": round(speed, 1)}
         if lowrank:
             with torch.no_grad():
-                orth_a, orth_b = lowrank.orthogonality()
-                entry |= {"density": lowrank.density().item(), "orth_a": orth_a.item(), "orth_b": orth_b.item()}
+                entry["density"] = lowrank.density().item()
+                entry["orth_a"], entry["orth_b"] = (x.item() for x in lowrank.orthogonality())
                 if isinstance(lowrank, sl.SaLoRA):
                     entry["lambda"] = lowrank.lam.item()
         for name in ("loss", "density", "lambda", "orth_a", "orth_b"):
             if not math.isfinite(entry[name] or 0):
-                raise InputError(f"the run came apart: {name} is {entry[name]} at step {step}, or in one of the {self.steps - 1} before "
-                                 f"it, with a learning rate of {lr:.3g}. Try a smaller --lr; checkpoints in {self.file.parent} are from "
-                                 "before that")
+                raise InputError(f"training diverged: {name} is {entry[name]} at step {step} or in "
+                                 f"the {self.steps - 1} steps before, with a learning rate of "
+                                 f"{lr:.3g}. Try a smaller --lr; checkpoints in {self.file.parent} "
+                                 "are from before that")
         if RANK == 0:
             with self.file.open("a") as f:
                 f.write(json.dumps(entry) + "\n")
@@ -195,7 +211,7 @@ class Log:
         line += f" {speed:.0f} tokens/s, {left // 60}:{left % 60:02d} left"
         if sys.stdout.isatty():
             print(f"\r{line:<100}", end="", flush=True)
-        elif step * 20 // plan.steps != (step - self.steps) * 20 // plan.steps:  # a file gets 20 lines
+        elif step * 20 // plan.steps != (step - self.steps) * 20 // plan.steps:  # 20 lines in all
             print(line, flush=True)
         self.sums.zero_()
         self.tokens = self.steps = 0
@@ -203,18 +219,21 @@ class Log:
 
 
 def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
-    """The training loop, which writes log.jsonl and checkpoint/ into `out`. loss_of(rows): the summed loss of some rows, given by
-    their numbers; evaluate(): a pair, a list of arrays of outputs on the dev rows and {metric: value}. Returns evaluate()'s pair for
-    the trained model, the scores after each epoch, and the seconds it took."""
-    device, seed, steps, epoch_steps = next(model.parameters()).device, settings["seed"], plan.steps, plan.epoch_steps
+    """The training loop, which writes log.jsonl and checkpoint/ into `out`. loss_of(rows): the
+    summed loss of rows, given by number; evaluate(): a list of output arrays on the dev rows, and
+    {metric: value}. Returns the trained model's outputs and scores, the scores after each epoch,
+    and the seconds it took."""
+    device, seed = next(model.parameters()).device, settings["seed"]
+    steps, epoch_steps = plan.steps, plan.epoch_steps
     if plan.gated:
         groups = lowrank.param_groups(args.lr, args.weight_decay)
     else:
-        groups = [dict(params=[p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=args.weight_decay)]
-    optimizer = torch.optim.AdamW(groups, fused=True)  # one call for all parameters
+        weights = [p for p in model.parameters() if p.requires_grad]
+        groups = [dict(params=weights, lr=args.lr, weight_decay=args.weight_decay)]
+    optimizer = torch.optim.AdamW(groups, fused=True)
     peaks = [group["lr"] for group in groups]
 
-    # ---- go on where a run was stopped, or start anew
+    # ---- resume, or start anew
     log, step, history = Log(out, plan, device), 0, []
     saved = find_checkpoint(out) if args.resume else None
     if saved:
@@ -233,7 +252,8 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
     def checkpoint():
         if RANK == 0:
             save_checkpoint(out / "checkpoint", optimizer, lowrank, dict(
-                step=step, history=history, seconds=log.seconds, settings=settings, open_line=log.state()))
+                step=step, history=history, seconds=log.seconds, settings=settings,
+                open_line=log.state()))
         log.restart_clock()
 
     # ---- the loop
@@ -242,22 +262,24 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
     model.train()
     with noticed_signals() as stop:
         while step < steps:
-            if batches is None or step % epoch_steps == 0:  # the order of an epoch depends on the seed and its number alone
-                batches = batch_order(plan.lengths, plan.rows_per_step, np.random.default_rng([seed, step // epoch_steps]))
+            if batches is None or step % epoch_steps == 0:  # resumes into the same order
+                rng = np.random.default_rng([seed, step // epoch_steps])
+                batches = batch_order(plan.lengths, plan.rows_per_step, rng)
             batch = batches[step % epoch_steps]
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * lr_factor(plan, step)
 
-            torch.manual_seed((seed * steps + step) * PROCESSES + RANK)  # of dropout: a resumed run needs no generator's state
+            torch.manual_seed((seed * steps + step) * PROCESSES + RANK)  # dropout; resumes the same
             total = sum(plan.weights[j] for j in batch)
-            share = batch[RANK::PROCESSES] or batch[:1]  # a last batch may be too small for all: one row then, which does not count
+            # a last batch too small for all processes: the others take a row that does not count
+            share = batch[RANK::PROCESSES] or batch[:1]
             for i in range(0, len(share), args.batch_size):
                 if lowrank:
                     lowrank.begin_step()  # draws the step's gates
                 part = share[i:i + args.batch_size]
                 loss = loss_of(part) * ((RANK < len(batch)) / total)
                 log.sums += loss.detach()
-                loss = loss * PROCESSES  # average_gradients takes a mean over the processes
+                loss = loss * PROCESSES  # average_gradients takes a mean
                 if lowrank and i + args.batch_size >= len(share):
                     penalty = lowrank.penalty()  # beta R_orth + lambda (C - b)^2, once a step
                     log.sums[0] += penalty.detach() / PROCESSES
@@ -266,11 +288,13 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
             sl.average_gradients(optimizer)
             optimizer.step()
             if lowrank:
-                lowrank.end_step(optimizer)  # lambda >= 0; turns A and B where the window opens, cuts them where it closes
+                lowrank.end_step(optimizer)  # may turn or cut A and B
             optimizer.zero_grad()
 
-            log.steps, log.tokens = log.steps + 1, log.tokens + sum(plan.lengths[j] for j in batch)
-            epoch_end, save = (step + 1) % epoch_steps == 0 or step + 1 == steps, args.save_every and (step + 1) % args.save_every == 0
+            log.steps += 1
+            log.tokens += sum(plan.lengths[j] for j in batch)
+            epoch_end = (step + 1) % epoch_steps == 0 or step + 1 == steps
+            save = args.save_every and (step + 1) % args.save_every == 0
             if step % args.log_every == 0 or epoch_end or save:
                 log.write(step, optimizer.param_groups[0]["lr"], lowrank)
             step += 1
@@ -279,7 +303,8 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
             if epoch_end:
                 outputs, scores = finite(evaluate(), step)
                 history.append(dict(step=step, epoch=round(step / epoch_steps, 4), **scores))
-                line = f"epoch {step / epoch_steps:.4g}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
+                values = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
+                line = f"epoch {step / epoch_steps:.4g}: {values}"
                 print(f"\r{line:<100}" if sys.stdout.isatty() else line, flush=True)
                 checkpoint()
             elif save:
@@ -289,22 +314,24 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
                     log.seconds += time.time() - log.start
                     checkpoint()
                 where = "there" if PROCESSES == 1 else "the last checkpoint"
-                raise Stopped(f"stopped at step {step} of {steps}; the same command with --resume --out {args.out} goes on from {where}",
-                              stop[0])
+                raise Stopped(f"stopped at step {step} of {steps}; the same command with --resume "
+                              f"--out {args.out} goes on from {where}", stop[0])
 
         if outputs is None:  # stopped between the last step and here, or no step at all
             outputs, scores = finite(evaluate(), step)
             history = history or [dict(step=0, epoch=0.0, **scores)]
         if stop:  # while the last epoch was scored
-            raise Stopped(f"stopped after step {step} of {steps}; the same command with --resume --out {args.out} goes on", stop[0])
+            raise Stopped(f"stopped after step {step} of {steps}; the same command with --resume "
+                          f"--out {args.out} goes on", stop[0])
     return outputs, scores, history, log.seconds
 
 
 def finite(evaluated, step):
-    """What evaluate() gave, unless the model came apart since the last line of the log."""
+    """What evaluate() gave, if its outputs are finite."""
     if not all(np.isfinite(values).all() for values in evaluated[0]):
-        raise InputError("the model's outputs on the dev rows are not all finite numbers "
-                         + (f"after {step} steps: try a smaller --lr" if step else "before any training: --model or --adapter is damaged"))
+        raise InputError("the model's outputs on the dev rows are not all finite numbers " + (
+            f"after {step} steps: try a smaller --lr" if step
+            else "before any training: --model or --adapter is damaged"))
     return evaluated
 
 
@@ -312,24 +339,29 @@ def count_trainable(model, head_params=0):
     return sum(p.numel() for p in model.parameters() if p.requires_grad) - head_params
 
 
-def common_result(args, plan, settings, model, lowrank, trainable_params, head_params, history, seconds):
+def common_result(
+        args, plan, settings, model, lowrank, trainable_params, head_params, history, seconds):
     """What every result.json holds besides task and scores. trainable_params: at the start."""
     kept_params = count_trainable(model, head_params)
+    rows = len(plan.lengths) * plan.steps / plan.epoch_steps
     return dict(
         trainable_params=trainable_params, kept_params=kept_params, head_params=head_params,
         budget=budget_of(args), density=lowrank.final_density if lowrank else None,
-        kept_density=kept_params / max(trainable_params, 1), ranks=sl.ranks(model), steps=plan.steps, seconds=round(seconds, 2),
-        examples_per_second=round(len(plan.lengths) * plan.steps / plan.epoch_steps / seconds, 1) if seconds else None,
-        peak_memory_mb=round(peak_memory_mb(next(model.parameters()).device), 1), history=history, settings=settings)
+        kept_density=kept_params / max(trainable_params, 1), ranks=sl.ranks(model),
+        steps=plan.steps, seconds=round(seconds, 2),
+        examples_per_second=round(rows / seconds, 1) if seconds else None,
+        peak_memory_mb=round(peak_memory_mb(next(model.parameters()).device), 1),
+        history=history, settings=settings)
 
 
 def budget_of(args):
     """The share of parameters that a run steers to, or None."""
-    return args.budget if args.method in ("salora", "lora-svd", "adalora") and args.price is None else None
+    has_budget = args.method in ("salora", "lora-svd", "adalora") and args.price is None
+    return args.budget if has_budget else None
 
 
 def load_adapter(model, folder):
-    """adapter.load, with what is wrong with the folder as an InputError."""
+    """adapter.load, where a damaged folder is an InputError."""
     try:
         return adapter.load(model, folder)
     except (OSError, ValueError, SafetensorError) as e:
@@ -337,12 +369,15 @@ def load_adapter(model, folder):
 
 
 def report_ranks(args, result, linears, at):
-    """The budget and the rank map, for a person. linears: {letter: name of the module}; at: where in a path the layer's number is."""
+    """Prints the budget and the rank map. linears: {letter: module name}; at: where a path has the
+    number of its layer."""
     if args.method in ("salora", "lora-svd") and result["steps"]:
         goal = f"budget {args.budget:.4g}" if args.price is None else f"price {args.price:.4g}"
-        gates = f"the gates came to a density of {result['density']:.3f}; " if args.method == "salora" else ""
-        print(f"{goal}: {gates}kept {result['kept_params']:,} of {result['trainable_params']:,} adapter parameters "
-              f"({100 * result['kept_density']:.2f} %)")
+        gates = ""
+        if args.method == "salora":
+            gates = f"the gates came to a density of {result['density']:.3f}; "
+        print(f"{goal}: {gates}kept {result['kept_params']:,} of {result['trainable_params']:,} "
+              f"adapter parameters ({100 * result['kept_density']:.2f} %)")
     if result["ranks"]:
         letters = {name: letter for letter, name in linears.items()}
         table = {}
@@ -350,11 +385,13 @@ def report_ranks(args, result, linears, at):
             layer, name = path.split(".", at + 1)[at:]
             table[f"{layer}.W^{letters[name].upper()}"] = rank
         r = result["settings"]["r"]
-        print(f"\nrank of each matrix, from {r} at the start: layers left to right\n\n{sl.rank_map(table, r)}")
+        print(f"\nrank of each matrix, from {r} at the start: layers left to right\n\n"
+              f"{sl.rank_map(table, r)}")
 
 
 def peak_memory_mb(device):
     """Of the GPU, or of the whole process, since the run began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,5 +1,5 @@
 """
-The folders of runs: checkpoints, resuming, several seeds, the choice of the learning rate.
+The folders of runs: checkpoints, resuming, several seeds, choice of the learning rate.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from training.flags import (
 )
 
 TUNING_SEED = 100  # of the runs of --lr-grid
-CHECKPOINTS = ("checkpoint", "checkpoint.previous")  # in a run's folder: the last, and the one before, should the last be damaged
+CHECKPOINTS = ("checkpoint", "checkpoint.previous")  # the second in case the first is damaged
 
 
 def write_text(file, text):
-    """Whole or not at all."""
+    """Writes all of it or nothing."""
     beside = file.with_name(file.name + ".new")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, file)
@@ -45,26 +45,33 @@ def write_text(file, text):
 
 def markdown(head, rows):
     """A table."""
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+    rows = (head, ["---"] * len(head), *rows)
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
 
 
 def save_checkpoint(folder, optimizer, lowrank, progress):
-    """Everything a run needs to go on, as safetensors and JSON: nothing in it is code. Written beside and renamed; the last one stays as
-    checkpoint.previous."""
+    """Everything a run needs to resume, as safetensors and JSON, which hold no code. Written beside
+    and then renamed; the one before stays as checkpoint.previous."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = {f"param.{i}": p.detach() for i, p in enumerate(trained)}
     for i, p in enumerate(trained):
-        tensors |= {f"state.{i}.{name}": value for name, value in optimizer.state.get(p, {}).items()}
-    state = lowrank.state_dict() if lowrank else {}
-    tensors |= {f"method.{name}": value for name, value in state.items() if torch.is_tensor(value)}
-    progress["method"] = {name: value for name, value in state.items() if not torch.is_tensor(value)}
-    beside, previous = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.previous")
+        state = optimizer.state.get(p, {})
+        tensors |= {f"state.{i}.{name}": value for name, value in state.items()}
+    progress["method"] = {}
+    for name, value in (lowrank.state_dict() if lowrank else {}).items():
+        if torch.is_tensor(value):
+            tensors[f"method.{name}"] = value
+        else:
+            progress["method"][name] = value
+    beside = folder.with_name("checkpoint.new")
+    previous = folder.with_name("checkpoint.previous")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir()
-        save_file({name: value.contiguous() for name, value in tensors.items()}, beside / "state.safetensors")
+        file = beside / "state.safetensors"
+        save_file({name: value.contiguous() for name, value in tensors.items()}, file)
         (beside / "progress.json").write_text(json.dumps(progress))
-        shutil.copymode(beside / "progress.json", beside / "state.safetensors")  # save_file lets nobody else read it
+        shutil.copymode(beside / "progress.json", file)  # save_file makes it private
     except (OSError, SafetensorError):
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -75,12 +82,13 @@ def save_checkpoint(folder, optimizer, lowrank, progress):
 
 
 def find_checkpoint(out):
-    """(progress, tensors) of the last checkpoint in a run's folder that is whole, or None."""
+    """(progress, tensors) of the last complete checkpoint in a run's folder, or None."""
     for folder in (out / name for name in CHECKPOINTS):
         if not folder.is_dir():
             continue
         try:
-            progress, tensors = read_json(folder / "progress.json"), load_file(folder / "state.safetensors")
+            progress = read_json(folder / "progress.json")
+            tensors = load_file(folder / "state.safetensors")
             if progress.keys() >= {"step", "history", "seconds", "settings", "method", "open_line"}:
                 return progress, tensors
             reason = "entries of progress.json are missing"
@@ -91,23 +99,26 @@ def find_checkpoint(out):
 
 
 def load_checkpoint(out, progress, tensors, optimizer, lowrank, device, settings):
-    """The inverse of save_checkpoint, for what find_checkpoint gave. Pruned tensors come in the shapes they were saved in."""
+    """The inverse of save_checkpoint, for what find_checkpoint gave."""
     for name, value in settings.items():
         found = progress["settings"].get(name)
         if found != value and name not in MAY_CHANGE:
-            raise InputError(f"--resume: {flag(name)} is {value}, but the checkpoint in {out} was written with {found}: "
-                             "give the run's own flags")
-    if lowrank:  # before the parameters: it brings A and B into the shapes they were saved in
-        state = {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
+            raise InputError(f"--resume: {flag(name)} is {value}, but the checkpoint in {out} was "
+                             f"written with {found}: give the run's own flags")
+    if lowrank:  # first: it gives A and B the shapes they were saved in
+        state = {name.removeprefix("method."): value for name, value in tensors.items()
+                 if name.startswith("method.")}
         try:
             lowrank.load_state_dict(progress["method"] | state)
         except KeyError as e:
-            raise InputError(f"--resume: the checkpoint in {out} has no {e}, as another version wrote it: start anew") from None
+            raise InputError(f"--resume: the checkpoint in {out} has no {e}, as another version "
+                             "wrote it: start anew") from None
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
         kind, *rest = name.split(".")
         if kind in ("param", "state"):
-            p, value = trained[int(rest[0])], value.to(device, copy=True)  # a file aligns its tensors otherwise: other last bits
+            p = trained[int(rest[0])]
+            value = value.to(device, copy=True)  # another alignment may change the last bits
             if kind == "param":
                 p.data = value
             else:
@@ -116,7 +127,7 @@ def load_checkpoint(out, progress, tensors, optimizer, lowrank, device, settings
 
 @contextlib.contextmanager
 def own_folder(args, out):
-    """Makes the folder of a run and keeps other processes out of it until the run is through, or the process ends."""
+    """Makes the folder of a run and keeps other processes out of it until the run ends."""
     if RANK:
         yield
         return
@@ -125,8 +136,9 @@ def own_folder(args, out):
         try:
             held.enter_context(locked(out, wait=False))
         except BlockingIOError:
-            raise InputError(f"--out {out}: another run is writing into it; give another folder, or wait") from None
-        refuse_taken(args, out)  # by another process while this one was loading
+            raise InputError(f"--out {out}: another run is writing into it; give another folder, "
+                             "or wait") from None
+        refuse_taken(args, out)  # another process may have finished in the meantime
         yield
 
 
@@ -139,11 +151,12 @@ def make_folder(out):
 
 def clear_folder(out):
     """Removes the files of an earlier run."""
-    if (out / "adapter").exists() and not any((out / name).exists() for name in ("result.json", "log.jsonl", "checkpoint")):
+    names = ("result.json", "log.jsonl", "checkpoint")
+    if (out / "adapter").exists() and not any((out / name).exists() for name in names):
         raise InputError(f"--out {out}: has an adapter/ which is not of a run; give another folder")
     try:
-        for name in ("result.json", "log.jsonl", "predictions.tsv", "predictions_mismatched.tsv"):
-            (out / name).unlink(missing_ok=True)
+        for file in [out / "result.json", out / "log.jsonl", *out.glob("predictions*.tsv")]:
+            file.unlink(missing_ok=True)
         for name in ("adapter", "checkpoint", "checkpoint.previous", "checkpoint.new"):
             shutil.rmtree(out / name, ignore_errors=True)
     except OSError as e:
@@ -159,11 +172,13 @@ def free_folder(stem):
 
 
 def refuse_taken(args, out):
-    """Unless flags say otherwise, no run is replaced: neither one that is finished nor one that could go on."""
+    """Without a flag that says so, no run is replaced, finished or not."""
     if (out / "result.json").exists() and not args.overwrite:
         raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
-    if any((out / name).exists() for name in CHECKPOINTS) and not (args.overwrite or args.resume):
-        raise InputError(f"--out {out} holds a run that did not finish: --resume goes on with it, --overwrite replaces it")
+    unfinished = any((out / name).exists() for name in CHECKPOINTS)
+    if unfinished and not (args.overwrite or args.resume):
+        raise InputError(f"--out {out} holds a run that did not finish: --resume goes on with it, "
+                         "--overwrite replaces it")
 
 
 def read_result(out):
@@ -172,7 +187,8 @@ def read_result(out):
     if not file.exists():
         return None
     result = read_json(file)
-    if not isinstance(result.get("settings"), dict) or not isinstance(result.get("score"), float):
+    score = result.get("score")
+    if not isinstance(result.get("settings"), dict) or not isinstance(score, float):
         raise InputError(f"{file}: has no settings or no score, so it is not of a run")
     return result
 
@@ -184,19 +200,24 @@ def finished(args, out):
         return None
     for name, value in vars(args).items():
         found = result["settings"].get(name, value)
-        if found != value and (value is not None or name not in RESOLVED_LATER) and name not in (*NOT_OF_A_RUN, *MAY_CHANGE, "seed"):
-            raise InputError(f"--out {out} holds a finished run with {flag(name)} {found}, not {value}: give another folder")
+        if value is None and name in RESOLVED_LATER:
+            continue
+        if found != value and name not in (*NOT_OF_A_RUN, *MAY_CHANGE, "seed"):
+            raise InputError(f"--out {out} holds a finished run with {flag(name)} {found}, not "
+                             f"{value}: give another folder")
     return result
 
 
 def run(args, seed, out, train, report):
-    """train(args, seed, out), unless --resume finds it done, and report(args, result, out); returns the result (in the first process)."""
+    """train(args, seed, out) and report(args, result, out), unless --resume finds it finished.
+    Returns the result (in the first process)."""
     if args.adapter and out.resolve() in Path(args.adapter).resolve().parents:
-        raise InputError(f"--out {out}: --adapter lies in it and would be overwritten; give another folder")
+        raise InputError(f"--out {out}: --adapter lies in it and would be overwritten; give "
+                         "another folder")
     result = finished(args, out) if args.resume else None
     if result:
-        need(result.get("seed") == seed, f"--out {out} holds a finished run; its --seed", result.get("seed"),
-             f"{seed}: give another folder")
+        need(result.get("seed") == seed, f"--out {out} holds a finished run; its --seed",
+             result.get("seed"), f"{seed}: give another folder")
         print(f"{out}: finished already")
     else:
         result = train(args, seed, out)
@@ -206,7 +227,7 @@ def run(args, seed, out, train, report):
 
 
 def choose_lr(args, root, train, report):
-    """The learning rate of --lr-grid with the best score on rows held out of training, in a run of its own seed."""
+    """The learning rate of --lr-grid with the best score on rows held out of training."""
     scores = {}
     for lr in args.lr_grid:
         trial = argparse.Namespace(**vars(args) | dict(lr=lr, hold_out=args.hold_out or 0.2))
@@ -216,20 +237,23 @@ def choose_lr(args, root, train, report):
         dist.broadcast_object_list(box := [scores])
         scores = box[0]
     best = max(scores, key=scores.get)
-    print(f"\nlearning rate {best:g}, on held-out rows: " + ", ".join(f"{lr:g}: {score:.4f}" for lr, score in scores.items()))
+    table = ", ".join(f"{lr:g}: {score:.4f}" for lr, score in scores.items())
+    print(f"\nlearning rate {best:g}, on held-out rows: {table}")
     return best
 
 
 def run_all(args, root, train, report):
-    """The run, or the runs of --seeds, after the choice of --lr-grid; their results (in the first process)."""
+    """The choice of --lr-grid, then the run or those of --seeds. Returns their results (in the
+    first process)."""
     args.out = root  # also where the flag was not given
     if args.threads:
         torch.set_num_threads(args.threads)
     if PROCESSES > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    runs = [(args.seed, root)] if args.seeds is None else [(seed, root / f"seed{seed}") for seed in args.seeds]
+    seeds = args.seeds
+    runs = [(args.seed, root)] if seeds is None else [(s, root / f"seed{s}") for s in seeds]
     grid = getattr(args, "lr_grid", None) or []
-    if not args.resume:  # all of them, before the first takes its hours
+    if not args.resume:  # check all folders before the first run takes hours
         for out in [root / f"lr{lr:g}" for lr in grid] + [out for _, out in runs]:
             if out.exists():
                 with own_folder(args, out):
@@ -238,28 +262,29 @@ def run_all(args, root, train, report):
         args.lr = choose_lr(args, root, train, report)
         args.hold_out = None
     results = [run(args, seed, out, train, report) for seed, out in runs]
-    if args.seeds is not None and RANK == 0:
+    if seeds is not None and RANK == 0:
         scores = [r["score"] for r in results]
-        summary = dict(metric=results[0]["metric"], seeds=args.seeds, scores=scores, mean=statistics.mean(scores),
-                       std=statistics.stdev(scores) if len(scores) > 1 else 0.0)
+        mean, std = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
+        metric = results[0]["metric"]
+        summary = dict(metric=metric, seeds=seeds, scores=scores, mean=mean, std=std)
         write_text(root / "summary.json", json.dumps(summary, indent=1) + "\n")
-        print(f"\n{summary['metric']} over seeds {' '.join(map(str, args.seeds))}: {summary['mean']:.4f} ± {summary['std']:.4f} "
-              f"({' '.join(f'{s:.4f}' for s in scores)}); {root}/summary.json")
+        print(f"\n{metric} over seeds {' '.join(map(str, seeds))}: {mean:.4f} ± {std:.4f} "
+              f"({' '.join(f'{score:.4f}' for score in scores)}); {root}/summary.json")
     return results
 
 
 class Stopped(Exception):
-    """A signal ended the run, whose state is saved. args: the line to print, the number of the signal."""
+    """A signal ended the run, which is saved. args: the line to print, the signal's number."""
 
 
 def run_command(main, argv):
-    """main(argv) as a shell sees it: bad input is one line on stderr and exit status 2."""
+    """main(argv) as a command: bad input is one line on stderr and exit status 2."""
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
         warnings.simplefilter("ignore")
     warnings.formatwarning = lambda message, *rest: f"warning: {message}\n"
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what a notebook has is none
-        sys.stdout.reconfigure(errors="replace")  # for a terminal that knows nothing but ASCII
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not so in a notebook
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that prints only ASCII
     try:
         main(sys.argv[1:] if argv is None else argv)
     except InputError as e:
@@ -272,12 +297,14 @@ def run_command(main, argv):
         sys.exit(128 + signal.SIGINT)
     except (OSError, SafetensorError) as e:
         where = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e
-        sys.exit(fail(f"{where}; what was saved before is still there, and where a checkpoint was, --resume goes on from it"))
-    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is one; a CPU's is told by its words alone
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
+        sys.exit(fail(f"{where}; what was saved before is still there, and where a checkpoint was, "
+                      "--resume goes on from it"))
+    except (MemoryError, RuntimeError) as e:  # on a CPU torch raises a plain RuntimeError
+        memory = isinstance(e, (MemoryError, torch.OutOfMemoryError))
+        if not memory and "allocate memory" not in str(e):
             raise
-        sys.exit(fail("out of memory. What helps: a smaller --batch-size with --accumulate, --checkpoint-activations, --dtype bfloat16, "
-                      "a smaller --max-length"))
+        sys.exit(fail("out of memory. What helps: a smaller --batch-size with --accumulate, "
+                      "--checkpoint-activations, --dtype bfloat16, a smaller --max-length"))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
