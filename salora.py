@@ -200,21 +200,22 @@ def turn(layers: list, optimizer) -> torch.Tensor:
     """A and B become the factors of BA's singular value decomposition, the rows of A orthonormal,
     the columns of B as long as the singular values. BA stays; the optimizer's moments, which belong
     to other directions, are dropped. Returns the singular values (K, r). Layers of one shape are
-    turned together, and no d x k matrix is decomposed."""
+    turned together, and no d x k matrix is decomposed; in float64, since LAPACK's last bits differ
+    from call to call."""
     sigma, shapes = {}, {}
     for m in layers:
         shapes.setdefault((m.lora_A.shape, m.lora_B.shape), []).append(m)
         for p in (m.lora_A, m.lora_B):
             optimizer.state.pop(p, None)
     for same in shapes.values():
-        qa, ra = torch.linalg.qr(torch.stack([m.lora_A.mT for m in same]))  # A' = Qa Ra
-        qb, rb = torch.linalg.qr(torch.stack([m.lora_B for m in same]))  # B = Qb Rb
+        qa, ra = torch.linalg.qr(torch.stack([m.lora_A.mT for m in same]).double())  # A' = Qa Ra
+        qb, rb = torch.linalg.qr(torch.stack([m.lora_B for m in same]).double())  # B = Qb Rb
         u, s, vh = torch.linalg.svd(rb @ ra.mT)  # BA = Qb (Rb Ra') Qa' = (Qb U) S (V' Qa'); r x r
         for m, a, b, values in zip(same, vh @ qa.mT, qb @ (u * s.unsqueeze(1)), s):
             m.lora_A.copy_(a)
             m.lora_B.copy_(b)
             sigma[m] = values
-    return torch.stack([sigma[m] for m in layers])
+    return torch.stack([sigma[m] for m in layers]).float()
 
 
 def largest(scores: torch.Tensor, size: torch.Tensor, budget: float) -> torch.Tensor:

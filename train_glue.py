@@ -5,12 +5,13 @@ Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA, or with a method it is co
     python train_glue.py --task cola             # roberta-base and CoLA, downloaded once
     python train_glue.py --task cola --model DIR --data DIR --seeds 0 1 2
     python train_glue.py --task my_folder        # your own train.tsv and dev.tsv
-    python train_glue.py table1 --tasks cola rte # paper/: table1, ablation, efficiency, ranks, ..
+    python train_glue.py table1 --tasks cola rte # an experiment of paper/
     torchrun --nproc-per-node 2 train_glue.py .. # splits every step's rows; one GPU per process
 
-The columns of your own files are sentence (or sentence1, sentence2) and label (or score). A run
-leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/
-(for --resume).
+The columns of your own files are sentence (or sentence1, sentence2) and label (or score). The
+experiments are table1, ablation, efficiency, ranks, sweep, components and recover. A run leaves in
+--out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/ (for
+--resume).
 """
 
 import argparse

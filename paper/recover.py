@@ -239,7 +239,7 @@ def run(teacher, method, args, budget, noise, seed):
     torch.set_num_threads(1)
     args = argparse.Namespace(**vars(args) | settings_of(teacher, args))
     start, problem = time.time(), make_teacher(teacher, args, budget, seed)
-    room = budget / 2 if teacher == "scaled" else budget
+    room = room_of(teacher, budget)
     model, low, groups, restart = install(problem, method, args, room, seed)
     optimizer, peaks = torch.optim.AdamW(groups, fused=True), [group["lr"] for group in groups]
     plan = SimpleNamespace(steps=args.steps, warmup=0.04 * args.steps, restart=restart)
@@ -279,6 +279,11 @@ def run(teacher, method, args, budget, noise, seed):
         settings=settings_of(teacher, args))
 
 
+def room_of(teacher, budget):
+    """The share of parameters that a student may keep."""
+    return budget / 2 if teacher == "scaled" else budget
+
+
 def settings_of(teacher, args):
     """What a run depends on besides its cell."""
     spread = args.spread or (3.0 if teacher == "pretrained" else 1.0)
@@ -316,7 +321,8 @@ def tables(results):
     for (teacher, budget, noise), rows in results.items():
         first = next(iter(rows.values()))[0]
         r, true = first["settings"]["r"], first["true_ranks"].values()
-        text.append(f"{teacher}, budget {budget:g}, noise {noise:g}: {sum(true)} of "
+        room = room_of(teacher, budget)
+        text.append(f"{teacher}, budget {room:g}, noise {noise:g}: {sum(true)} of "
                     f"{r * len(true)} ranks to find\n")
         text.append(markdown(
             ["method", "relative error", "rank error", "parameters kept"],
@@ -340,7 +346,7 @@ def picture(file, results):
             for i, label in enumerate(bars):
                 x = [at - 0.45 + (i + 0.5) * width for at in range(count)]
                 ax.bar(x, bars[label], width, label=label, color=COLORS[label])
-            ax.set(title=f"{teacher}, b = {budget:g}", xlabel="matrix", ylabel="rank",
+            ax.set(title=f"{teacher}, b = {room_of(teacher, budget):g}", xlabel="matrix", ylabel="rank",
                    xticks=range(0, count, max(1, count // 12)))
             ax.grid(False)
             ax.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2),

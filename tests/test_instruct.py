@@ -173,6 +173,7 @@ def test_accumulated_small_batches_equal_one_large_batch(tmp_path, short):
             assert a[name] == pytest.approx(b[name], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_lora_chatml_prompt_loss_and_bfloat16_run_too(tmp_path):
     result = run(tmp_path / "r", "--method", "lora", "--template", "chatml", "--train-on-prompt",
                  "--dtype", "bfloat16", "--checkpoint-activations", "--targets", "q", "g",

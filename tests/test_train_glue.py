@@ -168,6 +168,7 @@ def test_lora_keeps_everything_and_has_no_gates(tmp_path):
     assert (tmp_path / "r" / "adapter").is_dir()
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_trains_every_weight(tmp_path):
     result = run(tmp_path / "r", "--method", "ft")
     model = load_encoder(HERE / "demo" / "model", 2)
@@ -179,9 +180,9 @@ def test_full_fine_tuning_trains_every_weight(tmp_path):
 
 @pytest.mark.parametrize("method,trained,kept", [
     ("adapter-h", 8 * (2 * 128 * 16 + 16 + 128), None),
-    ("adapter-p", 4 * (2 * 128 * 16 + 16 + 128), None),
+    slow("adapter-p", 4 * (2 * 128 * 16 + 16 + 128), None),
     ("prefix", 5 * 128 + 512 * (128 + 1 + 4 * 2 * 128) + 4 * 2 * 128, 5 * 4 * 2 * 128),
-    ("prompt", 5 * 128, None),
+    slow("prompt", 5 * 128, None),
 ])
 def test_other_baselines_report_their_parameters_and_train_them(tmp_path, method, trained, kept):
     result = run(tmp_path / "r", "--method", method, "--bottleneck", 16, "--virtual-tokens", 5)
@@ -258,7 +259,7 @@ def test_paper_recipe_is_the_letter_and_flags_override_it(tmp_path):
     mixed = parsed("--recipe", "paper", "--no-fold-gates", "--selection", "budget", "--turn",
                    "--window", "0", "1", "--rewarm")
     assert mixed == [0.1, "sum", [0, 1], 0.01, True, "budget", False, True]
-    plain = [0.0, "mean", [0.4, 0.5], None, True, None, False, True]
+    plain = [0.0, "mean", [0.5, 0.6], None, True, None, False, True]
     assert parsed() == parsed("--method", "lora-svd") == plain
     assert parsed("--method", "lora") == [*plain[:-1], False]
     adalora = parsed("--method", "adalora")
@@ -268,6 +269,7 @@ def test_paper_recipe_is_the_letter_and_flags_override_it(tmp_path):
     assert log(tmp_path / "r")[0]["loss"] > log(tmp_path / "r")[0]["task_loss"] + 0.1 * 8 * 24 * 0.9
 
 
+@pytest.mark.slow
 def test_a_constant_price_selects_by_the_gates_and_steers_to_no_budget(tmp_path):
     result = run(tmp_path / "r", "--price", "0.001")
     assert result["settings"]["selection"] == "paper"
@@ -473,11 +475,9 @@ def test_seeds_have_a_folder_each_and_a_summary(tmp_path, short, capsys):
     assert "±" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", [
-    "salora",
-    *(slow(method) for method in ("lora", "lora-svd", "adalora", "prefix", "ft")),
-])
-@pytest.mark.parametrize("stop", [1, slow(2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["salora", "lora", "lora-svd", "adalora", "prefix", "ft"])
+@pytest.mark.parametrize("stop", [1, 2])
 def test_resumed_run_ends_in_the_same_bytes(tmp_path, method, stop, monkeypatch):
     """Stopped after epoch 1 of 3 (in the window) or 2 (after it)."""
     flags = ["--epochs", "3", "--method", method]
@@ -538,7 +538,7 @@ def test_unfinished_run_is_not_replaced_unasked(tmp_path, capsys):
     assert not (tmp_path / "log.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", [CHECKPOINTS[0], *map(slow, CHECKPOINTS[1:])])
 def test_damaged_log_is_named_and_the_checkpoint_before_the_last_counts_too(name, tmp_path):
     run(tmp_path, "--max-steps", "4")
     (tmp_path / "result.json").unlink()
@@ -578,6 +578,7 @@ def test_files_can_be_read_by_whom_the_folder_lets_in(short):
     assert len(set(modes.values())) == 1
 
 
+@pytest.mark.slow
 def test_default_folders_do_not_collide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
