@@ -346,8 +346,8 @@ def picture(file, results):
             for i, label in enumerate(bars):
                 x = [at - 0.45 + (i + 0.5) * width for at in range(count)]
                 ax.bar(x, bars[label], width, label=label, color=COLORS[label])
-            ax.set(title=f"{teacher}, b = {room_of(teacher, budget):g}", xlabel="matrix", ylabel="rank",
-                   xticks=range(0, count, max(1, count // 12)))
+            ax.set(title=f"{teacher}, b = {room_of(teacher, budget):g}", xlabel="matrix",
+                   ylabel="rank", xticks=range(0, count, max(1, count // 12)))
             ax.grid(False)
             ax.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2),
                       fontsize=7, handlelength=1)
