@@ -245,4 +245,5 @@ class AdaLoRA:
         """The share of triplets whose singular value is not 0."""
         return torch.tensor(self.live / self.total)
 
+    kept_params = sl.SaLoRA.kept_params
     orthogonality = sl.SaLoRA.orthogonality  # squared

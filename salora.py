@@ -467,9 +467,8 @@ class SaLoRA:
             if self.fold_gates:
                 layer.lora_B.mul_(g)
             layer.prune(keep, optimizer)
-        for p in (self.log_theta, self.lam):  # without a gradient the optimizer leaves them alone
-            p.grad = None
-            if optimizer is not None:
+        if optimizer is not None:
+            for p in (self.log_theta, self.lam):  # with no gradient from here on
                 optimizer.state.pop(p, None)
 
     def state_dict(self) -> dict:

@@ -274,9 +274,8 @@ def run(teacher, method, args, budget, noise, seed):
         relative_error=error / frozen,
         rank_error=sum(abs(found[path] - rank) for path, rank in problem.ranks.items()),
         true_ranks=problem.ranks, ranks=found,
-        kept_params=sum(p.numel() for m in low.layers for p in m.parameters(recurse=False)),
-        density=low.final_density, seconds=round(time.time() - start, 1),
-        settings=settings_of(teacher, args))
+        kept_params=low.kept_params(), density=low.final_density,
+        seconds=round(time.time() - start, 1), settings=settings_of(teacher, args))
 
 
 def room_of(teacher, budget):

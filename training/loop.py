@@ -71,6 +71,7 @@ def schedule(args, lengths, weights, epochs):
         epoch_steps=epoch_steps, steps=steps, gated=args.method == "salora",
         warmup=math.ceil(args.warmup * steps), restart=end if args.rewarm else steps)
 
+
 def lr_factor(plan, step):
     """The learning rate as a share of its peak: it rises linearly over the warm-up and falls
     linearly to 0; at restart, when the adapter has been cut, it falls from the peak once more."""
