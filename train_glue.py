@@ -10,8 +10,8 @@ Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA, or with a method it is co
 
 The columns of your own files are sentence (or sentence1, sentence2) and label (or score). The
 experiments are table1, ablation, efficiency, ranks, sweep, components and recover. A run leaves in
---out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/ (for
---resume).
+--out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and
+checkpoint.safetensors (for --resume).
 """
 
 import argparse

@@ -9,7 +9,8 @@ Tunes a LLaMA on instructions with SaLoRA or LoRA, and lets it answer.
 
 DIR is a folder in Hugging Face layout (config.json, model.safetensors or its shards,
 tokenizer.json), --data a JSON list or JSONL of objects with instruction, input and output. A run
-leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/.
+leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and
+checkpoint.safetensors (for --resume).
 """
 
 import argparse

@@ -120,7 +120,7 @@ def run_flags(parser, epochs, lr, batch_size, dtype, out):
 
     arg = flag_group(parser, "output")
     arg("--out", help=f"folder of the run (default: {out}, numbered if that exists)")
-    arg("--resume", action="store_true", default=False, help="go on from --out/checkpoint")
+    arg("--resume", action="store_true", default=False, help="go on from the checkpoint in --out")
     arg("--overwrite", action="store_true", default=False, help="replace a finished run in --out")
     arg("--log-every", type=int, default=10, help="steps between the lines of log.jsonl")
     arg("--save-every", type=int, metavar="N", help="write a checkpoint every N steps, too "
