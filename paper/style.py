@@ -23,7 +23,7 @@ from model import load_encoder
 from training.flags import at_least, find_device, machine_flags, need, use_machine
 from training.inference import answer, check_room, evaluate, model_flags, open_model, subcommand
 from training.loop import load_adapter
-from training.runs import free_folder, make_folder, markdown, read_result, write_text
+from training.runs import make_folder, markdown, out_folder, read_result, write_json, write_text
 
 SCORES = ("ACC", "BLEU", "self-BLEU", "PPL")
 
@@ -45,7 +45,7 @@ def style(argv):
     sources, references = sources[:args.limit], [lines[:args.limit] for lines in references]
     target = args.direction.split("2")[1]
     scorers = open_scorers(args, [target])
-    out = Path(args.out) if args.out else free_folder(f"runs/style-{args.direction}")
+    out = out_folder(args, f"style-{args.direction}")
     if (out / "scores.json").exists():
         raise InputError(f"--out {out} holds a finished run: give another folder")
     model, tokenizer, stop = open_model(args)
@@ -62,7 +62,7 @@ def style(argv):
     write_text(out / "answers.jsonl", "".join(lines))
     scores = scores_of(outputs, sources, references, target, scorers)
     result = dict(direction=args.direction, sentences=len(outputs), **scores, settings=vars(args))
-    write_text(out / "scores.json", json.dumps(result, indent=1) + "\n")
+    write_json(out / "scores.json", result)
     shown = ", ".join(f"{name} {scores[name]:.2f}" for name in SCORES if name in scores)
     print(f"{len(outputs)} sentences: {shown}")
     print(f"{out}/: outputs.{args.direction}, answers.jsonl, scores.json")
@@ -121,7 +121,7 @@ def score(argv):
         out, line = Path(args.out), f"    python train_instruct.py score {shlex.join(argv)}"
         make_folder(out)
         write_text(out / "table.md", f"{line}\n\n{table}")
-        write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
+        write_json(out / "scores.json", scores)
     print(table)
     if len(scores) == 1:
         scores = {name: value for name, value in scores[file].items() if name != "sentences"}

@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_is_named_and_stays(tmp_path, capsys):
     for data in (whole[:-100], whole[:100], b"", (2).to_bytes(8, "little") + b"{}"):
         file.write_bytes(data)
         capsys.readouterr()
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match="2"):
             train_glue.command([*flags, "--resume"])
         assert re.fullmatch(f"error: --resume: {file} is damaged .*--overwrite.*\n",
                             capsys.readouterr().err)

@@ -17,6 +17,7 @@ from training.flags import (
     PROCESSES,
     RANK,
     at_least,
+    fill_in,
     flag_group,
     machine_flags,
     need,
@@ -87,7 +88,7 @@ def open_model(args):
     need(args.temperature == 0 or args.temperature >= 0.001, "--temperature", args.temperature,
          "0, or at least 0.001")
     device = use_machine(args)
-    args.model, args.dtype = args.model or str(DEMO / "llama"), args.dtype or "float32"
+    fill_in(args, model=str(DEMO / "llama"), dtype="float32")
     args.template = args.template or template_of(args.adapter)
     folder = model_folder(args.model)
     tokenizer, stop = load_tokenizer(folder), stop_ids(folder)

@@ -226,13 +226,11 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
     and the seconds it took."""
     device, seed = next(model.parameters()).device, settings["seed"]
     steps, epoch_steps = plan.steps, plan.epoch_steps
+    params = [p for p in model.parameters() if p.requires_grad]
     if plan.gated:
-        groups = lowrank.param_groups(args.lr, args.weight_decay)
-    else:
-        weights = [p for p in model.parameters() if p.requires_grad]
-        groups = [dict(params=weights, lr=args.lr, weight_decay=args.weight_decay)]
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    peaks = [group["lr"] for group in groups]
+        params = lowrank.param_groups(args.lr, args.weight_decay)
+    optimizer = torch.optim.AdamW(params, args.lr, weight_decay=args.weight_decay, fused=True)
+    peaks = [group["lr"] for group in optimizer.param_groups]
 
     # ---- resume, or start anew
     log, step, history = Log(out, plan, device), 0, []

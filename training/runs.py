@@ -43,6 +43,10 @@ def write_text(file, text):
     os.replace(beside, file)
 
 
+def write_json(file, value):
+    write_text(file, json.dumps(value, indent=1) + "\n")
+
+
 def markdown(head, rows):
     """A table."""
     rows = (head, ["---"] * len(head), *rows)
@@ -158,12 +162,12 @@ def clear_folder(out):
         raise InputError(f"--out {out}: cannot be written ({e.strerror})") from None
 
 
-def free_folder(stem):
-    """stem, or stem-2, stem-3 .. if it is taken."""
-    number = 1
-    while (folder := Path(stem if number == 1 else f"{stem}-{number}")).exists():
-        number += 1
-    return folder
+def out_folder(args, name):
+    """--out; without it runs/name, or runs/name-2, name-3 .. if that is taken."""
+    out, number = Path(args.out or f"runs/{name}"), 2
+    while not args.out and out.exists():
+        out, number = Path(f"runs/{name}-{number}"), number + 1
+    return out
 
 
 def refuse_taken(args, out):
@@ -223,6 +227,11 @@ def run(args, seed, out, train, report):
     return result
 
 
+def mean_std(values):
+    values = list(values)
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def choose_lr(args, root, train, report):
     """The learning rate of --lr-grid with the best score on rows held out of training."""
     scores = {}
@@ -239,10 +248,9 @@ def choose_lr(args, root, train, report):
     return best
 
 
-def run_all(args, root, train, report):
-    """The choice of --lr-grid, then the run or those of --seeds. Returns their results (in the
-    first process)."""
-    args.out = root  # also where the flag was not given
+def run_all(args, name, train, report):
+    """The choice of --lr-grid, then the run or those of --seeds, on data called `name`."""
+    root = args.out = out_folder(args, f"{name}-{args.method}")
     if args.threads:
         torch.set_num_threads(args.threads)
     if PROCESSES > 1:
@@ -261,13 +269,12 @@ def run_all(args, root, train, report):
     results = [run(args, seed, out, train, report) for seed, out in runs]
     if seeds is not None and RANK == 0:
         scores = [r["score"] for r in results]
-        mean, std = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
+        mean, std = mean_std(scores)
         metric = results[0]["metric"]
         summary = dict(metric=metric, seeds=seeds, scores=scores, mean=mean, std=std)
-        write_text(root / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_json(root / "summary.json", summary)
         print(f"\n{metric} over seeds {' '.join(map(str, seeds))}: {mean:.4f} ± {std:.4f} "
               f"({' '.join(f'{score:.4f}' for score in scores)}); {root}/summary.json")
-    return results
 
 
 class Stopped(Exception):
