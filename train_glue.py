@@ -10,8 +10,8 @@ Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA, or with a method it is co
 
 The columns of your own files are sentence (or sentence1, sentence2) and label (or score). The
 experiments are table1, ablation, efficiency, ranks, sweep, components and recover. A run leaves in
---out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/ (for
---resume).
+--out: report.html (the run as one page), result.json, log.jsonl, gates.jsonl, predictions.tsv,
+adapter/ (loads in PEFT) and checkpoint/ (for --resume).
 """
 
 import argparse
@@ -54,7 +54,14 @@ from training.loop import (
     schedule,
     settings_of,
 )
-from training.runs import free_folder, own_folder, run_all, run_command, write_text
+from training.runs import (
+    command_line,
+    free_folder,
+    own_folder,
+    run_all,
+    run_command,
+    write_text,
+)
 
 METHODS = ("salora", *baselines.METHODS)
 LEARNING_RATES = dict(ft=3e-5, prefix=1e-3, prompt=1e-3)  # others: 3e-4
@@ -228,13 +235,15 @@ def train(args, seed, out):
 
 
 def report(args, result, out):
-    """Prints the end of a run."""
+    """Prints the end of a run, and writes its page."""
     rows = "held-out" if args.hold_out else "dev"
     print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} {rows} rows "
           f"after {result['steps']} steps, {result['seconds']:.0f} s")
     report_ranks(args, result, LINEARS, at=3)
     loads = ", adapter/ (loads in PEFT)" if result["ranks"] else ""
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv{loads}")
+    from paper.report import write_page
+    write_page([out], out / "report.html")
 
 
 def main(argv):
@@ -245,12 +254,15 @@ def main(argv):
         from paper import experiments
         return experiments.main(argv[0], argv[1:], parse_args)
     args = parse_args(argv)
+    args.command = command_line("train_glue.py", argv)
     name = args.task if args.task in TASKS else Path(args.task).resolve().name
     root = Path(args.out) if args.out else free_folder(f"runs/{name}-{args.method}")
     run_all(args, root, train, report)
     if args.task == "demo" and args.seeds is None and RANK == 0:
         print("\nnext: --method lora (the same without gates), --budget 0.25, --seeds 0 1 2, or "
               "the real thing: python train_glue.py --task cola")
+    from paper.report import last_page
+    last_page(args, root)
 
 
 def command(argv=None):

@@ -9,7 +9,8 @@ Tunes a LLaMA on instructions with SaLoRA or LoRA, and lets it answer.
 
 DIR is a folder in Hugging Face layout (config.json, model.safetensors or its shards,
 tokenizer.json), --data a JSON list or JSONL of objects with instruction, input and output. A run
-leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/.
+leaves in --out: report.html (the run as one page), result.json, log.jsonl, gates.jsonl,
+predictions.tsv, adapter/ (loads in PEFT) and checkpoint/.
 """
 
 import argparse
@@ -62,6 +63,7 @@ from training.loop import (
     settings_of,
 )
 from training.runs import (
+    command_line,
     free_folder,
     make_folder,
     markdown,
@@ -253,12 +255,13 @@ def train(args, seed, out):
         if shown:
             scores["exact_match"] = sum(e["after"] == e["reference"] for e in shown) / len(shown)
         # first what training has taught
-        shown.sort(key=lambda e: (e["before"] == e["reference"], e["after"] != e["reference"]))
+        best = sorted(shown, key=lambda e: (e["before"] == e["reference"],
+                                            e["after"] != e["reference"]))
         result = dict(
             task=Path(args.data).stem, model=args.model, method=args.method, seed=seed,
             metric="loss", score=scores["loss"], metrics=scores,
-            best_score=min(h["loss"] for h in history), dev_rows=[len(dev)], answered=len(answers),
-            examples=shown[:3])
+            best_score=min(h["loss"] for h in history), dev_rows=[len(dev)], answered=len(shown),
+            examples=best[:3], answers=shown[:30])
         result |= common_result(
             args, plan, settings, model, lowrank, trainable_params, 0, history, seconds)
         write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
@@ -271,7 +274,7 @@ def escape(text):
 
 
 def report(args, result, out):
-    """Prints the end of a run."""
+    """Prints the end of a run, and writes its page."""
     for example in result["examples"]:
         before, after, reference = (
             escape(example[name])[:150] for name in ("before", "after", "reference"))
@@ -288,6 +291,8 @@ def report(args, result, out):
               + "; fewer than three to show, so not all examples above are right" * few)
     report_ranks(args, result, DECODER_LINEARS, at=2)
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT)")
+    from paper.report import write_page
+    write_page([out], out / "report.html")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -556,8 +561,11 @@ def main(argv):
     if argv and argv[0] in ("generate", "style", "score"):
         return globals()[argv[0]](argv[1:])
     args = parse_args(argv)
+    args.command = command_line("train_instruct.py", argv)
     root = Path(args.out) if args.out else free_folder(f"runs/{Path(args.data).stem}-{args.method}")
     run_all(args, root, train, report)
+    from paper.report import last_page
+    last_page(args, root)
 
 
 def command(argv=None):

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -155,7 +156,8 @@ def clear_folder(out):
     if (out / "adapter").exists() and not any((out / name).exists() for name in names):
         raise InputError(f"--out {out}: has an adapter/ which is not of a run; give another folder")
     try:
-        for file in [out / "result.json", out / "log.jsonl", *out.glob("predictions*.tsv")]:
+        texts = [out / name for name in ("result.json", "log.jsonl", "gates.jsonl", "report.html")]
+        for file in [*texts, *out.glob("predictions*.tsv")]:
             file.unlink(missing_ok=True)
         for name in ("adapter", "checkpoint", "checkpoint.previous", "checkpoint.new"):
             shutil.rmtree(out / name, ignore_errors=True)
@@ -275,6 +277,12 @@ def run_all(args, root, train, report):
 
 class Stopped(Exception):
     """A signal ended the run, which is saved. args: the line to print, the signal's number."""
+
+
+def command_line(script, argv):
+    """The command of a run, for its result.json."""
+    start = "python" if PROCESSES == 1 else f"torchrun --nproc-per-node {PROCESSES}"
+    return f"{start} {script} {shlex.join(argv)}".strip()
 
 
 def run_command(main, argv):
