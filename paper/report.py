@@ -20,6 +20,7 @@ import statistics
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote
 
 from data import InputError, read_text
 from model import DECODER_LINEARS, LINEARS
@@ -59,6 +60,10 @@ def read_run(folder):
     result = read_result(folder)
     if result is None:
         raise InputError(f"{folder}: has no result.json, expected the folder of a finished run")
+    missing = {"history", "metrics", "ranks", "steps", "kept_density"} - result.keys()
+    if missing:
+        raise InputError(f"{folder / 'result.json'}: has no {', '.join(sorted(missing))}, so "
+                         "another version wrote it: run it again")
     log = read_lines(folder / "log.jsonl", "step", "task_loss", "density", "lambda", "orth_a",
                      "orth_b")
     gates = read_lines(folder / "gates.jsonl", "step", "density", "open")
@@ -68,6 +73,23 @@ def read_run(folder):
                 raise InputError(f"{folder / 'gates.jsonl'}: line {number} is not of the "
                                  f"{len(result['ranks'])} matrices in result.json")
     return SimpleNamespace(folder=folder, result=result, log=log, gates=gates, name="")
+
+
+def short(value):
+    """A number as text."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def readable(value):
+    """A setting as text; a path in the project's own folder without that."""
+    if value is None:
+        return "–"
+    text = " ".join(map(str, value)) if isinstance(value, list) else short(value)
+    return text.removeprefix(f"{ROOT}/")
+
+
+def words(name):
+    return name.replace("_", " ")
 
 
 def name_runs(runs):
@@ -84,9 +106,9 @@ def name_runs(runs):
         if different([*chosen, key]) > different(chosen):
             chosen.append(key)
     for run, own in zip(runs, settings):
-        words = [f"{own.get(key)}" if key in ("task", "method") else
-                 f"{key.replace('_', ' ')} {own.get(key)}" for key in chosen]
-        run.name = " ".join(words) if different(chosen) == len(runs) else str(run.folder)
+        names = [readable(own.get(key)) if key in ("task", "method") else
+                 f"{words(key)} {readable(own.get(key))}" for key in chosen]
+        run.name = " ".join(names) if different(chosen) == len(runs) else str(run.folder)
 
 
 def window_of(result):
@@ -98,11 +120,6 @@ def window_of(result):
 
 # -------------------------------------------------------------------------------------------------
 # charts
-
-
-def short(value):
-    """A number as text."""
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def ticks(low, high):
@@ -237,10 +254,11 @@ class Grid:
                 "".join(out))
 
 
-def svg(size, name, kind="map"):
+def svg(size, name):
+    """A map in the page; it scrolls where it is wider than the screen."""
     width, height, elements = size
-    return (f'<svg class="{kind}" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-            f'role="img" aria-label="{escape(name)}">{elements}</svg>')
+    return (f'<div class="scroll"><svg class="map" width="{width}" height="{height}" viewBox="0 0 '
+            f'{width} {height}" role="img" aria-label="{escape(name)}">{elements}</svg></div>')
 
 
 def rank_map(values, r, title, note, width=620, unit="rank"):
@@ -253,9 +271,8 @@ def rank_map(values, r, title, note, width=620, unit="rank"):
             f'<title>{escape(path)}: {unit} {value} of {r}</title><rect class="level" width="{w}" '
             f'height="24" fill-opacity="{share:.2f}"/><text class="rank{inverse}" x="{w / 2:g}" '
             f'y="17">{value}</text>')
-    return (f'<figure><h3>{escape(title)}</h3><div class="scroll">'
-            f'{svg(grid.draw(26, cells), title)}</div><output class="hint"></output>'
-            f'<figcaption>{escape(note)}</figcaption></figure>\n')
+    return (f'<figure><h3>{escape(title)}</h3>{svg(grid.draw(26, cells), title)}<output '
+            f'class="hint"></output><figcaption>{escape(note)}</figcaption></figure>\n')
 
 
 def frames_of(run):
@@ -285,10 +302,10 @@ def gate_map(paths, opened, width=620, narrowest=26):
 def first_to_lose(run, count=5):
     """A sentence: the matrices whose gates are the first to fall below one half."""
     grid, lost = Grid(run.result["ranks"]), {}
-    for frame in frames_of(run):
-        for path, row in zip(run.result["ranks"], frame["open"]):
+    for line in run.gates:
+        for path, row in zip(run.result["ranks"], line["open"]):
             if min(row) < 0.5:
-                lost.setdefault(path, frame["step"])
+                lost.setdefault(path, line["step"] + 1)
     names = [f"{grid.name(path)} (step {lost[path]})" for path in sorted(lost, key=lost.get)]
     if not names:
         return "No gate fell below 0.5."
@@ -301,18 +318,17 @@ def player(run):
     # two digits a gate, 00 to 99 for 0 to 1
     data = [frame | dict(density=float(short(frame["density"])), open="".join(
         f"{round(99 * p):02d}" for row in frame["open"] for p in row)) for frame in frames]
-    picture = svg(gate_map(paths, frames[0]["open"]), "gates").replace("<svg", '<svg id="gates"', 1)
     turned = run.result["settings"].get("turn")
     order = ", the largest singular value on top" if turned else ""
     html = f"""<h2>The gates</h2>
 <p>Every stripe is the gate of a triplet, stacked by matrix{order}. The stronger its color, the
 surer it is to be open (eq. 8). Move through the window and see which matrices lose first. At the
 end the choice is made: the triplets with a color stay, the rest is cut out.</p>
-<figure>
+<figure id="gates">
 <div class="player"><button id="play">Play</button>
 <input id="slider" type="range" min="0" max="{len(frames) - 1}" value="0" aria-label="moment"></div>
 <output id="moment"></output>
-<div class="scroll">{picture}</div><output class="hint"></output>
+{svg(gate_map(paths, frames[0]["open"]), "gates")}<output class="hint"></output>
 <figcaption>{escape(first_to_lose(run))}</figcaption></figure>
 """
     return html, dict(frames=data, r=len(frames[0]["open"][0]), paths=paths,
@@ -371,60 +387,50 @@ def tiles(values):
     ) + "</div>\n"
 
 
-def readable(value):
-    """A setting as text; a path in the project's own folder without that."""
-    if value is None:
-        return "–"
-    text = " ".join(map(str, value)) if isinstance(value, list) else short(value)
-    return text.removeprefix(f"{ROOT}/")
-
-
-def words(name):
-    return name.replace("_", " ")
-
-
-SHADED = " The window is shaded."
-PANELS = (  # what log.jsonl has: title, what to see in it, what the axis shows at least
-    ("task_loss", "Task loss in training", "The mean since the line before. It falls; where the "
+PANELS = (  # of log.jsonl: title, what to see in it, the same of the window, what the y axis shows
+    ("task_loss", "Task loss in training", "The mean since the line before: it falls.", "Where the "
      "learning rate starts again, after the window, it may step up.", dict(low=0)),
     ("density", "Density", "The share of the adapter's parameters that is expected to stay (eq. "
-     "11). From the start of the window it goes down to the budget.", dict(low=0, high=1)),
-    ("lambda", "Lambda", "The multiplier of (density - budget)² (eq. 12). It climbs while the "
+     "11).", "From the start of the window it goes down to the budget.", dict(low=0, high=1)),
+    ("lambda", "Lambda", "The multiplier of (density - budget)² (eq. 12).", "It climbs while the "
      "density is off the budget, and stands still outside the window.", dict(low=0)),
     ("orth_a", "Orthogonality of A: |AA' - I|²", "The mean over the matrices (eq. 9), the axis in "
-     "powers of ten from 1e-6. At 0, the triplets of a matrix look at different inputs; a turn "
-     "into singular directions makes it 0.",
-     dict(powers=True)),
-    ("orth_b", "Orthogonality of B: |B'B - I|²", "B starts at zero, so this starts at the rank. A "
-     "turn into singular directions makes the columns as long as the singular values.",
-     dict(powers=True)))
+     "powers of ten from a millionth. At 0, the triplets of a matrix look at different inputs.",
+     "A turn into singular directions makes it 0.", dict(powers=True)),
+    ("orth_b", "Orthogonality of B: |B'B - I|²", "B starts at zero, so this starts at the rank.",
+     "A turn makes the columns as long as the singular values.", dict(powers=True)))
 
 
 def charts_of(runs):
     """The charts as HTML, and their data. A run alone has all of its metrics in a chart, several
     share a chart for each."""
     charts, alone, scores, parts = Charts(), len(runs) == 1, {}, []
-    windows = {window_of(run.result) for run in runs}
+    windows = {window_of(run.result) for run in runs} - {None}
+    budgets = {run.result["budget"] for run in runs} - {None}
     window = windows.pop() if len(windows) == 1 else None
     for run in runs:
         result = run.result
-        for name in result["metrics"] if alone else [result["metric"]]:
-            # perplexity has another scale than the loss; answers are scored once, at the end
-            chart = "score" if alone and name != "perplexity" else words(name)
-            points = [(entry["epoch"], entry.get(name)) for entry in result["history"]]
+        metrics = [name for name in result["history"][0] if name not in ("step", "epoch")]
+        for name in metrics if alone else [result["metric"]]:
+            # perplexity has another scale than the loss
+            chart = "score" if alone and name != "perplexity" else name
+            points = [(entry["epoch"], entry[name]) for entry in result["history"]]
             scores.setdefault(chart, {})[run.name or words(name)] = points
     for name, lines in scores.items():
-        parts.append(charts.draw(
-            f"{name.capitalize()} after each epoch", "On rows that are not trained on. It may dip "
-            "where the window closes and a part of the triplets goes.", lines, unit="epoch"))
-    for name, title, note, axis in PANELS:
+        title = words(name if len(lines) > 1 or not alone else [*lines][0]).capitalize()
+        note = "On rows that are not trained on."
+        note += " It may dip where the window closes and triplets are cut out." * bool(window)
+        parts.append(charts.draw(f"{title} after each epoch", note, lines, unit="epoch"))
+    for name, title, note, more, axis in PANELS:
         # step + 1, as the progress line counts
         lines = {run.name or words(name): [(line["step"] + 1, line[name]) for line in run.log]
                  for run in runs}
-        budgets = {run.result["budget"] for run in runs}
-        if name == "density" and len(budgets) == 1 and None not in budgets:
-            lines["budget"] = [(x, runs[0].result["budget"]) for x in (1, runs[0].result["steps"])]
-        parts.append(charts.draw(title, note + SHADED * bool(window), lines, window=window, **axis))
+        if name in ("density", "lambda"):  # one that never moves is of a method without gates
+            lines = {of: line for of, line in lines.items() if len({y for _, y in line}) > 1}
+        if name == "density" and len(budgets) == 1:
+            lines["budget"] = [(x, *budgets) for x in (1, runs[0].result["steps"])]
+        note += f" {more} The window is shaded." * bool(window)
+        parts.append(charts.draw(title, note, lines, window=window, **axis))
     return f'<div class="grid">\n{"".join(parts)}</div>\n', charts.data
 
 
@@ -476,8 +482,8 @@ def page_of(run):
     result = run.result
     title = f"{result['method']} on {result['task']}"
     size = f"{result['kept_params']:,} of {result['trainable_params']:,}"
-    values = {words(result["metric"]): f"{result['score']:.4f}",
-              f"parameters, without {result['head_params']:,} of the head": size}
+    head = f", without {result['head_params']:,} of the head" * bool(result["head_params"])
+    values = {words(result["metric"]): f"{result['score']:.4f}", f"parameters{head}": size}
     if result["budget"] is not None:
         values[f"kept, budget {100 * result['budget']:g} %"] = \
             f"{100 * result['kept_density']:.2f} %"
@@ -525,8 +531,9 @@ def comparison(runs, file):
         scores, metric = [run.result["score"] for run in group], words(group[0].result["metric"])
         for run in group:
             result, own = run.result, run.folder / "report.html"
-            name = (run.name, os.path.relpath(own, file.parent)) if own.exists() else run.name
-            rows.append([name, metric, f"{result['score']:.4f}", f"{result['kept_params']:,}",
+            link = (run.name, quote(os.path.relpath(own, file.parent)))
+            rows.append([link if own.exists() else run.name, metric, f"{result['score']:.4f}",
+                         f"{result['kept_params']:,}",
                          f"{100 * result['kept_density']:.2f} %", f"{result['seconds']:.0f}"])
         if len(group) > 1:
             mean = f"{statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f}"
