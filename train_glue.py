@@ -10,8 +10,8 @@ Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA, or with a method it is co
 
 The columns of your own files are sentence (or sentence1, sentence2) and label (or score). The
 experiments are table1, ablation, efficiency, ranks, sweep, components and recover. A run leaves in
---out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and
-checkpoint.safetensors (for --resume).
+--out: report.html (the run as one page), result.json, log.jsonl, gates.jsonl, predictions.tsv,
+adapter/ (loads in PEFT) and checkpoint.safetensors (for --resume).
 """
 
 import argparse
@@ -195,13 +195,15 @@ def train(args, seed, out):
 
 
 def report(args, result, out):
-    """Prints the end of a run."""
+    """Prints the end of a run, and writes its page."""
     rows = "held-out" if args.hold_out else "dev"
     print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} {rows} rows "
           f"after {result['steps']} steps, {result['seconds']:.0f} s")
     loop.report_ranks(args, result, LINEARS, at=3)
     loads = ", adapter/ (loads in PEFT)" if result["ranks"] else ""
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv{loads}")
+    from paper.report import write_page
+    write_page([out], out / "report.html")
 
 
 def main(argv):
@@ -212,11 +214,14 @@ def main(argv):
         from paper import experiments
         return experiments.main(argv[0], argv[1:], parse_args)
     args = parse_args(argv)
+    args.command = runs.command_line("train_glue.py", argv)
     name = args.task if args.task in TASKS else Path(args.task).resolve().name
     runs.run_all(args, name, train, report)
     if args.task == "demo" and args.seeds is None and RANK == 0:
         print("\nnext: --method lora (the same without gates), --budget 0.25, --seeds 0 1 2, or "
               "the real thing: python train_glue.py --task cola")
+    from paper.report import last_page
+    last_page(args, args.out)
 
 
 def command(argv=None):

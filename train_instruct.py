@@ -9,8 +9,8 @@ Tunes a LLaMA on instructions with SaLoRA or LoRA, and lets it answer.
 
 DIR is a folder in Hugging Face layout (config.json, model.safetensors or its shards,
 tokenizer.json), --data a JSON list or JSONL of objects with instruction, input and output. A run
-leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and
-checkpoint.safetensors (for --resume).
+leaves in --out: report.html (the run as one page), result.json, log.jsonl, gates.jsonl,
+predictions.tsv, adapter/ (loads in PEFT) and checkpoint.safetensors (for --resume).
 """
 
 import argparse
@@ -202,12 +202,13 @@ def train(args, seed, out):
         if shown:
             scores["exact_match"] = sum(e["after"] == e["reference"] for e in shown) / len(shown)
         # first what training has taught
-        shown.sort(key=lambda e: (e["before"] == e["reference"], e["after"] != e["reference"]))
+        best = sorted(shown, key=lambda e: (e["before"] == e["reference"],
+                                            e["after"] != e["reference"]))
         result = dict(
             task=Path(args.data).stem, model=args.model, method=args.method, seed=seed,
             metric="loss", score=scores["loss"], metrics=scores,
-            best_score=min(h["loss"] for h in history), dev_rows=[len(dev)], answered=len(answers),
-            examples=shown[:3])
+            best_score=min(h["loss"] for h in history), dev_rows=[len(dev)], answered=len(shown),
+            examples=best[:3], answers=shown[:30])
         result |= loop.common_result(
             args, plan, settings, model, lowrank, trainable_params, 0, history, seconds)
         runs.write_json(out / "result.json", result)
@@ -220,7 +221,7 @@ def escape(text):
 
 
 def report(args, result, out):
-    """Prints the end of a run."""
+    """Prints the end of a run, and writes its page."""
     for example in result["examples"]:
         before, after, reference = (
             escape(example[name])[:150] for name in ("before", "after", "reference"))
@@ -237,6 +238,8 @@ def report(args, result, out):
               + "; fewer than three to show, so not all examples above are right" * few)
     loop.report_ranks(args, result, DECODER_LINEARS, at=2)
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT)")
+    from paper.report import write_page
+    write_page([out], out / "report.html")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -275,7 +278,10 @@ def main(argv):
         from paper import style
         return getattr(style, argv[0])(argv[1:])
     args = parse_args(argv)
+    args.command = runs.command_line("train_instruct.py", argv)
     runs.run_all(args, Path(args.data).stem, train, report)
+    from paper.report import last_page
+    last_page(args, args.out)
 
 
 def command(argv=None):

@@ -241,7 +241,6 @@ def run(teacher, method, args, budget, noise, seed):
     room = room_of(teacher, budget)
     model, low, params, restart = install(problem, method, args, room, seed)
     optimizer = torch.optim.AdamW(params, args.lr, weight_decay=0.0, fused=True)
-    peaks = [group["lr"] for group in optimizer.param_groups]
     plan = SimpleNamespace(steps=args.steps, warmup=0.04 * args.steps, restart=restart)
     with torch.no_grad():
         x = problem.batch()
@@ -249,8 +248,7 @@ def run(teacher, method, args, budget, noise, seed):
         scale = noise * change.square().mean().sqrt()
 
     for step in range(args.steps):
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * lr_factor(plan, step)
+        optimizer.param_groups[0]["lr"] = args.lr * lr_factor(plan, step)
         low.begin_step()
         x = problem.batch()
         with torch.no_grad():

@@ -15,7 +15,8 @@ from data import InputError
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as is WORLD_SIZE
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 LARGEST = 2**31  # above any sensible number
-NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid")  # not a setting of a single run
+# not a setting of a single run
+NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid", "command")
 MAY_CHANGE = ("threads", "log_every", "save_every")  # with --resume
 RESOLVED_LATER = ("epochs", "max_length", "selection", "gate_lr", "lr", "r", "dtype")  # None: unset
 WINDOWS = {"adalora": [0.2, 0.5], "lora-svd": [0.4, 0.5]}  # of others the recipe's

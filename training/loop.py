@@ -69,6 +69,7 @@ def schedule(args, lengths, weights, epochs):
     return SimpleNamespace(
         lengths=lengths, weights=weights, epochs=epochs, rows_per_step=rows_per_step,
         epoch_steps=epoch_steps, steps=steps, gated=args.method == "salora",
+        budget=budget_of(args),
         warmup=math.ceil(args.warmup * steps), restart=end if args.rewarm else steps)
 
 
@@ -144,10 +145,11 @@ def announce(settings, line):
 
 
 class Log:
-    """log.jsonl, and the same on the screen: a line now and then, means since the last line."""
+    """log.jsonl, and the same on the screen: a line now and then, means since the last line; and
+    gates.jsonl."""
 
     def __init__(self, out, plan, device):
-        self.file, self.plan = out / "log.jsonl", plan
+        self.file, self.gates, self.plan = out / "log.jsonl", out / "gates.jsonl", plan
         self.sums = torch.zeros(2, device=device)  # loss, task loss since the last line
         self.tokens = self.steps = 0  # since then
         self.seconds = 0.0  # of the whole run
@@ -168,15 +170,35 @@ class Log:
         self.tokens, self.steps = state[2:]
         if RANK:
             return
-        kept, text = [], self.file.read_text() if self.file.exists() else ""
-        for number, line in enumerate(text.splitlines(keepends=True), 1):
-            try:
-                if line.endswith("\n") and json.loads(line)["step"] < step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{self.file}: line {number} is damaged: remove it to go "
-                                 "on") from None
-        write_text(self.file, "".join(kept))
+        for file in (self.file, self.gates):
+            kept, text = [], file.read_text() if file.exists() else ""
+            for number, line in enumerate(text.splitlines(keepends=True), 1):
+                try:
+                    if line.endswith("\n") and json.loads(line)["step"] < step:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    raise InputError(f"{file}: line {number} is damaged: remove it to go "
+                                     "on") from None
+            if text:
+                write_text(file, "".join(kept))
+
+    @torch.no_grad()
+    def write_gates(self, step, salora):
+        """Some 50 times in the window, and at its end: P(g > 0) of each triplet (K, r), as gates.
+        The first line is of the moment when it opens; the last has the triplets that stay."""
+        now = step + 1  # salora.step
+        every, closed = math.ceil((salora.last - salora.first) / 50), now == salora.last
+        due = salora.first <= now <= salora.last and (now - salora.first) % every == 0
+        if RANK or not (due or closed):
+            return
+        probability = sl.open_probability(salora.log_theta).tolist()
+        entry = {"step": step,
+                 "density": salora.final_density if closed else salora.density().item(),
+                 "open": [[round(p, 3) for p in row] for row in probability]}
+        if closed:
+            entry["kept"] = salora.select().int().tolist()
+        with self.gates.open("a") as f:
+            f.write(json.dumps(entry) + "\n")
 
     def write(self, step, lr, lowrank):
         plan = self.plan
@@ -207,7 +229,8 @@ class Log:
 
         line = f"step {step + 1}/{plan.steps} loss {task_loss:.4f}"
         if plan.gated:
-            line += f" density {entry['density']:.3f} lambda {entry['lambda']:.3f}"
+            goal = "" if plan.budget is None else f" (budget {plan.budget:g})"
+            line += f" density {entry['density']:.3f}{goal} lambda {entry['lambda']:.3f}"
         left = int(self.seconds / (step + 1) * (plan.steps - step - 1))
         line += f" {speed:.0f} tokens/s, {left // 60}:{left % 60:02d} left"
         if sys.stdout.isatty():
@@ -220,17 +243,16 @@ class Log:
 
 
 def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
-    """The training loop, which writes log.jsonl and its checkpoint into `out`. loss_of(rows): the
-    summed loss of rows, given by number; evaluate(): a list of output arrays on the dev rows, and
-    {metric: value}. Returns the trained model's outputs and scores, the scores after each epoch,
-    and the seconds it took."""
+    """The training loop, which writes log.jsonl, gates.jsonl and its checkpoint into `out`.
+    loss_of(rows): the summed loss of rows, given by number; evaluate(): a list of output arrays on
+    the dev rows, and {metric: value}. Returns the trained model's outputs and scores, the scores
+    after each epoch, and the seconds it took."""
     device, seed = next(model.parameters()).device, settings["seed"]
     steps, epoch_steps = plan.steps, plan.epoch_steps
     params = [p for p in model.parameters() if p.requires_grad]
     if plan.gated:
         params = lowrank.param_groups(args.lr, args.weight_decay)
     optimizer = torch.optim.AdamW(params, args.lr, weight_decay=args.weight_decay, fused=True)
-    peaks = [group["lr"] for group in optimizer.param_groups]
 
     # ---- resume, or start anew
     log, step, history = Log(out, plan, device), 0, []
@@ -263,8 +285,8 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
                 rng = np.random.default_rng([seed, step // epoch_steps])
                 batches = batch_order(plan.lengths, plan.rows_per_step, rng)
             batch = batches[step % epoch_steps]
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * lr_factor(plan, step)
+            # log theta and lambda, the other groups, keep their rate
+            optimizer.param_groups[0]["lr"] = args.lr * lr_factor(plan, step)
 
             torch.manual_seed((seed * steps + step) * PROCESSES + RANK)  # dropout; resumes the same
             total = sum(plan.weights[j] for j in batch)
@@ -287,6 +309,8 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
             if lowrank:
                 lowrank.end_step(optimizer)  # may turn or cut A and B
             optimizer.zero_grad()
+            if plan.gated:
+                log.write_gates(step, lowrank)
 
             log.steps += 1
             log.tokens += sum(plan.lengths[j] for j in batch)
@@ -348,7 +372,7 @@ def common_result(
         steps=plan.steps, seconds=round(seconds, 2),
         examples_per_second=round(rows / seconds, 1) if seconds else None,
         peak_memory_mb=round(peak_memory_mb(next(model.parameters()).device), 1),
-        history=history, settings=settings)
+        history=history, command=args.command, settings=settings)
 
 
 def budget_of(args):

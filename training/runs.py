@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -103,7 +104,7 @@ def load_checkpoint(file, optimizer, lowrank, settings):
         if found != value and name not in MAY_CHANGE:
             raise InputError(f"--resume: {flag(name)} is {value}, but {file} was written with "
                              f"{found}: give the run's own flags")
-    if lowrank:  # first: it gives A and B the shapes they were saved in
+    if lowrank:
         state = {name.removeprefix("method."): value for name, value in tensors.items()
                  if name.startswith("method.")}
         try:
@@ -150,7 +151,7 @@ def make_folder(out):
 
 def clear_folder(out):
     """Removes the files of an earlier run."""
-    names = ("result.json", "log.jsonl", CHECKPOINT)
+    names = ("result.json", "log.jsonl", "gates.jsonl", "report.html", CHECKPOINT)
     if (out / "adapter").exists() and not any((out / name).exists() for name in names):
         raise InputError(f"--out {out}: has an adapter/ which is not of a run; give another folder")
     try:
@@ -279,6 +280,12 @@ def run_all(args, name, train, report):
 
 class Stopped(Exception):
     """A signal ended the run, which is saved. args: the line to print, the signal's number."""
+
+
+def command_line(script, argv):
+    """The command of a run, for its result.json."""
+    start = "python" if PROCESSES == 1 else f"torchrun --nproc-per-node {PROCESSES}"
+    return f"{start} {script} {shlex.join(argv)}".strip()
 
 
 def run_command(main, argv):
