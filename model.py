@@ -467,7 +467,7 @@ def read_json(file: str | Path, hint: str = "") -> dict:
     """The object in a JSON file. InputError: there is none; `hint` is added if the file is not
     found."""
     try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
+        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{file}: not found{hint}") from None
     except (OSError, ValueError, RecursionError) as e:
