@@ -20,18 +20,16 @@ import math
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import adapter
 import baselines
 from data import InputError
-from data.batching import batch_order, collate, load_tokenizer, tokenize
+from data.batching import collate, load_tokenizer, tokenize
 from data.download import model_folder
 from data.glue import HERE, TASKS, load_task, score
 from model import LINEARS, load_encoder, read_config
 from training.flags import (
-    PROCESSES,
     RANK,
     at_least,
     check_sizes,
@@ -42,6 +40,7 @@ from training.flags import (
     run_flags,
     settle,
 )
+from training.inference import evaluate
 from training.loop import (
     announce,
     budget_of,
@@ -115,20 +114,6 @@ def parse_args(argv=None):
     need(all(0 < lr < math.inf for lr in grid) and len(set(grid)) == len(grid), "--lr-grid", grid,
          "different positive numbers")
     return args
-
-
-def evaluate(model, rows, pad_id, device, batch_size=128):
-    """Logits (n, num_labels) of `rows`, float32 numpy; each process computes its share."""
-    training_mode = model.training
-    logits = torch.zeros(len(rows), model.num_labels, device=device)
-    model.eval()
-    with torch.inference_mode():
-        for batch in batch_order([len(ids) for ids, _ in rows], batch_size)[RANK::PROCESSES]:
-            logits[batch] = model(*collate([rows[i] for i in batch], pad_id, device)).float()
-    if PROCESSES > 1:
-        dist.all_reduce(logits)
-    model.train(training_mode)
-    return logits.cpu().numpy()
 
 
 def train(args, seed, out):

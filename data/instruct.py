@@ -3,10 +3,12 @@
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from data import InputError, draw_rows, read_text
 from data.batching import check_ids
 
+DEMO = Path(__file__).parent / "demo"
 TEMPLATES = {  # prompt with an input, prompt without one, what ends a response before end-of-text
     "alpaca": (
         "Below is an instruction that describes a task, paired with an input that provides further "
