@@ -5,6 +5,7 @@ Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA, or with a method it is co
     python train_glue.py --task cola             # roberta-base and CoLA, downloaded once
     python train_glue.py --task cola --model DIR --data DIR --seeds 0 1 2
     python train_glue.py --task my_folder        # your own train.tsv and dev.tsv
+    python train_glue.py predict --run runs/cola-salora --text FILE    # labels other texts
     python train_glue.py table1 --tasks cola rte # an experiment of paper/
     torchrun --nproc-per-node 2 train_glue.py .. # splits every step's rows; one GPU per process
 
@@ -27,20 +28,23 @@ import baselines
 from data import InputError
 from data.batching import collate, load_tokenizer, tokenize
 from data.download import model_folder
-from data.glue import HERE, TASKS, load_task, score
+from data.glue import HERE, TASKS, load_task, read_texts, score
 from model import LINEARS, load_encoder, output_names, read_config
 from training.flags import (
     RANK,
     at_least,
     check_sizes,
     flag_group,
+    machine_flags,
+    main_flags,
     method_flags,
     need,
     new_parser,
     run_flags,
     settle,
+    use_machine,
 )
-from training.inference import evaluate
+from training.inference import evaluate, open_classifier, read_run, subcommand
 from training.loop import (
     announce,
     budget_of,
@@ -53,7 +57,7 @@ from training.loop import (
     schedule,
     settings_of,
 )
-from training.runs import free_folder, own_folder, run_all, run_command, write_text
+from training.runs import own_folder, run_all, run_command, write_text
 
 METHODS = ("salora", *baselines.METHODS)
 LEARNING_RATES = dict(ft=3e-5, prefix=1e-3, prompt=1e-3)  # others: 3e-4
@@ -63,13 +67,18 @@ EXPERIMENTS = ("table1", "ablation", "efficiency", "ranks", "sweep", "components
 
 
 def parse_args(argv=None):
-    parser = new_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arg = flag_group(parser, "what to train, on what")
+    parser = new_parser(usage="train_glue.py [flags]", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    arg = flag_group(parser, "what most runs need")
     arg("--task", default="demo", help=TASK)
     arg("--model", help="folder in Hugging Face layout, or a hub name (default: roberta-base; for "
         "demo the built-in one)")
     arg("--data", help="folder in GLUE's layout, DIR/CoLA/train.tsv .. (default: data/, where a "
         "missing task is downloaded)")
+    main_flags(arg, METHODS, epochs="by task, 3 to 20", batch_size=32, out="runs/TASK-METHOD",
+               lr="3e-4; ft 3e-5, prefix and prompt 1e-3; more for demo")
+
+    arg = flag_group(parser, "rows and tokens")
     arg("--limit-train", type=int, metavar="N", help="use the first N training rows (default: all)")
     arg("--limit-dev", type=int, metavar="N", help="use the first N dev rows (default: all)")
     arg("--hold-out", type=float, metavar="N",
@@ -78,14 +87,13 @@ def parse_args(argv=None):
     arg("--max-length", type=int, help="longer inputs are cut to this many tokens (default: 128, "
         "or what the model has positions for)")
 
-    method_flags(parser, METHODS, LINEARS)
+    method_flags(parser, LINEARS)
     arg = flag_group(parser, "some baselines")
     arg("--bottleneck", type=int, help="width of adapter-h and adapter-p (default: 32 and 64, "
         "which makes them as large as LoRA of rank 8)")
     arg("--virtual-tokens", type=int, default=20, help="length of the prefix or the prompt")
 
-    run_flags(parser, epochs="by task, 3 to 20", batch_size=32, dtype="float32",
-              lr="3e-4; ft 3e-5, prefix and prompt 1e-3; more for demo", out="runs/TASK-METHOD")
+    run_flags(parser, dtype="float32")
     arg = flag_group(parser, "choice of the learning rate")
     arg("--lr-grid", type=float, nargs="+", metavar="LR",
         help="a run for each, with a seed of its own, scored on rows held out of training "
@@ -258,7 +266,44 @@ def report(args, result, out):
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv{loads}")
 
 
+def predict(argv):
+    """Labels of a file of texts, as a table."""
+    parser, arg = subcommand("predict", "Labels texts with what a run has learned: a line for each "
+                             "with its number from 0, the label, the label's probability, and a "
+                             "logit for each label.", "train_glue.py")
+    arg("--run", required=True, help="folder of a finished run with an adapter")
+    arg("--text", required=True, metavar="FILE", help="tab-separated, with columns sentence (or "
+        "sentence1 and sentence2) as GLUE's test.tsv has them; or plain lines, a sentence each")
+    arg("--out", metavar="FILE", help="file to write (default: standard output)")
+    arg("--model", help="the model of the run, if it has moved (default: as the run was given it)")
+    machine_flags(parser)
+    args = parser.parse_args(argv)
+    out = args.out and Path(args.out)
+    need(not out or not out.exists(), "--out", f"{out}, which is there", "a new file")
+    need(not out or out.parent.is_dir(), "--out", out, "a file in a folder that is there")
+    result = read_run("--run", args.run)
+    need("columns" in result, f"--run {args.run}: its result.json", "without columns of text",
+         "that of a run of train_glue.py, by this version of it")
+    names, (numbers, texts) = result["labels"], read_texts(args.text, result["columns"])
+    logits = open_classifier("--run", args.run, result, use_machine(args), args.model)(texts)
+    columns = ["index", "prediction"] + ["probability"] * bool(names)
+    lines = ["\t".join(columns + [f"logit_{i}" for i in range(logits.shape[1])])]
+    for number, row in zip(numbers, logits):
+        cells = [row[0]]
+        if names:
+            p = torch.from_numpy(row).double().softmax(0)  # (num_labels,)
+            cells = [names[row.argmax()], f"{p.max():.6f}"]
+        lines.append("\t".join(map(str, [number, *cells, *row])))
+    if out:
+        write_text(out, "\n".join(lines) + "\n")
+        print(f"{out}: {len(texts)} predictions")
+    else:
+        print("\n".join(lines))
+
+
 def main(argv):
+    if argv and argv[0] == "predict":
+        return predict(argv[1:])
     if argv and argv[0] == "recover":
         from paper import recover
         return recover.main(argv[1:])
@@ -267,11 +312,12 @@ def main(argv):
         return experiments.main(argv[0], argv[1:], parse_args)
     args = parse_args(argv)
     name = args.task if args.task in TASKS else Path(args.task).resolve().name
-    root = Path(args.out) if args.out else free_folder(f"runs/{name}-{args.method}")
-    run_all(args, root, train, report)
+    run_all(args, f"runs/{name}-{args.method}", train, report)
     if args.task == "demo" and args.seeds is None and RANK == 0:
-        print("\nnext: --method lora (the same without gates), --budget 0.25, --seeds 0 1 2, or "
-              "the real thing: python train_glue.py --task cola")
+        more = "--method salora (learns the rank of every matrix)"
+        if args.method == "salora":
+            more = f"--method lora (the same without gates), --budget {args.budget / 2:g}"
+        print(f"\nnext: {more}, --seeds 0 1 2, or the real thing: python train_glue.py --task cola")
 
 
 def command(argv=None):

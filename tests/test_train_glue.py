@@ -247,6 +247,112 @@ def test_names_go_with_an_adapter_into_the_merged_model_and_the_next_run(named, 
     assert "adapter: its head gives satisfying, good, poor; put into" in capsys.readouterr().out
 
 
+# ---- predictions for other texts
+
+
+def predict(capsys, *flags):
+    """What the command prints: names of the columns, and rows of cells."""
+    capsys.readouterr()
+    train_glue.command(["predict", *map(str, flags)])
+    captured = capsys.readouterr()
+    header, *rows = [line.split("\t") for line in captured.out.splitlines()]
+    return header, rows
+
+
+@pytest.fixture(scope="module")
+def runs_of(tmp_path_factory, short):
+    """{method: folder of a run}, made when it is first asked for."""
+    made = {"salora": short[0]}
+
+    def get(method):
+        if method not in made:
+            made[method] = tmp_path_factory.mktemp("runs") / method
+            run(made[method], "--method", method)
+        return made[method]
+    return get
+
+
+@pytest.mark.parametrize("method", ["salora", "adalora", slow("lora"), slow("lora-svd")])
+def test_predictions_for_texts_are_those_of_the_run(method, runs_of, tmp_path, capsys):
+    out = runs_of(method)
+    texts = [text for text, in load_task("demo", limit_dev=90)[2][0].texts]
+    (tmp_path / "lines.txt").write_text("\ufeff" + "\n".join(texts) + "\n", encoding="utf-8")
+    (tmp_path / "test.tsv").write_text(  # as GLUE's
+        "index\tsentence\r\n" + "".join(f"{i}\t{text}\r\n" for i, text in enumerate(texts)))
+    header, rows = predict(capsys, "--run", out, "--text", tmp_path / "lines.txt")
+    assert header == ["index", "prediction", "probability", "logit_0", "logit_1"]
+    wanted = predictions(out)[1]
+    assert [row[:2] for row in rows] == [[row[0], row[2]] for row in wanted]
+    logits = np.array([[float(x) for x in row[3:]] for row in rows])
+    assert np.allclose(logits, [[float(x) for x in row[3:]] for row in wanted], atol=1e-4)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert np.allclose([float(row[2]) for row in rows], p.max(1), atol=1e-5)
+    assert predict(capsys, "--run", out, "--text", tmp_path / "test.tsv")[1] == rows
+    again = predict(capsys, "--run", out, "--text", HERE / "demo" / "dev.tsv")[1]  # no header
+    assert [row[:2] for row in again[:90]] == [row[:2] for row in rows] and len(again) == 1000
+    predict(capsys, "--run", out, "--text", tmp_path / "test.tsv", "--out", tmp_path / "p.tsv")
+    lines = (tmp_path / "p.tsv").read_text().splitlines()
+    assert [line.split("\t") for line in lines] == [header, *rows]
+
+
+def test_predictions_are_names_of_labels_for_one_or_two_sentences_or_numbers(
+        named, tmp_path, capsys):
+    run(tmp_path / "one", "--task", named / "data", "--model", named / "other", "--method", "lora",
+        "--max-steps", 2)
+    (tmp_path / "text.tsv").write_text("id\tsentence\n\na\tMary slept.\nb\t\n")
+    _, rows = predict(capsys, "--run", tmp_path / "one", "--text", tmp_path / "text.tsv")
+    assert [row[0] for row in rows] == ["1", "2"]  # the blank line had the number 0
+    assert all(row[1] == LABELS[np.argmax([float(x) for x in row[3:]])] for row in rows)
+    (tmp_path / "pairs").mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "pairs" / name).write_text(
+            "sentence1\tsentence2\tscore\n" + "".join(f"A {i}.\tB.\t{i}\n" for i in range(20)))
+    run(tmp_path / "two", "--task", tmp_path / "pairs", "--model", HERE / "demo" / "model",
+        "--method", "lora", "--max-steps", 2)
+    header, rows = predict(capsys, "--run", tmp_path / "two", "--text",
+                           tmp_path / "pairs" / "dev.tsv")
+    assert header == ["index", "prediction", "logit_0"] and all(r[1] == r[2] for r in rows)
+    wanted = predictions(tmp_path / "two")[1]
+    assert [float(r[1]) for r in rows] == pytest.approx([float(r[2]) for r in wanted], abs=1e-4)
+
+
+@pytest.mark.parametrize("change,flags,words", [
+    (None, ["--run", "nowhere"], "--run nowhere: has no result.json"),
+    (None, ["--text", "nowhere"], "nowhere: not found; expected a file of texts"),
+    ("two\tcells\n", [], "text: its first line has the columns 'two', 'cells', expected sentence"),
+    ("one\ntwo\tcells\n", [], "text: line 2 has 2 columns, expected 1"),
+    ("sentence1\tsentence2\na\tb\n", [], "expected sentence among them"),
+    ("sentence\n", [], "text: has no rows"),
+    ("", [], "text: has no rows"),
+    (None, ["--out", "text"], "--out is text, which is there"),
+    (None, ["--out", "no/folder"], "--out is no/folder, expected a file in a folder that is there"),
+    (None, ["--model", "./gone"], "--model ./gone: no such folder"),
+    (dict(model="./gone"), [], "--model ./gone: no such folder"),
+    (dict(method="ft"), [], "run: has no adapter/ (method ft), expected a run of salora, lora"),
+    (dict(columns=...), [], "without columns of text, expected that of a run of train_glue.py"),
+])
+def test_what_cannot_be_predicted_is_said_in_one_line(
+        change, flags, words, short, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(short[0], "run")
+    Path("text").write_text(change if isinstance(change, str) else "Mary slept.\n")
+    if isinstance(change, dict):
+        result = json.loads(Path("run/result.json").read_text())
+        result["settings"] |= change
+        if change.get("columns") is ...:
+            del result["columns"], result["settings"]["columns"]
+        if change.get("method"):
+            shutil.rmtree("run/adapter")
+        Path("run/result.json").write_text(json.dumps(result))
+    before = sorted(tmp_path.rglob("*"))
+    given = {"--run": "run", "--text": "text"} | dict(zip(flags[::2], flags[1::2]))
+    with pytest.raises(SystemExit) as e:
+        train_glue.command(["predict", *(x for pair in given.items() for x in pair)])
+    captured = capsys.readouterr()
+    assert e.value.code == 2 and words in captured.err and captured.err.count("\n") == 1
+    assert not captured.out and sorted(tmp_path.rglob("*")) == before
+
+
 # ---- methods, tasks, flags
 
 
@@ -677,6 +783,16 @@ def test_default_folders_do_not_collide(tmp_path, monkeypatch):
     for _ in range(2):
         train_glue.main([*SHORT, "--max-steps", "4"])
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["demo-salora", "demo-salora-2"]
+
+
+def test_overwrite_replaces_the_default_folder_and_the_hint_is_something_else(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for steps in ("4", "3"):
+        train_glue.main([*SHORT, "--max-steps", steps, "--method", "lora", "--overwrite"])
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["demo-lora"]
+    assert json.loads((tmp_path / "runs/demo-lora/result.json").read_text())["steps"] == 3
+    assert "\nnext: --method salora" in capsys.readouterr().out
 
 
 # ---- bad input: one line, exit status 2, nothing written

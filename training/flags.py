@@ -43,22 +43,30 @@ def flag_group(parser, title):
     return arg
 
 
-def method_flags(parser, methods, letters):
+def main_flags(arg, methods, epochs, batch_size, lr, out):
+    """What most runs need. `epochs`, `lr`, `out`: the defaults in words."""
+    arg("--method", choices=methods, default="salora", metavar="METHOD",
+        help=f"salora, or a method to compare it with: {', '.join(methods[1:])}; see baselines.py")
+    arg("--r", type=int, help="initial rank (default: 8)")
+    arg("--budget", type=float, default=0.5,
+        help="share b of the adapter parameters to keep (adalora: of the triplets)")
+    arg("--epochs", type=float, help=f"passes over the training rows (default: {epochs})")
+    arg("--batch-size", type=int, default=batch_size, help="rows per forward pass and process")
+    arg("--lr", type=float, help=f"learning rate of the weights (default: {lr})")
+    arg("--out", help=f"folder of the run (default: {out}, numbered if that exists)")
+
+
+def method_flags(parser, letters):
     arg = flag_group(parser, "method")
-    arg("--method", choices=methods, default="salora",
-        help="SaLoRA, or a method to compare it with: see baselines.py")
     arg("--adapter", metavar="DIR",
         help="go on from this LoRA adapter, saved by this project or by PEFT, with its own --r, "
         "--alpha, --targets and --layers; --epochs 0 only scores it (default: start anew)")
-    arg("--r", type=int, help="initial rank (default: 8)")
     arg("--alpha", type=float, help="the update is scaled by alpha/r (default: r, a scale of 1; "
         f"adalora {baselines.AdaLoRA.SCALE} r)")
     more = ", and W^G if named" if "g" in letters else ""
     arg("--targets", nargs="+", choices=list(letters),
         help=f"matrices to adapt: W^Q W^K W^V W^O W^U W^D{more} (default: q k v o u d)")
     arg("--layers", type=int, nargs="+", help="layers to adapt, from 0 (default: all)")
-    arg("--budget", type=float, default=0.5,
-        help="share b of the adapter parameters to keep (adalora: of the triplets)")
     arg("--beta", type=float,
         help="weight of the orthogonal regularizer (default: 0; adalora 0.1)")
     arg("--window", type=float, nargs=2, metavar=("START", "END"),
@@ -94,14 +102,11 @@ def machine_flags(parser, dtype=None):
     return arg
 
 
-def run_flags(parser, epochs, lr, batch_size, dtype, out):
-    """Optimization, machine and output; `epochs`, `lr`, `dtype`, `out`: the defaults in words."""
+def run_flags(parser, dtype):
+    """Optimization, machine and output; `dtype`: the default in words."""
     arg = flag_group(parser, "optimization")
-    arg("--epochs", type=float, help=f"passes over the training rows (default: {epochs})")
     arg("--max-steps", type=int, help="stop after this many steps (default: no limit)")
-    arg("--batch-size", type=int, default=batch_size, help="rows per forward pass and process")
     arg("--accumulate", type=int, default=1, help="forward passes per step")
-    arg("--lr", type=float, help=f"of the weights (default: {lr})")
     arg("--warmup", type=float, default=0.06, help="share of the steps in which the learning "
         "rates rise, before they fall linearly to 0")
     arg("--rewarm", action=argparse.BooleanOptionalAction,
@@ -119,9 +124,9 @@ def run_flags(parser, epochs, lr, batch_size, dtype, out):
         help="recompute activations in the backward pass: less memory, more time")
 
     arg = flag_group(parser, "output")
-    arg("--out", help=f"folder of the run (default: {out}, numbered if that exists)")
     arg("--resume", action="store_true", default=False, help="go on from --out/checkpoint")
-    arg("--overwrite", action="store_true", default=False, help="replace a finished run in --out")
+    arg("--overwrite", action="store_true", default=False, help="replace the run in "
+        "--out, or in the folder that is its default")
     arg("--log-every", type=int, default=10, help="steps between the lines of log.jsonl")
     arg("--save-every", type=int, metavar="N", help="write a checkpoint every N steps, too "
         "(default: after each epoch, and on Ctrl-C or SIGTERM)")

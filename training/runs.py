@@ -242,10 +242,13 @@ def choose_lr(args, root, train, report):
     return best
 
 
-def run_all(args, root, train, report):
-    """The choice of --lr-grid, then the run or those of --seeds. Returns their results (in the
-    first process)."""
-    args.out = root  # also where the flag was not given
+def run_all(args, default, train, report):
+    """The choice of --lr-grid, then the run or those of --seeds, in --out or else in the folder
+    `default`, numbered if it is there and not to be replaced. Returns their results (in the first
+    process)."""
+    if args.out is None:
+        args.out = default if args.overwrite else free_folder(default)
+    root = args.out = Path(args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
     if PROCESSES > 1:
