@@ -99,6 +99,15 @@ def test_examples_are_what_training_has_taught_or_else_wrong_answers(
     assert ("fewer than three to show" in text) == (not set(shown) <= right)
 
 
+def test_exact_answers_are_counted_only_where_there_are_some(tmp_path, capsys):
+    rows = [dict(instruction=f"Tell me about {i}.", output=f"Well, {i} ..") for i in range(40)]
+    (tmp_path / "free.json").write_text(json.dumps(rows))
+    result = run(tmp_path / "r", "--model", DEMO / "llama", "--data", tmp_path / "free.json",
+                 "--dtype", "float32", "--max-steps", 1, "--method", "lora")
+    assert result["metrics"]["exact_match"] == 0
+    assert "answered exactly" not in capsys.readouterr().out
+
+
 def test_demo_instructions_are_what_the_script_makes():
     assert (DEMO / "instruct.jsonl").read_text() == make_instructions()
 
