@@ -260,7 +260,8 @@ def report(args, result, out):
           f"{result['dev_rows'][0]} held-out rows after {result['steps']} steps, "
           f"{result['seconds']:.0f} s")
     # a free answer is hardly ever the reference to the letter
-    if scores.get("exact_match") or args.data == str(DEMO / "instruct.jsonl"):
+    demo = args.data == str(DEMO / "instruct.jsonl")
+    if result["answered"] and (scores["exact_match"] or demo):
         right = round(scores["exact_match"] * result["answered"])
         few = any(e["after"] != e["reference"] for e in result["examples"])
         print(f"{right} of {result['answered']} held-out instructions answered exactly"
