@@ -135,8 +135,8 @@ def read_rows(file, task, limit=None):
 def read_texts(file, columns):
     """Texts without labels: their numbers, from 0 for the first line of data, and tuples of one or
     two sentences. columns: those of a task's text. The file is a table with a header that has them,
-    or sentence, or sentence1 and sentence2; or one without a header, laid out as the task's; or, for
-    single sentences, plain lines of text."""
+    or sentence, or sentence1 and sentence2; or one without a header, laid out as the task's; or,
+    for single sentences, plain lines of text."""
     names, table = read_table(file, False, "; expected a file of texts, one a line")
     head = [cell.strip() for cell in table[0][1]]
     usual = ("sentence",) if len(columns) == 1 else ("sentence1", "sentence2")

@@ -328,7 +328,7 @@ def test_predictions_are_names_of_labels_for_one_or_two_sentences_or_numbers(
     (None, ["--out", "no/folder"], "--out is no/folder, expected a file in a folder that is there"),
     (None, ["--model", "./gone"], "--model ./gone: no such folder"),
     (dict(model="./gone"), [], "--model ./gone: no such folder"),
-    (dict(method="ft"), [], "run: has no adapter/ (method ft), expected a run of salora, lora"),
+    (dict(method="ft"), [], "run: has no adapter/ (method ft); expected a run of salora, lora"),
     (dict(columns=...), [], "without columns of text, expected that of a run of train_glue.py"),
 ])
 def test_what_cannot_be_predicted_is_said_in_one_line(

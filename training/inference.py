@@ -62,9 +62,9 @@ def open_classifier(flag, folder, result, device, model=None):
     model is now."""
     settings, labels = result["settings"], result["labels"]
     if not (Path(folder) / "adapter").is_dir():
-        raise InputError(f"{flag} {folder}: has no adapter/ (method {settings['method']}), expected "
-                         "a run of salora, lora, lora-svd or adalora, which leave their weights "
-                         "there")
+        raise InputError(f"{flag} {folder}: has no adapter/ (method {settings['method']}); "
+                         "expected a run of salora, lora, lora-svd or adalora, which leave their "
+                         "weights there")
     source = model_folder(model or settings["model"])
     tokenizer = load_tokenizer(source)
     with contextlib.redirect_stdout(io.StringIO()):  # of its head, which comes with the adapter
