@@ -11,12 +11,11 @@ Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA, or with a method it is co
 
 The columns of your own files are sentence (or sentence1, sentence2) and label (or score). The
 experiments are table1, ablation, efficiency, ranks, sweep, components and recover. A run leaves in
---out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/ (for
---resume).
+--out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and
+checkpoint.safetensors (for --resume).
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -30,10 +29,12 @@ from data.batching import collate, load_tokenizer, tokenize
 from data.download import model_folder
 from data.glue import HERE, TASKS, load_task, read_texts, score
 from model import LINEARS, load_encoder, output_names, read_config
+from training import loop, runs
 from training.flags import (
     RANK,
     at_least,
     check_sizes,
+    fill_in,
     flag_group,
     machine_flags,
     main_flags,
@@ -45,19 +46,6 @@ from training.flags import (
     use_machine,
 )
 from training.inference import evaluate, open_classifier, read_run, subcommand
-from training.loop import (
-    announce,
-    budget_of,
-    common_result,
-    count_trainable,
-    fit,
-    install,
-    own_device,
-    report_ranks,
-    schedule,
-    settings_of,
-)
-from training.runs import own_folder, run_all, run_command, write_text
 
 METHODS = ("salora", *baselines.METHODS)
 LEARNING_RATES = dict(ft=3e-5, prefix=1e-3, prompt=1e-3)  # others: 3e-4
@@ -101,17 +89,11 @@ def parse_args(argv=None):
         "rows at the best (default: off, --lr)")
     args = parser.parse_args(argv)
 
-    demo = args.task == "demo"
-    if args.model is None:
-        args.model = str(HERE / "demo" / "model") if demo else "roberta-base"
-    if args.lr is None:
-        rates, others = (DEMO_LEARNING_RATES, 3e-3) if demo else (LEARNING_RATES, 3e-4)
-        args.lr = rates.get(args.method, others)
-    if args.bottleneck is None:
-        args.bottleneck = 64 if args.method == "adapter-p" else 32
-    if args.threads is None and demo:
-        args.threads = 1
-    args.dtype = args.dtype or "float32"
+    if args.task == "demo":
+        fill_in(args, model=str(HERE / "demo" / "model"), threads=1,
+                lr=DEMO_LEARNING_RATES.get(args.method, 3e-3))
+    fill_in(args, model="roberta-base", lr=LEARNING_RATES.get(args.method, 3e-4), dtype="float32",
+            bottleneck=64 if args.method == "adapter-p" else 32)
     settle(args)
     at_least(args, 1, "bottleneck", "virtual_tokens")
     if args.task not in TASKS:
@@ -176,11 +158,11 @@ def train(args, seed, out):
                            for rows in (train_rows, *dev_sets))
     lengths, pad_id = [len(ids) for ids, _ in tokens], config.pad_token_id
     epochs = task.epochs if args.epochs is None else args.epochs
-    plan = schedule(args, lengths, [1] * len(tokens), epochs)
+    plan = loop.schedule(args, lengths, [1] * len(tokens), epochs)
 
     # ---- model and method
     torch.manual_seed(seed)
-    device = own_device(args)
+    device = loop.own_device(args)
     # full fine-tuning in bfloat16: autocast, since what is trained stays float32
     mixed = args.method == "ft" and args.dtype == "bfloat16"
     dtype = torch.float32 if mixed else getattr(torch, args.dtype)
@@ -190,16 +172,16 @@ def train(args, seed, out):
     model.checkpoint_activations = args.checkpoint_activations
     for module in model.head:
         module.float()
-    lowrank = install(args, model, plan.steps, seed)
+    lowrank = loop.install(args, model, plan.steps, seed)
     order_head(args, model, task.label_names)
     for module in model.head:
         module.requires_grad_(True)
     head_params = sum(p.numel() for module in model.head for p in module.parameters())
-    trainable_params = count_trainable(model, head_params)
-    settings = settings_of(args, seed, plan, lowrank) | dict(max_length=max_length)
-    announce(settings, f"{args.method} on {args.task}: {len(tokens)} training rows, {plan.steps} "
-                       f"steps of {plan.rows_per_step}; {trainable_params:,} parameters to train "
-                       f"and {head_params:,} in the head")
+    trainable_params = loop.count_trainable(model, head_params)
+    settings = loop.settings_of(args, seed, plan, lowrank) | dict(max_length=max_length)
+    loop.announce(settings, f"{args.method} on {args.task}: {len(tokens)} training rows, "
+                            f"{plan.steps} steps of {plan.rows_per_step}; {trainable_params:,} "
+                            f"parameters to train and {head_params:,} in the head")
 
     # ---- training
     forward = torch.compile(model, dynamic=True) if args.compile else model
@@ -222,8 +204,8 @@ def train(args, seed, out):
             scores |= {f"{k}_mismatched": v for k, v in mismatched.items()}
         return logits, scores
 
-    with own_folder(args, out):
-        logits, scores, history, seconds = fit(
+    with runs.own_folder(args, out):
+        logits, scores, history, seconds = loop.fit(
             args, plan, settings, out, model, lowrank, loss_of, evaluate_dev)
 
         # ---- results; result.json comes last and marks the run as finished
@@ -238,10 +220,10 @@ def train(args, seed, out):
                 if task.labels:
                     label, prediction = task.labels[label], task.labels[row.argmax()]
                 lines.append("\t".join(map(str, [i, label, prediction, *row])))
-            write_text(out / name, "\n".join(lines) + "\n")
+            runs.write_text(out / name, "\n".join(lines) + "\n")
         if lowrank:
             head = ["classifier"] if config.model_type == "roberta" else ["classifier", "pooler"]
-            adapter.save(model, out / "adapter", head, budget_of(args), task.label_names,
+            adapter.save(model, out / "adapter", head, loop.budget_of(args), task.label_names,
                          base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
         if args.method == "prefix":
             model.prefix.finish()
@@ -250,9 +232,9 @@ def train(args, seed, out):
             score=scores[task.metric], metrics=scores,
             best_score=max(h[task.metric] for h in history), columns=task.text,
             labels=task.label_names, dev_rows=[len(rows.labels) for rows in dev_sets])
-        result |= common_result(
+        result |= loop.common_result(
             args, plan, settings, model, lowrank, trainable_params, head_params, history, seconds)
-        write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+        runs.write_json(out / "result.json", result)
     return result
 
 
@@ -261,7 +243,7 @@ def report(args, result, out):
     rows = "held-out" if args.hold_out else "dev"
     print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} {rows} rows "
           f"after {result['steps']} steps, {result['seconds']:.0f} s")
-    report_ranks(args, result, LINEARS, at=3)
+    loop.report_ranks(args, result, LINEARS, at=3)
     loads = ", adapter/ (loads in PEFT)" if result["ranks"] else ""
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv{loads}")
 
@@ -295,7 +277,7 @@ def predict(argv):
             cells = [names[row.argmax()], f"{p.max():.6f}"]
         lines.append("\t".join(map(str, [number, *cells, *row])))
     if out:
-        write_text(out, "\n".join(lines) + "\n")
+        runs.write_text(out, "\n".join(lines) + "\n")
         print(f"{out}: {len(texts)} predictions")
     else:
         print("\n".join(lines))
@@ -312,7 +294,7 @@ def main(argv):
         return experiments.main(argv[0], argv[1:], parse_args)
     args = parse_args(argv)
     name = args.task if args.task in TASKS else Path(args.task).resolve().name
-    run_all(args, f"runs/{name}-{args.method}", train, report)
+    runs.run_all(args, name, train, report)
     if args.task == "demo" and args.seeds is None and RANK == 0:
         more = "--method salora (learns the rank of every matrix)"
         if args.method == "salora":
@@ -321,7 +303,7 @@ def main(argv):
 
 
 def command(argv=None):
-    run_command(main, argv)
+    runs.run_command(main, argv)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ Tunes a LLaMA on instructions with SaLoRA or LoRA, and lets it answer.
 
 DIR is a folder in Hugging Face layout (config.json, model.safetensors or its shards,
 tokenizer.json), --data a JSON list or JSONL of objects with instruction, input and output. A run
-leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/.
+leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and
+checkpoint.safetensors (for --resume).
 """
 
 import argparse
-import json
 import math
 import re
 from pathlib import Path
@@ -29,11 +29,13 @@ from data.batching import batch_order, load_tokenizer
 from data.download import model_folder
 from data.instruct import DEMO, TEMPLATES, encode, fill, load_instructions, split
 from model import DECODER_LINEARS, DecoderConfig, load_decoder, read_config, stop_ids
+from training import loop, runs
 from training.flags import (
     PROCESSES,
     RANK,
     at_least,
     check_sizes,
+    fill_in,
     flag_group,
     main_flags,
     method_flags,
@@ -50,19 +52,6 @@ from training.inference import (
     open_model,
     subcommand,
 )
-from training.loop import (
-    announce,
-    budget_of,
-    common_result,
-    count_trainable,
-    fit,
-    install,
-    own_device,
-    report_ranks,
-    schedule,
-    settings_of,
-)
-from training.runs import own_folder, run_all, run_command, write_text
 
 
 def parse_args(argv=None):
@@ -97,15 +86,9 @@ def parse_args(argv=None):
     need(demo or (args.model and args.data), missing, "not given",
          "both --model and --data (or neither, for the demo)")
     if demo:
-        args.model, args.data = str(DEMO / "llama"), str(DEMO / "instruct.jsonl")
-        args.threads = 1 if args.threads is None else args.threads
-    if args.lr is None:
-        args.lr = 5e-3 if demo else 3e-4
-    args.dtype = args.dtype or ("float32" if demo else "bfloat16")
-    if args.epochs is None:
-        args.epochs = 3
-    if args.generate is None:
-        args.generate = 100 if demo else 8
+        fill_in(args, model=str(DEMO / "llama"), data=str(DEMO / "instruct.jsonl"), threads=1,
+                lr=5e-3, dtype="float32", generate=100)
+    fill_in(args, lr=3e-4, dtype="bfloat16", generate=8, epochs=3)
     settle(args)
     at_least(args, 0, "generate")
     return args
@@ -183,19 +166,19 @@ def train(args, seed, out):
     lengths = [len(e) for e in examples]
     # tokens that are trained on
     asked = [len(e) - 1 if args.train_on_prompt else len(e.response) for e in examples]
-    plan = schedule(args, lengths, asked, args.epochs)
+    plan = loop.schedule(args, lengths, asked, args.epochs)
 
     # ---- model and method
     torch.manual_seed(seed)
-    device = own_device(args)
+    device = loop.own_device(args)
     model = load_decoder(folder, getattr(torch, args.dtype), device)
     model.checkpoint_activations = args.checkpoint_activations
-    lowrank = install(args, model, plan.steps, seed)
-    trainable_params = count_trainable(model)
-    settings = settings_of(args, seed, plan, lowrank)
-    announce(settings, f"{args.method} on {args.data}: {len(examples)} training rows, "
-                       f"{sum(asked):,} tokens of them trained on; {plan.steps} steps of "
-                       f"{plan.rows_per_step}; {trainable_params:,} parameters to train")
+    lowrank = loop.install(args, model, plan.steps, seed)
+    trainable_params = loop.count_trainable(model)
+    settings = loop.settings_of(args, seed, plan, lowrank)
+    loop.announce(settings, f"{args.method} on {args.data}: {len(examples)} training rows, "
+                            f"{sum(asked):,} tokens of them trained on; {plan.steps} steps of "
+                            f"{plan.rows_per_step}; {trainable_params:,} parameters to train")
     held = [e.row for e in dev[:args.generate]]
     prompts = [e.prompt for e in dev[:args.generate]]
     before = answer(model, tokenizer, prompts, stop, 40) if RANK == 0 else []
@@ -212,8 +195,8 @@ def train(args, seed, out):
         loss = (sums[:, 0].sum() / sums[:, 1].sum()).item()
         return [sums.numpy()], dict(loss=loss, perplexity=math.exp(min(loss, 700)))
 
-    with own_folder(args, out):
-        _, scores, history, seconds = fit(
+    with runs.own_folder(args, out):
+        _, scores, history, seconds = loop.fit(
             args, plan, settings, out, model, lowrank, loss_of, evaluate_dev)
 
         # ---- results; result.json comes last and marks the run as finished
@@ -223,8 +206,8 @@ def train(args, seed, out):
         lines = ["index\tlabel\tprediction"]
         for i, (row, text) in enumerate(zip(held, answers)):
             lines.append(f"{i}\t{escape(row['output'])}\t{escape(text)}")
-        write_text(out / "predictions.tsv", "\n".join(lines) + "\n")
-        adapter.save(model, out / "adapter", budget=budget_of(args),
+        runs.write_text(out / "predictions.tsv", "\n".join(lines) + "\n")
+        adapter.save(model, out / "adapter", budget=loop.budget_of(args),
                      base_model_name_or_path=str(args.model), task_type="CAUSAL_LM")
         shown = [dict(instruction=row["instruction"], input=row["input"], reference=row["output"],
                       before=b, after=a) for row, b, a in zip(held, before, answers)]
@@ -237,9 +220,9 @@ def train(args, seed, out):
             metric="loss", score=scores["loss"], metrics=scores,
             best_score=min(h["loss"] for h in history), dev_rows=[len(dev)], answered=len(answers),
             examples=shown[:3])
-        result |= common_result(
+        result |= loop.common_result(
             args, plan, settings, model, lowrank, trainable_params, 0, history, seconds)
-        write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+        runs.write_json(out / "result.json", result)
     return result
 
 
@@ -266,7 +249,7 @@ def report(args, result, out):
         few = any(e["after"] != e["reference"] for e in result["examples"])
         print(f"{right} of {result['answered']} held-out instructions answered exactly"
               + "; fewer than three to show, so not all examples above are right" * few)
-    report_ranks(args, result, DECODER_LINEARS, at=2)
+    loop.report_ranks(args, result, DECODER_LINEARS, at=2)
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT)")
 
 
@@ -306,11 +289,11 @@ def main(argv):
         from paper import style
         return getattr(style, argv[0])(argv[1:])
     args = parse_args(argv)
-    run_all(args, f"runs/{Path(args.data).stem}-{args.method}", train, report)
+    runs.run_all(args, Path(args.data).stem, train, report)
 
 
 def command(argv=None):
-    run_command(main, argv)
+    runs.run_command(main, argv)
 
 
 if __name__ == "__main__":

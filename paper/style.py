@@ -25,7 +25,7 @@ from training.inference import (
     read_run,
     subcommand,
 )
-from training.runs import free_folder, make_folder, markdown, write_text
+from training.runs import make_folder, markdown, out_folder, write_json, write_text
 
 SCORES = ("ACC", "BLEU", "self-BLEU", "PPL")
 
@@ -48,7 +48,7 @@ def style(argv):
     sources, references = sources[:args.limit], [lines[:args.limit] for lines in references]
     target = args.direction.split("2")[1]
     scorers = open_scorers(args, [target])
-    out = Path(args.out) if args.out else free_folder(f"runs/style-{args.direction}")
+    out = out_folder(args, f"style-{args.direction}")
     if (out / "scores.json").exists():
         raise InputError(f"--out {out} holds a finished run: give another folder")
     model, tokenizer, stop = open_model(args)
@@ -64,7 +64,7 @@ def style(argv):
     write_text(out / "answers.jsonl", "".join(lines))
     scores = scores_of(outputs, sources, references, target, scorers)
     result = dict(direction=args.direction, sentences=len(outputs), **scores, settings=vars(args))
-    write_text(out / "scores.json", json.dumps(result, indent=1) + "\n")
+    write_json(out / "scores.json", result)
     shown = ", ".join(f"{name} {scores[name]:.2f}" for name in SCORES if name in scores)
     print(f"{len(outputs)} sentences: {shown}")
     print(f"{out}/: outputs.{args.direction}, answers.jsonl, scores.json")
@@ -123,7 +123,7 @@ def score(argv):
         out, line = Path(args.out), f"    python train_instruct.py score {shlex.join(argv)}"
         make_folder(out)
         write_text(out / "table.md", f"{line}\n\n{table}")
-        write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
+        write_json(out / "scores.json", scores)
     print(table)
     if len(scores) == 1:
         scores = {name: value for name, value in scores[file].items() if name != "sentences"}

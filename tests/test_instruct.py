@@ -26,6 +26,7 @@ from data.make_demo import make_instructions
 from data.style import tidy
 from model import load_decoder, stop_ids
 from train_instruct import DEMO, collate, evaluate, token_losses
+from training.runs import CHECKPOINT
 
 ROOT = Path(train_instruct.__file__).parent
 SHORT = ["--limit-train", "96", "--limit-dev", "20", "--epochs", "2", "--log-every", "1",
@@ -169,8 +170,9 @@ def test_resumed_run_ends_in_the_same_bytes(tmp_path, monkeypatch):
         run(tmp_path / "cut", "--epochs", 3)
     monkeypatch.setattr(train_instruct, "evaluate", evaluate)
     run(tmp_path / "cut", "--epochs", 3, "--resume")
-    for name in ("predictions.tsv", "checkpoint/state.safetensors",
-                 "adapter/adapter_model.safetensors"):
+    tensors = (load_file(tmp_path / run / CHECKPOINT) for run in ("cut", "whole"))
+    torch.testing.assert_close(*tensors, rtol=0, atol=0)
+    for name in ("predictions.tsv", "adapter/adapter_model.safetensors"):
         cut, whole = ((tmp_path / run / name).read_bytes() for run in ("cut", "whole"))
         assert cut == whole, name
 

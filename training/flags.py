@@ -124,7 +124,7 @@ def run_flags(parser, dtype):
         help="recompute activations in the backward pass: less memory, more time")
 
     arg = flag_group(parser, "output")
-    arg("--resume", action="store_true", default=False, help="go on from --out/checkpoint")
+    arg("--resume", action="store_true", default=False, help="go on from the checkpoint in --out")
     arg("--overwrite", action="store_true", default=False, help="replace the run in "
         "--out, or in the folder that is its default")
     arg("--log-every", type=int, default=10, help="steps between the lines of log.jsonl")
@@ -134,20 +134,23 @@ def run_flags(parser, dtype):
 
 def settle(args):
     """Fills in what the recipe decides, then checks."""
-    args.window = args.window or WINDOWS.get(args.method)
-    if args.method == "adalora":
-        args.beta = 0.1 if args.beta is None else args.beta
-    if args.method not in ("salora", "lora-svd") and args.rewarm is None:
-        args.rewarm = False
-    for name, value in RECIPES[args.recipe].items():
-        if getattr(args, name) is None:
-            setattr(args, name, list(value) if name == "window" else value)
+    adalora = args.method == "adalora"
+    fill_in(args, window=WINDOWS.get(args.method), beta=0.1 if adalora else None)
+    if args.method not in ("salora", "lora-svd"):
+        fill_in(args, rewarm=False)
+    fill_in(args, **RECIPES[args.recipe])
+    args.window = list(args.window)  # as JSON gives it back
     if args.adapter is None:
-        args.r, args.targets = 8 if args.r is None else args.r, args.targets or list("qkvoud")
-        if args.alpha is None:
-            scale = baselines.AdaLoRA.SCALE if args.method == "adalora" else 1
-            args.alpha = float(args.r * scale)
+        fill_in(args, r=8, targets=list("qkvoud"))
+        fill_in(args, alpha=float(args.r * (baselines.AdaLoRA.SCALE if adalora else 1)))
     check(args)
+
+
+def fill_in(args, **values):
+    """Sets what no flag has set."""
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def check(args):
@@ -174,11 +177,11 @@ def check(args):
             hint = ", or 0 with --adapter or --method head, to score what is there"
         need(ok, flag(name), value, f"a positive number, below {LARGEST}{hint}")
     need(0 <= args.warmup < 1, "--warmup", args.warmup, "a share in [0, 1)")
-    seeds, layers, targets = args.seeds or [], args.layers or [], args.targets or []
-    need(all(0 <= seed < LARGEST for seed in seeds) and len(set(seeds)) == len(seeds), "--seeds",
-         seeds, f"different numbers from 0, below {LARGEST}")
-    need(min(layers, default=0) >= 0 and len(set(layers)) == len(layers), "--layers", layers,
-         "different numbers from 0")
+    for name in ("seeds", "layers"):
+        numbers = getattr(args, name) or []
+        need(all(0 <= n < LARGEST for n in numbers) and len(set(numbers)) == len(numbers),
+             flag(name), numbers, f"different numbers from 0, below {LARGEST}")
+    targets = args.targets or []
     need(len(set(targets)) == len(targets), "--targets", " ".join(targets), "each letter once")
     need(not args.resume or args.out, "--resume", "given without --out",
          "the --out of the run to go on with")

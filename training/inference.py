@@ -20,6 +20,7 @@ from training.flags import (
     PROCESSES,
     RANK,
     at_least,
+    fill_in,
     flag_group,
     machine_flags,
     need,
@@ -128,10 +129,9 @@ def open_model(args):
     device = use_machine(args)
     run = read_result(Path(args.adapter) / "..") if args.adapter else None
     settings = run["settings"] if run else {}
-    args.model = args.model or str(DEMO / "llama")
-    args.template = args.template or settings.get("template", "alpaca")
+    fill_in(args, model=str(DEMO / "llama"), template=settings.get("template", "alpaca"))
     folder = model_folder(args.model)
-    args.dtype = args.dtype or settings.get("dtype") or dtype_of(folder)
+    fill_in(args, dtype=settings.get("dtype") or dtype_of(folder))
     tokenizer, stop = load_tokenizer(folder), stop_ids(folder)
     model = load_decoder(folder, getattr(torch, args.dtype), device).eval()
     if args.adapter:

@@ -25,9 +25,9 @@ from data import InputError
 from data.batching import batch_order
 from training.flags import NOT_OF_A_RUN, PROCESSES, RANK, need
 from training.runs import (
+    CHECKPOINT,
     Stopped,
     clear_folder,
-    find_checkpoint,
     load_checkpoint,
     save_checkpoint,
     write_text,
@@ -220,26 +220,22 @@ class Log:
 
 
 def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
-    """The training loop, which writes log.jsonl and checkpoint/ into `out`. loss_of(rows): the
+    """The training loop, which writes log.jsonl and its checkpoint into `out`. loss_of(rows): the
     summed loss of rows, given by number; evaluate(): a list of output arrays on the dev rows, and
     {metric: value}. Returns the trained model's outputs and scores, the scores after each epoch,
     and the seconds it took."""
     device, seed = next(model.parameters()).device, settings["seed"]
     steps, epoch_steps = plan.steps, plan.epoch_steps
+    params = [p for p in model.parameters() if p.requires_grad]
     if plan.gated:
-        groups = lowrank.param_groups(args.lr, args.weight_decay)
-    else:
-        weights = [p for p in model.parameters() if p.requires_grad]
-        groups = [dict(params=weights, lr=args.lr, weight_decay=args.weight_decay)]
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    peaks = [group["lr"] for group in groups]
+        params = lowrank.param_groups(args.lr, args.weight_decay)
+    optimizer = torch.optim.AdamW(params, args.lr, weight_decay=args.weight_decay, fused=True)
+    peaks = [group["lr"] for group in optimizer.param_groups]
 
     # ---- resume, or start anew
     log, step, history = Log(out, plan, device), 0, []
-    saved = find_checkpoint(out) if args.resume else None
-    if saved:
-        progress, tensors = saved
-        load_checkpoint(out, progress, tensors, optimizer, lowrank, device, settings)
+    if args.resume and (out / CHECKPOINT).exists():
+        progress = load_checkpoint(out / CHECKPOINT, optimizer, lowrank, settings)
         step, history = progress["step"], progress["history"]
         log.resume(step, progress["seconds"], progress["open_line"])
         print(f"resumed at step {step} of {steps}")
@@ -252,7 +248,7 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
 
     def checkpoint():
         if RANK == 0:
-            save_checkpoint(out / "checkpoint", optimizer, lowrank, dict(
+            save_checkpoint(out / CHECKPOINT, optimizer, lowrank, dict(
                 step=step, history=history, seconds=log.seconds, settings=settings,
                 open_line=log.state()))
         log.restart_clock()
