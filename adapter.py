@@ -24,7 +24,7 @@ from torch import nn
 
 from data import InputError
 from model import HEADS, full_name, open_tensors, output_names, read_json, weight_files
-from salora import SaLoRALinear, adapters, find, linears_of, rank_map, ranks, replace, updated
+from salora import SaLoRALinear, adapters, find, rank_map, ranks, replace, updated
 
 
 def within(name, modules):
@@ -217,7 +217,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     missing, unexpected or misshapen, or a setting that is not implemented; the model is then as
     it was."""
     settings, tensors = read_adapter(folder)
-    linears, params = linears_of(model), dict(model.named_parameters())
+    linears, params = adapters(model, nn.Linear), dict(model.named_parameters())
     sizes = {path: (m.out_features, m.in_features) for path, m in linears.items()}
     whole = settings.get("modules_to_save")
     saved = {name: p.shape for name, p in params.items() if within(name, whole)}
