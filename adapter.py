@@ -76,7 +76,8 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
     settings = dict(
         peft_type="LORA", r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=pattern,
         target_modules=[path for path in layers if path in table],
-        modules_to_save=list(modules_to_save) or None, bias="none", lora_dropout=0.0,
+        modules_to_save=list(modules_to_save) or None, bias="none",
+        lora_dropout=max((m.dropout for m in layers.values()), default=0.0),
         fan_in_fan_out=False, inference_mode=True, **config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -366,6 +366,22 @@ def test_lora_keeps_everything_and_has_no_gates(tmp_path):
     assert (tmp_path / "r" / "adapter").is_dir()
 
 
+@pytest.mark.parametrize("method", ["salora", slow("lora"), slow("lora-svd"), "adalora"])
+def test_dropout_on_the_adapters_path_is_there_in_training_alone(method, tmp_path):
+    flags = ["--method", method, "--max-steps", 6, "--lora-dropout"]
+    for p in (0, 0.4):
+        run(tmp_path / str(p), *flags, p)
+        config = json.loads((tmp_path / str(p) / "adapter" / "adapter_config.json").read_text())
+        assert config["lora_dropout"] == p
+    losses = [[line["task_loss"] for line in log(tmp_path / p)] for p in ("0", "0.4")]
+    assert losses[0] != losses[1]
+    rows = ["--task", "demo", "--epochs", 0, "--method", "lora", "--adapter"]
+    run(tmp_path / "again", *rows, tmp_path / "0.4" / "adapter", "--lora-dropout", 0.4)
+    logits = [np.array([[float(x) for x in row[3:]] for row in predictions(tmp_path / name)[1]])
+              for name in ("0.4", "again")]
+    assert np.allclose(*logits, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_full_fine_tuning_trains_every_weight(tmp_path):
     result = run(tmp_path / "r", "--method", "ft")
@@ -817,6 +833,8 @@ def test_overwrite_replaces_the_default_folder_and_the_hint_is_something_else(
     (["--r", "0"], "--r is 0, expected at least 1"),
     (["--r", "129"], "--r is 129, but the narrowest matrix of"),
     (["--lr", "-1"], "--lr is -1.0"),
+    (["--lora-dropout", "1"], "--lora-dropout is 1.0, expected a share in [0, 1)"),
+    (["--lora-dropout", "0.1", "--method", "ft"], "expected none with --method ft"),
     (["--lr", "0"], "--lr is 0.0"),
     (["--alpha", "0"], "--alpha is 0.0"),
     (["--task", ".", "--data", "."], "--data is '.', expected nothing"),
@@ -866,7 +884,7 @@ def test_every_flag_of_the_design_is_there_and_every_flag_has_a_help_sentence(mo
     flags = {option: action for action in parsers[0]._actions for option in action.option_strings}
     assert all(len(action.help.split()) >= 2 for action in flags.values())
     for flag in ("task model data method r alpha budget beta orth-reduction gate-lr window "
-                 "selection fold-gates recipe targets epochs max-steps batch-size accumulate lr "
+                 "lora-dropout selection fold-gates recipe targets epochs max-steps batch-size accumulate lr "
                  "warmup rewarm turn price weight-decay max-length seed seeds device dtype threads "
                  "compile checkpoint-activations out resume overwrite limit-train "
                  "limit-dev").split():

@@ -18,6 +18,7 @@ LARGEST = 2**31  # above any sensible number
 NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid")  # not a setting of a single run
 MAY_CHANGE = ("threads", "log_every", "save_every")  # with --resume
 RESOLVED_LATER = ("epochs", "max_length", "selection", "gate_lr", "lr", "r", "dtype")  # None: unset
+LOW_RANK = ("salora", "lora", "lora-svd", "adalora")
 WINDOWS = {"adalora": [0.2, 0.5], "lora-svd": [0.4, 0.5]}  # of others the recipe's
 RECIPES = {  # what a recipe sets unless a flag says otherwise
     "default": dict(beta=0.0, orth_reduction="mean", window=(0.5, 0.6), gate_lr=None, turn=True,
@@ -64,6 +65,8 @@ def method_flags(parser, letters):
     arg("--alpha", type=float, help="the update is scaled by alpha/r (default: r, a scale of 1; "
         f"adalora {baselines.AdaLoRA.SCALE} r)")
     more = ", and W^G if named" if "g" in letters else ""
+    arg("--lora-dropout", type=float, default=0.0, metavar="P",
+        help="share of the inputs of each adapter that are zeroed in training")
     arg("--targets", nargs="+", choices=list(letters),
         help=f"matrices to adapt: W^Q W^K W^V W^O W^U W^D{more} (default: q k v o u d)")
     arg("--layers", type=int, nargs="+", help="layers to adapt, from 0 (default: all)")
@@ -161,6 +164,9 @@ def check(args):
         need(args.adapter is None or getattr(args, name) is None, flag(name), "given",
              "none with --adapter, which has its own")
 
+    need(0 <= args.lora_dropout < 1, "--lora-dropout", args.lora_dropout, "a share in [0, 1)")
+    need(not args.lora_dropout or args.method in LOW_RANK, "--lora-dropout", args.lora_dropout,
+         f"none with --method {args.method}, which has no low-rank adapters")
     need(0 < args.budget <= 1, "--budget", args.budget, "a share in (0, 1]")
     start, end = args.window
     need(0 <= start < end <= 1, "--window", f"{start} {end}",
@@ -232,8 +238,7 @@ def flag(name):
 
 def check_sizes(args, config):
     """Refuses ranks and layers that the model does not have."""
-    low_rank = args.method in ("salora", "lora", "lora-svd", "adalora")
-    if (args.r or 0) > config.narrowest and low_rank:
+    if (args.r or 0) > config.narrowest and args.method in LOW_RANK:
         raise InputError(f"--r is {args.r}, but the narrowest matrix of {args.model} allows a rank "
                          f"of 1 to {config.narrowest}")
     most = config.num_hidden_layers - 1
