@@ -205,6 +205,9 @@ class AdaLoRA:
 
     def measure(self):
         """Updates the importance from this step's gradients; now and then masks the least."""
+        if any(p.grad is None for p in self.params):
+            raise RuntimeError("an adapter has no gradient: the task loss does not reach it, or "
+                               "zero_grad() came before end_step()")
         importance = torch._foreach_mul(self.params, [p.grad for p in self.params])
         torch._foreach_abs_(importance)  # eq. 8 of their paper
         torch._foreach_lerp_(self.sensitivity, importance, 1 - self.BETA1)  # eq. 9

@@ -5,6 +5,7 @@ Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA, or with a method it is co
     python train_glue.py --task cola             # roberta-base and CoLA, downloaded once
     python train_glue.py --task cola --model DIR --data DIR --seeds 0 1 2
     python train_glue.py --task my_folder        # your own train.tsv and dev.tsv
+    python train_glue.py predict --run runs/cola-salora --text FILE    # labels other texts
     python train_glue.py table1 --tasks cola rte # an experiment of paper/
     torchrun --nproc-per-node 2 train_glue.py .. # splits every step's rows; one GPU per process
 
@@ -26,8 +27,8 @@ import baselines
 from data import InputError
 from data.batching import collate, load_tokenizer, tokenize
 from data.download import model_folder
-from data.glue import HERE, TASKS, load_task, score
-from model import LINEARS, load_encoder, read_config
+from data.glue import HERE, TASKS, load_task, read_texts, score
+from model import LINEARS, load_encoder, output_names, read_config
 from training import loop, runs
 from training.flags import (
     RANK,
@@ -35,13 +36,16 @@ from training.flags import (
     check_sizes,
     fill_in,
     flag_group,
+    machine_flags,
+    main_flags,
     method_flags,
     need,
     new_parser,
     run_flags,
     settle,
+    use_machine,
 )
-from training.inference import evaluate
+from training.inference import evaluate, open_classifier, read_run, subcommand
 
 METHODS = ("salora", *baselines.METHODS)
 LEARNING_RATES = dict(ft=3e-5, prefix=1e-3, prompt=1e-3)  # others: 3e-4
@@ -51,13 +55,18 @@ EXPERIMENTS = ("table1", "ablation", "efficiency", "ranks", "sweep", "components
 
 
 def parse_args(argv=None):
-    parser = new_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arg = flag_group(parser, "what to train, on what")
+    parser = new_parser(usage="train_glue.py [flags]", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    arg = flag_group(parser, "what most runs need")
     arg("--task", default="demo", help=TASK)
     arg("--model", help="folder in Hugging Face layout, or a hub name (default: roberta-base; for "
         "demo the built-in one)")
     arg("--data", help="folder in GLUE's layout, DIR/CoLA/train.tsv .. (default: data/, where a "
         "missing task is downloaded)")
+    main_flags(arg, METHODS, epochs="by task, 3 to 20", batch_size=32, out="runs/TASK-METHOD",
+               lr="3e-4; ft 3e-5, prefix and prompt 1e-3; more for demo")
+
+    arg = flag_group(parser, "rows and tokens")
     arg("--limit-train", type=int, metavar="N", help="use the first N training rows (default: all)")
     arg("--limit-dev", type=int, metavar="N", help="use the first N dev rows (default: all)")
     arg("--hold-out", type=float, metavar="N",
@@ -66,14 +75,13 @@ def parse_args(argv=None):
     arg("--max-length", type=int, help="longer inputs are cut to this many tokens (default: 128, "
         "or what the model has positions for)")
 
-    method_flags(parser, METHODS, LINEARS)
+    method_flags(parser, LINEARS)
     arg = flag_group(parser, "some baselines")
     arg("--bottleneck", type=int, help="width of adapter-h and adapter-p (default: 32 and 64, "
         "which makes them as large as LoRA of rank 8)")
     arg("--virtual-tokens", type=int, default=20, help="length of the prefix or the prompt")
 
-    run_flags(parser, epochs="by task, 3 to 20", batch_size=32, dtype="float32",
-              lr="3e-4; ft 3e-5, prefix and prompt 1e-3; more for demo", out="runs/TASK-METHOD")
+    run_flags(parser, dtype="float32")
     arg = flag_group(parser, "choice of the learning rate")
     arg("--lr-grid", type=float, nargs="+", metavar="LR",
         help="a run for each, with a seed of its own, scored on rows held out of training "
@@ -96,6 +104,39 @@ def parse_args(argv=None):
     need(all(0 < lr < math.inf for lr in grid) and len(set(grid)) == len(grid), "--lr-grid", grid,
          "different positive numbers")
     return args
+
+
+@torch.no_grad()
+def order_head(args, model, names):
+    """Puts the outputs of a head that has been trained before, the model folder's or the
+    adapter's, into the order of the task's labels, `names`. InputError: some names are the task's
+    and stand elsewhere, others are not."""
+    found, where = model.labels, args.model
+    if args.adapter and any(p.requires_grad for p in model.classifier.parameters()):  # its own head
+        found = adapter.read_labels(args.adapter) or found or output_names({}, model.num_labels)
+        where = f"--adapter {args.adapter}"
+    if found is None or names is None:
+        return
+    for same in (str, str.casefold):
+        known, wanted = ([same(name.strip()) for name in x] for x in (found, names))
+        if known == wanted:
+            return
+        if sorted(known) == sorted(wanted) and len(set(known)) == len(known):
+            order = [known.index(name) for name in wanted]
+            last = model.classifier
+            if model.config.model_type == "roberta":
+                last = last.out_proj
+            last.weight.copy_(last.weight[order])  # (num_labels, d)
+            last.bias.copy_(last.bias[order])
+            print(f"{where}: its head gives {', '.join(found)}; put into the order of the task, "
+                  f"{', '.join(names)}")
+            return
+    if any(name in wanted and wanted.index(name) != i for i, name in enumerate(known)):
+        raise InputError(f"{where}: its head gives {', '.join(found)}, expected the labels of the "
+                         f"task, {', '.join(names)}, or names that have nothing to do with them: "
+                         "correct id2label in config.json")
+    print(f"{where}: its head gives {', '.join(found)}; taken, in this order, for "
+          f"{', '.join(names)}")
 
 
 def train(args, seed, out):
@@ -132,6 +173,7 @@ def train(args, seed, out):
     for module in model.head:
         module.float()
     lowrank = loop.install(args, model, plan.steps, seed)
+    order_head(args, model, task.label_names)
     for module in model.head:
         module.requires_grad_(True)
     head_params = sum(p.numel() for module in model.head for p in module.parameters())
@@ -174,20 +216,22 @@ def train(args, seed, out):
             columns = ["index", "label", "prediction"]
             lines = ["\t".join(columns + [f"logit_{i}" for i in range(values.shape[1])])]
             for i, (label, row) in enumerate(zip(rows.labels, values)):
-                prediction = row.argmax() if task.labels else row[0]
+                prediction = row[0]
+                if task.labels:
+                    label, prediction = task.labels[label], task.labels[row.argmax()]
                 lines.append("\t".join(map(str, [i, label, prediction, *row])))
             runs.write_text(out / name, "\n".join(lines) + "\n")
         if lowrank:
             head = ["classifier"] if config.model_type == "roberta" else ["classifier", "pooler"]
-            adapter.save(model, out / "adapter", head, loop.budget_of(args),
+            adapter.save(model, out / "adapter", head, loop.budget_of(args), task.label_names,
                          base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
         if args.method == "prefix":
             model.prefix.finish()
         result = dict(
             task=args.task, model=args.model, method=args.method, seed=seed, metric=task.metric,
             score=scores[task.metric], metrics=scores,
-            best_score=max(h[task.metric] for h in history), labels=task.labels,
-            dev_rows=[len(rows.labels) for rows in dev_sets])
+            best_score=max(h[task.metric] for h in history), columns=task.text,
+            labels=task.label_names, dev_rows=[len(rows.labels) for rows in dev_sets])
         result |= loop.common_result(
             args, plan, settings, model, lowrank, trainable_params, head_params, history, seconds)
         runs.write_json(out / "result.json", result)
@@ -206,7 +250,44 @@ def report(args, result, out):
     write_page([out], out / "report.html")
 
 
+def predict(argv):
+    """Labels of a file of texts, as a table."""
+    parser, arg = subcommand("predict", "Labels texts with what a run has learned: a line for each "
+                             "with its number from 0, the label, the label's probability, and a "
+                             "logit for each label.", "train_glue.py")
+    arg("--run", required=True, help="folder of a finished run with an adapter")
+    arg("--text", required=True, metavar="FILE", help="tab-separated, with columns sentence (or "
+        "sentence1 and sentence2) as GLUE's test.tsv has them; or plain lines, a sentence each")
+    arg("--out", metavar="FILE", help="file to write (default: standard output)")
+    arg("--model", help="the model of the run, if it has moved (default: as the run was given it)")
+    machine_flags(parser)
+    args = parser.parse_args(argv)
+    out = args.out and Path(args.out)
+    need(not out or not out.exists(), "--out", f"{out}, which is there", "a new file")
+    need(not out or out.parent.is_dir(), "--out", out, "a file in a folder that is there")
+    result = read_run("--run", args.run)
+    need("columns" in result, f"--run {args.run}: its result.json", "without columns of text",
+         "that of a run of train_glue.py, by this version of it")
+    names, (numbers, texts) = result["labels"], read_texts(args.text, result["columns"])
+    logits = open_classifier("--run", args.run, result, use_machine(args), args.model)(texts)
+    columns = ["index", "prediction"] + ["probability"] * bool(names)
+    lines = ["\t".join(columns + [f"logit_{i}" for i in range(logits.shape[1])])]
+    for number, row in zip(numbers, logits):
+        cells = [row[0]]
+        if names:
+            p = torch.from_numpy(row).double().softmax(0)  # (num_labels,)
+            cells = [names[row.argmax()], f"{p.max():.6f}"]
+        lines.append("\t".join(map(str, [number, *cells, *row])))
+    if out:
+        runs.write_text(out, "\n".join(lines) + "\n")
+        print(f"{out}: {len(texts)} predictions")
+    else:
+        print("\n".join(lines))
+
+
 def main(argv):
+    if argv and argv[0] == "predict":
+        return predict(argv[1:])
     if argv and argv[0] == "recover":
         from paper import recover
         return recover.main(argv[1:])
@@ -218,8 +299,10 @@ def main(argv):
     name = args.task if args.task in TASKS else Path(args.task).resolve().name
     runs.run_all(args, name, train, report)
     if args.task == "demo" and args.seeds is None and RANK == 0:
-        print("\nnext: --method lora (the same without gates), --budget 0.25, --seeds 0 1 2, or "
-              "the real thing: python train_glue.py --task cola")
+        more = "--method salora (learns the rank of every matrix)"
+        if args.method == "salora":
+            more = f"--method lora (the same without gates), --budget {args.budget / 2:g}"
+        print(f"\nnext: {more}, --seeds 0 1 2, or the real thing: python train_glue.py --task cola")
     from paper.report import last_page
     last_page(args, args.out)
 

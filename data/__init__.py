@@ -28,10 +28,11 @@ def locked(folder, wait=True):
         os.close(handle)
 
 
-def read_text(file, encoding="utf-8", hint=""):
-    """A text file, its line ends as they are. hint: what is added where it is not found."""
+def read_text(file, hint=""):
+    """A text file without the byte order mark that it may start with, its line ends as they are.
+    hint: what is added where it is not found."""
     try:
-        text = Path(file).read_bytes().decode(encoding)
+        text = Path(file).read_bytes().decode().removeprefix("\ufeff")
     except FileNotFoundError:
         raise InputError(f"{file}: not found{hint}") from None
     except UnicodeDecodeError as e:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 import salora as sl
 import train_glue
-from training import runs
+from training import loop, runs
 
 PLAIN = ["--threads", "1", "--limit-train", "224", "--limit-dev", "60", "--epochs", "3",
          "--log-every", "2", "--window", "0.2", "0.5"]
@@ -98,6 +98,36 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bytes(whole, tmp_path):
         for seed in ("seed0", "seed1"):
             assert traces(out / seed) == traces(reference / seed)
         ends += 1
+
+
+@pytest.mark.parametrize("stop", [2, 8, 14])  # before, in and after the window, steps 5 to 10
+def test_the_optimizer_goes_on_with_its_moments(stop, tmp_path, monkeypatch):
+    flags = [*PLAIN, "--epochs", "1", "--limit-train", "672", "--save-every", "2"]
+    save, states = loop.save_checkpoint, {}
+
+    def saved(folder, optimizer, lowrank, progress):
+        save(folder, optimizer, lowrank, progress)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        states[folder.parent.name, progress["step"]] = [
+            {name: t.clone() for name, t in optimizer.state[p].items()} for p in params]
+        if folder.parent.name == "cut" and progress["step"] == stop and not resuming:
+            raise SystemExit
+
+    monkeypatch.setattr(loop, "save_checkpoint", saved)
+    resuming = []
+    train_glue.main([*flags, "--out", str(tmp_path / "whole")])
+    with pytest.raises(SystemExit):
+        train_glue.main([*flags, "--out", str(tmp_path / "cut")])
+    resuming.append(True)
+    train_glue.main([*flags, "--out", str(tmp_path / "cut"), "--resume"])
+    after = states["whole", stop + 2]
+    assert len(after) == len(states["cut", stop + 2])
+    for one, other in zip(after, states["cut", stop + 2]):
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    weights = [state for state in after if state]
+    assert weights and all(state["step"] > 0 for state in weights)
+    assert any(state["exp_avg"].any() and state["exp_avg_sq"].any() for state in weights)
+    assert traces(tmp_path / "cut") == traces(tmp_path / "whole")
 
 
 @pytest.mark.slow

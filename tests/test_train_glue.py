@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_glue
-from adapter import load
+from adapter import load, merge_folder
 from data import InputError, metrics
 from data.glue import HERE, load_task
 from model import load_encoder
@@ -155,6 +155,204 @@ def test_adapter_folder_gives_the_predictions_of_the_run(short):
     assert ranks(model) == {path: r for path, r in result["ranks"].items() if r}
 
 
+# ---- the names of labels, from files of data and model folders to those that are written
+
+LABELS = ["fair", "good", "poor"]  # in the order of outputs: sorted
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """A task of one's own with names for labels; a model folder with a head for them, and the same
+    with its outputs in another order, named by config.json as roberta-large-mnli's are."""
+    here = tmp_path_factory.mktemp("named")
+    (here / "data").mkdir()
+    for name, n in (("train.tsv", 40), ("dev.tsv", 30)):
+        rows = [f"Mary saw {'dogs ' * (i % 7)}.\t{LABELS[i % 3]} \n" for i in range(n)]
+        (here / "data" / name).write_text("sentence\tlabel\n" + "".join(rows))
+    torch.manual_seed(0)
+    model = load_encoder(HERE / "demo" / "model", 3)
+    torch.nn.init.normal_(model.classifier.out_proj.weight)
+    weights = model.state_dict()
+    for name, order in dict(straight=[0, 1, 2], other=[2, 0, 1]).items():
+        shutil.copytree(HERE / "demo" / "model", here / name)
+        rows = {key: t[order] if "out_proj" in key else t for key, t in weights.items()}
+        save_file(rows, here / name / "model.safetensors", metadata={"format": "pt"})
+        name_outputs(here / name, [LABELS[i].upper() for i in order])
+    return here
+
+
+def name_outputs(folder, names):
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {str(i): name for i, name in enumerate(names)}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+HEAD = ["--method", "head", "--epochs", "0"]  # scores what is there
+
+
+def test_a_trained_head_is_read_by_the_names_of_its_outputs(named, tmp_path, capsys):
+    for name in ("straight", "other"):
+        result = run(tmp_path / name, "--task", named / "data", "--model", named / name, *HEAD)
+        assert result["labels"] == LABELS and result["columns"] == ["sentence"]
+        said = "its head gives POOR, FAIR, GOOD; put into the order of the task, fair, good, poor"
+        assert (said in capsys.readouterr().out) == (name == "other")
+    assert predictions(tmp_path / "straight") == predictions(tmp_path / "other")
+    rows = predictions(tmp_path / "other")[1]
+    assert [row[1] for row in rows] == [LABELS[i % 3] for i in range(30)]
+    assert all(row[2] == LABELS[np.argmax([float(x) for x in row[3:]])] for row in rows)
+
+
+@pytest.mark.parametrize("names,words", [
+    (["LABEL_0", "LABEL_1", "LABEL_2"], "its head gives LABEL_0, LABEL_1, LABEL_2; taken, in this"),
+    (["a", "b", "poor"], "its head gives a, b, poor; taken, in this order, for fair, good, poor"),
+    (["good", "bad", "poor"], None),
+])
+def test_outputs_of_other_names_are_taken_as_they_are_unless_some_are_in_the_wrong_place(
+        names, words, named, tmp_path, capsys):
+    folder = shutil.copytree(named / "straight", tmp_path / "model")
+    name_outputs(folder, names)
+    flags = ["--task", named / "data", "--model", folder, *HEAD]
+    if words:
+        run(tmp_path / "r", *flags)
+        assert words in capsys.readouterr().out
+        run(tmp_path / "straight", "--task", named / "data", "--model", named / "straight", *HEAD)
+        assert predictions(tmp_path / "r") == predictions(tmp_path / "straight")
+    else:
+        with pytest.raises(InputError, match="its head gives good, bad, poor, expected the labels"):
+            run(tmp_path / "r", *flags)
+        assert not (tmp_path / "r").exists()
+
+
+def test_names_go_with_an_adapter_into_the_merged_model_and_the_next_run(named, tmp_path, capsys):
+    flags = ["--task", named / "data", "--model", named / "other"]
+    run(tmp_path / "r", *flags, "--method", "lora", "--max-steps", 2)
+    merge_folder(named / "other", tmp_path / "r" / "adapter", tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["id2label"] == dict(zip("012", LABELS))
+    assert config["label2id"] == dict(zip(LABELS, range(3)))
+    again = run(tmp_path / "again", *flags, "--adapter", tmp_path / "r" / "adapter", "--epochs", 0)
+    assert again["score"] == json.loads((tmp_path / "r" / "result.json").read_text())["score"]
+    assert "its head" not in capsys.readouterr().out.split("settings: ")[-1]
+    # for a task with the labels in another order
+    data = shutil.copytree(named / "data", tmp_path / "data")
+    for file in data.iterdir():
+        file.write_text(file.read_text().replace("fair", "satisfying"))
+    known = json.loads((tmp_path / "r" / "adapter" / "salora.json").read_text())
+    assert known["labels"] == LABELS
+    known["labels"][0] = "satisfying"
+    (tmp_path / "r" / "adapter" / "salora.json").write_text(json.dumps(known))
+    moved = run(tmp_path / "moved", "--task", data, *flags[2:], "--adapter",
+                tmp_path / "r" / "adapter", "--epochs", 0)
+    assert moved["labels"] == ["good", "poor", "satisfying"] and moved["score"] == again["score"]
+    assert "adapter: its head gives satisfying, good, poor; put into" in capsys.readouterr().out
+
+
+# ---- predictions for other texts
+
+
+def predict(capsys, *flags):
+    """What the command prints: names of the columns, and rows of cells."""
+    capsys.readouterr()
+    train_glue.command(["predict", *map(str, flags)])
+    captured = capsys.readouterr()
+    header, *rows = [line.split("\t") for line in captured.out.splitlines()]
+    return header, rows
+
+
+@pytest.fixture(scope="module")
+def runs_of(tmp_path_factory, short):
+    """{method: folder of a run}, made when it is first asked for."""
+    made = {"salora": short[0]}
+
+    def get(method):
+        if method not in made:
+            made[method] = tmp_path_factory.mktemp("runs") / method
+            run(made[method], "--method", method)
+        return made[method]
+    return get
+
+
+@pytest.mark.parametrize("method", ["salora", "adalora", slow("lora"), slow("lora-svd")])
+def test_predictions_for_texts_are_those_of_the_run(method, runs_of, tmp_path, capsys):
+    out = runs_of(method)
+    texts = [text for text, in load_task("demo", limit_dev=90)[2][0].texts]
+    (tmp_path / "lines.txt").write_text("\ufeff" + "\n".join(texts) + "\n", encoding="utf-8")
+    (tmp_path / "test.tsv").write_text(  # as GLUE's
+        "index\tsentence\r\n" + "".join(f"{i}\t{text}\r\n" for i, text in enumerate(texts)))
+    header, rows = predict(capsys, "--run", out, "--text", tmp_path / "lines.txt")
+    assert header == ["index", "prediction", "probability", "logit_0", "logit_1"]
+    wanted = predictions(out)[1]
+    assert [row[:2] for row in rows] == [[row[0], row[2]] for row in wanted]
+    logits = np.array([[float(x) for x in row[3:]] for row in rows])
+    assert np.allclose(logits, [[float(x) for x in row[3:]] for row in wanted], atol=1e-4)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert np.allclose([float(row[2]) for row in rows], p.max(1), atol=1e-5)
+    assert predict(capsys, "--run", out, "--text", tmp_path / "test.tsv")[1] == rows
+    again = predict(capsys, "--run", out, "--text", HERE / "demo" / "dev.tsv")[1]  # no header
+    assert [row[:2] for row in again[:90]] == [row[:2] for row in rows] and len(again) == 1000
+    predict(capsys, "--run", out, "--text", tmp_path / "test.tsv", "--out", tmp_path / "p.tsv")
+    lines = (tmp_path / "p.tsv").read_text().splitlines()
+    assert [line.split("\t") for line in lines] == [header, *rows]
+
+
+def test_predictions_are_names_of_labels_for_one_or_two_sentences_or_numbers(
+        named, tmp_path, capsys):
+    run(tmp_path / "one", "--task", named / "data", "--model", named / "other", "--method", "lora",
+        "--max-steps", 2)
+    (tmp_path / "text.tsv").write_text("id\tsentence\n\na\tMary slept.\nb\t\n")
+    _, rows = predict(capsys, "--run", tmp_path / "one", "--text", tmp_path / "text.tsv")
+    assert [row[0] for row in rows] == ["1", "2"]  # the blank line had the number 0
+    assert all(row[1] == LABELS[np.argmax([float(x) for x in row[3:]])] for row in rows)
+    (tmp_path / "pairs").mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "pairs" / name).write_text(
+            "sentence1\tsentence2\tscore\n" + "".join(f"A {i}.\tB.\t{i}\n" for i in range(20)))
+    run(tmp_path / "two", "--task", tmp_path / "pairs", "--model", HERE / "demo" / "model",
+        "--method", "lora", "--max-steps", 2)
+    header, rows = predict(capsys, "--run", tmp_path / "two", "--text",
+                           tmp_path / "pairs" / "dev.tsv")
+    assert header == ["index", "prediction", "logit_0"] and all(r[1] == r[2] for r in rows)
+    wanted = predictions(tmp_path / "two")[1]
+    assert [float(r[1]) for r in rows] == pytest.approx([float(r[2]) for r in wanted], abs=1e-4)
+
+
+@pytest.mark.parametrize("change,flags,words", [
+    (None, ["--run", "nowhere"], "--run nowhere: has no result.json"),
+    (None, ["--text", "nowhere"], "nowhere: not found; expected a file of texts"),
+    ("two\tcells\n", [], "text: its first line has the columns 'two', 'cells', expected sentence"),
+    ("one\ntwo\tcells\n", [], "text: line 2 has 2 columns, expected 1"),
+    ("sentence1\tsentence2\na\tb\n", [], "expected sentence among them"),
+    ("sentence\n", [], "text: has no rows"),
+    ("", [], "text: has no rows"),
+    (None, ["--out", "text"], "--out is text, which is there"),
+    (None, ["--out", "no/folder"], "--out is no/folder, expected a file in a folder that is there"),
+    (None, ["--model", "./gone"], "--model ./gone: no such folder"),
+    (dict(model="./gone"), [], "--model ./gone: no such folder"),
+    (dict(method="ft"), [], "run: has no adapter/ (method ft); expected a run of salora, lora"),
+    (dict(columns=...), [], "without columns of text, expected that of a run of train_glue.py"),
+])
+def test_what_cannot_be_predicted_is_said_in_one_line(
+        change, flags, words, short, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(short[0], "run")
+    Path("text").write_text(change if isinstance(change, str) else "Mary slept.\n")
+    if isinstance(change, dict):
+        result = json.loads(Path("run/result.json").read_text())
+        result["settings"] |= change
+        if change.get("columns") is ...:
+            del result["columns"], result["settings"]["columns"]
+        if change.get("method"):
+            shutil.rmtree("run/adapter")
+        Path("run/result.json").write_text(json.dumps(result))
+    before = sorted(tmp_path.rglob("*"))
+    given = {"--run": "run", "--text": "text"} | dict(zip(flags[::2], flags[1::2]))
+    with pytest.raises(SystemExit) as e:
+        train_glue.command(["predict", *(x for pair in given.items() for x in pair)])
+    captured = capsys.readouterr()
+    assert e.value.code == 2 and words in captured.err and captured.err.count("\n") == 1
+    assert not captured.out and sorted(tmp_path.rglob("*")) == before
+
+
 # ---- methods, tasks, flags
 
 
@@ -166,6 +364,22 @@ def test_lora_keeps_everything_and_has_no_gates(tmp_path):
     assert {line["lambda"] for line in lines} == {0} and {line["density"] for line in lines} == {1}
     assert all(line["loss"] == line["task_loss"] for line in lines)
     assert (tmp_path / "r" / "adapter").is_dir()
+
+
+@pytest.mark.parametrize("method", ["salora", slow("lora"), slow("lora-svd"), "adalora"])
+def test_dropout_on_the_adapters_path_is_there_in_training_alone(method, tmp_path):
+    flags = ["--method", method, "--max-steps", 6, "--lora-dropout"]
+    for p in (0, 0.4):
+        run(tmp_path / str(p), *flags, p)
+        config = json.loads((tmp_path / str(p) / "adapter" / "adapter_config.json").read_text())
+        assert config["lora_dropout"] == p
+    losses = [[line["task_loss"] for line in log(tmp_path / p)] for p in ("0", "0.4")]
+    assert losses[0] != losses[1]
+    rows = ["--task", "demo", "--epochs", 0, "--method", "lora", "--adapter"]
+    run(tmp_path / "again", *rows, tmp_path / "0.4" / "adapter", "--lora-dropout", 0.4)
+    logits = [np.array([[float(x) for x in row[3:]] for row in predictions(tmp_path / name)[1]])
+              for name in ("0.4", "again")]
+    assert np.allclose(*logits, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -589,6 +803,16 @@ def test_default_folders_do_not_collide(tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["demo-salora", "demo-salora-2"]
 
 
+def test_overwrite_replaces_the_default_folder_and_the_hint_is_something_else(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for steps in ("4", "3"):
+        train_glue.main([*SHORT, "--max-steps", steps, "--method", "lora", "--overwrite"])
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["demo-lora"]
+    assert json.loads((tmp_path / "runs/demo-lora/result.json").read_text())["steps"] == 3
+    assert "\nnext: --method salora" in capsys.readouterr().out
+
+
 # ---- bad input: one line, exit status 2, nothing written
 
 
@@ -609,6 +833,8 @@ def test_default_folders_do_not_collide(tmp_path, monkeypatch):
     (["--r", "0"], "--r is 0, expected at least 1"),
     (["--r", "129"], "--r is 129, but the narrowest matrix of"),
     (["--lr", "-1"], "--lr is -1.0"),
+    (["--lora-dropout", "1"], "--lora-dropout is 1.0, expected a share in [0, 1)"),
+    (["--lora-dropout", "0.1", "--method", "ft"], "expected none with --method ft"),
     (["--lr", "0"], "--lr is 0.0"),
     (["--alpha", "0"], "--alpha is 0.0"),
     (["--task", ".", "--data", "."], "--data is '.', expected nothing"),
@@ -658,7 +884,7 @@ def test_every_flag_of_the_design_is_there_and_every_flag_has_a_help_sentence(mo
     flags = {option: action for action in parsers[0]._actions for option in action.option_strings}
     assert all(len(action.help.split()) >= 2 for action in flags.values())
     for flag in ("task model data method r alpha budget beta orth-reduction gate-lr window "
-                 "selection fold-gates recipe targets epochs max-steps batch-size accumulate lr "
+                 "lora-dropout selection fold-gates recipe targets epochs max-steps batch-size accumulate lr "
                  "warmup rewarm turn price weight-decay max-length seed seeds device dtype threads "
                  "compile checkpoint-activations out resume overwrite limit-train "
                  "limit-dev").split():

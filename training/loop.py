@@ -108,6 +108,8 @@ def start_from(args, model, steps):
               if p.requires_grad and id(p) not in adapted]
     need(not others, f"{name}: its modules_to_save", f"with {', '.join(others)}",
          "nothing but the head")
+    for layer in sl.adapters(model).values():
+        layer.dropout = args.lora_dropout
 
 
 def install(args, model, steps, seed):
@@ -119,11 +121,12 @@ def install(args, model, steps, seed):
         return sl.SaLoRA(
             model, paths, max(steps, 1), r=args.r, alpha=args.alpha, budget=args.budget,
             beta=args.beta, window=args.window if steps else None, seed=seed, gate_lr=args.gate_lr,
-            turn=args.turn, orth_reduction=args.orth_reduction, selection=args.selection,
-            fold_gates=args.fold_gates, price=args.price)
+            lora_dropout=args.lora_dropout, turn=args.turn, orth_reduction=args.orth_reduction,
+            selection=args.selection, fold_gates=args.fold_gates, price=args.price)
     return baselines.install(
         model, args.method, paths, steps, args.r, args.alpha, args.budget, args.beta, args.window,
-        getattr(args, "bottleneck", None), getattr(args, "virtual_tokens", None))
+        getattr(args, "bottleneck", None), getattr(args, "virtual_tokens", None),
+        args.lora_dropout)
 
 
 def settings_of(args, seed, plan, lowrank):

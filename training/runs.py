@@ -164,9 +164,10 @@ def clear_folder(out):
 
 
 def out_folder(args, name):
-    """--out; without it runs/name, or runs/name-2, name-3 .. if that is taken."""
+    """--out; without it runs/name, or runs/name-2, name-3 .. if that is taken and stays."""
     out, number = Path(args.out or f"runs/{name}"), 2
-    while not args.out and out.exists():
+    replace = getattr(args, "overwrite", False)
+    while not args.out and not replace and out.exists():
         out, number = Path(f"runs/{name}-{number}"), number + 1
     return out
 
