@@ -297,7 +297,7 @@ def test_data_that_does_not_fit(tmp_path, content, words):
     (["--targets", "x"], "invalid choice: 'x'"),
     (["--hold-out", "5000"], "--hold-out is 5000.0, but there are 3000 rows"),
     (["--max-length", "1000"], "--max-length is 1000, but"),
-    (["--max-length", "20"], "no prompt leaves room"),
+    (["--max-length", "20", "--limit-train", "9"], "no prompt leaves room"),
     (["--r", "65"], "--r is 65, but the narrowest"),
     (["--generate", "-1"], "--generate is -1"),
     (["--model", DEMO / "model", "--data", DEMO / "instruct.jsonl"],
