@@ -219,7 +219,7 @@ def server(tmp_path, monkeypatch):
 
     handler = functools.partial(Handler, directory=www)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, args=[0.01], daemon=True).start()
         for name in ("GLUE_URL", "MRPC_URL"):
             monkeypatch.setattr(download, name, f"http://127.0.0.1:{httpd.server_port}/")
         monkeypatch.setattr(download, "SHA256", {})

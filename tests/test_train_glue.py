@@ -115,7 +115,7 @@ def test_log_has_every_field_and_the_method_shows_in_it(short):
 
 
 def test_held_out_rows_are_scored_instead_of_dev(tmp_path, capsys):
-    result = run(tmp_path / "r", "--hold-out", "50")
+    result = run(tmp_path / "r", "--hold-out", "50", "--max-steps", "2")
     rows = {row[1] for row in predictions(tmp_path / "r")[1]}
     assert result["dev_rows"] == [50] and len(predictions(tmp_path / "r")[1]) == 50
     assert rows == {"0", "1"}
@@ -357,7 +357,7 @@ def test_what_cannot_be_predicted_is_said_in_one_line(
 
 
 def test_lora_keeps_everything_and_has_no_gates(tmp_path):
-    result = run(tmp_path / "r", "--method", "lora")
+    result = run(tmp_path / "r", "--method", "lora", "--max-steps", "5")
     assert set(result["ranks"].values()) == {8}
     assert result["kept_params"] == result["trainable_params"] and result["kept_density"] == 1
     lines = log(tmp_path / "r")
@@ -399,7 +399,8 @@ def test_full_fine_tuning_trains_every_weight(tmp_path):
     slow("prompt", 5 * 128, None),
 ])
 def test_other_baselines_report_their_parameters_and_train_them(tmp_path, method, trained, kept):
-    result = run(tmp_path / "r", "--method", method, "--bottleneck", 16, "--virtual-tokens", 5)
+    result = run(tmp_path / "r", "--method", method, "--bottleneck", 16, "--virtual-tokens", 5,
+                 "--max-steps", 3)
     assert result["trainable_params"] == trained and result["kept_params"] == (kept or trained)
     assert result["ranks"] == {}
     assert result["head_params"] == 128 * 128 + 128 + 2 * 128 + 2
@@ -479,7 +480,7 @@ def test_paper_recipe_is_the_letter_and_flags_override_it(tmp_path):
     assert parsed("--method", "lora") == [*plain[:-1], False]
     adalora = parsed("--method", "adalora")
     assert (adalora[0], adalora[2], adalora[-1]) == (0.1, [0.2, 0.5], False)
-    result = run(tmp_path / "r", "--recipe", "paper")
+    result = run(tmp_path / "r", "--recipe", "paper", "--max-steps", "5")
     assert result["settings"]["gate_lr"] == 0.01
     assert log(tmp_path / "r")[0]["loss"] > log(tmp_path / "r")[0]["task_loss"] + 0.1 * 8 * 24 * 0.9
 
@@ -609,6 +610,7 @@ def test_several_processes_report_an_error_once(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_no_number(tmp_path, short):
     """Dropout and gates are drawn once, though the layers are computed twice."""
     run(tmp_path / "r", "--checkpoint-activations")
