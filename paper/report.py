@@ -336,11 +336,11 @@ end the choice is made: the triplets with a color stay, the rest is cut out.</p>
 
 
 SVG_STYLE = """
+.paper { fill: #ffffff; } .box { fill: none; stroke: #dcdcdc; } .gates { stroke: #0072b2; }
 text { font: 12px system-ui, sans-serif; fill: #5c5c5c; } .letter { fill: #1a1a1a; }
-.box { fill: none; stroke: #dcdcdc; } .gates { stroke: #0072b2; }
 @media (prefers-color-scheme: dark) {
-  text { fill: #a6a6a6; } .letter { fill: #ececec; } .box { stroke: #3a3d41; }
-  .gates { stroke: #56b4e9; }
+  .paper { fill: #16181b; } .box { stroke: #3a3d41; } .gates { stroke: #56b4e9; }
+  text { fill: #a6a6a6; } .letter { fill: #ececec; }
 }
 """
 
@@ -359,7 +359,8 @@ def gates_svg(run, panels=4):
                    f'x="{right + 2}" y="14">step {frame["step"]}: {label}</text>')
         right, height = right + max(w, 160) + 14, 24 + h
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{right}" height="{height}" '
-            f'viewBox="0 0 {right} {height}"><style>{SVG_STYLE}</style>{"".join(out)}</svg>\n')
+            f'viewBox="0 0 {right} {height}"><style>{SVG_STYLE}</style>'
+            f'<rect class="paper" width="{right}" height="{height}"/>{"".join(out)}</svg>\n')
 
 
 # -------------------------------------------------------------------------------------------------
