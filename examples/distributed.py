@@ -27,7 +27,7 @@ model = torch.nn.Sequential(  # in your case: a pretrained one
 steps = 200
 salora = SaLoRA(model, targets=["0", "2"], steps=steps, r=4, budget=0.5)
 optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-2))
-# it goes on waiting for the tensors that the cut replaces, unless it looks for unused ones
+# it goes on waiting for the gradients it knew before the cut, unless it looks for unused ones
 parallel = DistributedDataParallel(model, find_unused_parameters=True)
 
 for step in range(steps):

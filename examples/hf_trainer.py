@@ -2,10 +2,13 @@
 
 SaLoRATrainer is what to copy. It runs as it is under torchrun, too.
 
-    PYTHONPATH=. python examples/hf_trainer.py    # adapter.py needs the whole project
+    PYTHONPATH=. python examples/hf_trainer.py            # adapter.py needs the whole project
+    PYTHONPATH=. python examples/hf_trainer.py FOLDER     # goes on from a checkpoint in it, if any
 """
 
+import sys
 import tempfile
+from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
@@ -17,6 +20,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 import adapter
 from salora import SaLoRA, average_gradients, rank_map, ranks
@@ -33,6 +37,10 @@ class SaLoRACallback(TrainerCallback):
         self.salora.end_step(optimizer)
         optimizer.zero_grad()  # Trainer calls model.zero_grad(), and log theta is not in the model
 
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        torch.save(self.salora.state_dict(), folder / "salora.pt")
+
 
 class SaLoRATrainer(Trainer):
     loss_is_scaled_for_ga = False  # Trainer divides each loss by the number of accumulated batches
@@ -41,6 +49,11 @@ class SaLoRATrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.salora = salora
         self.add_callback(SaLoRACallback(salora))
+
+    def _load_from_checkpoint(self, folder, model=None):
+        super()._load_from_checkpoint(folder, model)
+        state = torch.load(Path(folder) / "salora.pt", weights_only=True)
+        self.salora.load_state_dict(state)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # Trainer calls this for every batch, right after model.train(); in evaluation, too
@@ -67,9 +80,10 @@ class LowOrHigh(Dataset):
 
 
 torch.manual_seed(0)
+folder = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
 steps = 200
 args = TrainingArguments(
-    output_dir=tempfile.mkdtemp(),  # nothing is written into it here
+    output_dir=folder,
     max_steps=steps,
     per_device_train_batch_size=16,
     per_device_eval_batch_size=128,
@@ -77,10 +91,10 @@ args = TrainingArguments(
     eval_strategy="steps",
     eval_steps=15,  # in the window, too
     logging_steps=20,
-    save_strategy="no",  # its checkpoints know nothing of gates
+    save_steps=80,  # before the window and after it
     report_to="none",
     disable_tqdm=True,
-    ddp_find_unused_parameters=True,  # under torchrun: the cut replaces tensors
+    ddp_find_unused_parameters=True,  # under torchrun: the cut resizes tensors
 )
 config = BertConfig(
     vocab_size=100,
@@ -111,7 +125,7 @@ trainer = SaLoRATrainer(
     salora=salora,
 )
 trainer.remove_callback(PrinterCallback)  # the losses are printed below
-trainer.train()
+trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
 
 if trainer.is_world_process_zero():
     for entry in trainer.state.log_history:

@@ -61,3 +61,21 @@ def test_example_runs(name, tmp_path):
     assert ("\nadapter/" in done.stdout) == saves and len(done.stdout.splitlines()) < 40
     left = {path.name for path in tmp_path.iterdir()} - {name, "salora.py", "__pycache__"}
     assert left == ({"adapter"} if saves else set())
+
+
+@pytest.mark.slow
+def test_oracle_trainer_goes_on_from_its_own_checkpoints_before_and_after_the_cut(tmp_path):
+    pytest.importorskip("transformers")
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+
+    def run():
+        done = subprocess.run([sys.executable, ROOT / "examples" / "hf_trainer.py", "folder"],
+                              cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    whole = run()
+    for last in (200, 160):  # goes on from 160, then from 80; the window is steps 100 to 119
+        shutil.rmtree(tmp_path / "folder" / f"checkpoint-{last}")
+        shutil.rmtree(tmp_path / "folder" / "checkpoint-200", ignore_errors=True)
+        assert run() == whole
