@@ -7,7 +7,6 @@ a checkpoint and the module paths in an adapter need no translation.
 """
 
 import contextlib
-import json
 import math
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError
+from data import InputError, read_json
 
 # the paper's W^Q W^K W^V W^O W^U W^D inside a layer; g is LLaMA's gate projection
 LINEARS = {
@@ -461,20 +460,6 @@ def run(model, layer, *args):
 
 # -------------------------------------------------------------------------------------------------
 # reading a Hugging Face folder; adapter.py reads with the same functions
-
-
-def read_json(file: str | Path, hint: str = "") -> dict:
-    """The object in a JSON file. InputError: there is none; `hint` is added if the file is not
-    found."""
-    try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: not found{hint}") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{file}: cannot be read as JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: holds a {type(value).__name__}, expected a JSON object")
-    return value
 
 
 def weight_files(folder: str | Path) -> tuple:
