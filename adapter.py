@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from model import HEADS, full_name, open_tensors, read_json, weight_files
+from data import InputError
+from model import HEADS, full_name, open_tensors, output_names, read_json, weight_files
 from salora import SaLoRALinear, adapters, find, linears_of, rank_map, ranks, replace, updated
 
 
@@ -32,14 +33,15 @@ def within(name, modules):
 
 
 def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float | None = None,
-         **config):
+         labels=None, **config):
     """Writes the adapters of a model as PEFT loads them, with gate and scale folded into B. PEFT
     has no rank 0, so those matrices are left out. Two of them get a triplet of zeros instead: the
     smallest, if nothing else is left, and one whose path ends in the path of another ("b.q" beside
     "q", where naming q would adapt both). salora.json has for show() what PEFT's files do not:
-    `budget`, all ranks, and the first one.
+    `budget`, all ranks, and the first one, and for merge_folder() `labels`.
 
         modules_to_save    names of modules to save whole, such as a head: "classifier"
+        labels             names of that head's outputs, in order
         config             more entries, such as base_model_name_or_path or task_type
 
     ValueError: a module to save is not there, or has an adapter in it."""
@@ -80,6 +82,8 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
     folder.mkdir(parents=True, exist_ok=True)
     r = max((m.r for m in layers.values()), default=0)
     known = dict(r=r, budget=budget, ranks=ranks(model))
+    if labels:
+        known["labels"] = list(labels)
     save_file(tensors, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
     for name, value in (("adapter_config.json", settings), ("salora.json", known)):
         (folder / f"{name}.new").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -139,6 +143,17 @@ def read_adapter(folder: str | Path) -> tuple:
     with open_tensors(Path(folder) / "adapter_model.safetensors") as f:
         tensors = {key.removeprefix("base_model.model."): f.get_tensor(key) for key in f.keys()}
     return settings, tensors
+
+
+def read_labels(folder: str | Path) -> list | None:
+    """The names of the outputs of the head in an adapter's folder, from salora.json, if it has
+    them. InputError: they are no names."""
+    file = Path(folder) / "salora.json"
+    labels = read_json(file).get("labels") if file.is_file() else None
+    if labels is not None and not (isinstance(labels, list) and labels
+                                   and all(isinstance(name, str) for name in labels)):
+        raise InputError(f"{file}: labels is {repr(labels)[:80]}, expected a list of names")
+    return labels
 
 
 def as_regex(pattern: str, end: bool = False) -> re.Pattern:
@@ -235,19 +250,18 @@ CLASSIFIER = {"classifier.weight", "classifier.bias", "classifier.out_proj.weigh
               "classifier.out_proj.bias", "score.weight"}
 
 
-def with_labels(config, outputs):
-    """A config.json with so many labels."""
-    labels = config.get("id2label")
-    if not isinstance(labels, dict) or len(labels) != outputs:
-        labels = {str(i): f"LABEL_{i}" for i in range(outputs)}
-    return config | dict(id2label=labels, label2id={label: int(i) for i, label in labels.items()})
+def with_labels(config, names):
+    """A config.json with these names of the outputs."""
+    return config | dict(id2label={str(i): name for i, name in enumerate(names)},
+                         label2id={name: i for i, name in enumerate(names)})
 
 
 def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
     """Writes the folder `out`: a model folder in Hugging Face's layout (config.json,
     model.safetensors or its shards with their index, tokenizer) with an adapter in its weights.
     Each sum is taken in float32 and stored in the dtype of the weight. Modules that the adapter
-    saved whole (a head) come along, and config.json then has their number of labels. ValueError:
+    saved whole (a head) come along, and config.json then has their labels: those in salora.json,
+    else the model's own if there are as many. ValueError:
     `out` is there already, or adapter and model do not fit together; nothing is left behind."""
     model, out = Path(model), Path(out)
     if out.exists():
@@ -282,8 +296,14 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
                 name.endswith(("embed_tokens.weight", "lm_head.weight")) for name in changed):
             raise ValueError("it changes an embedding that is tied to the head: not implemented")
         layers = match(settings, tensors, linears, wanted)
+        outputs, labels = [len(tensors[name]) for name in saved if name in CLASSIFIER], None
+        if outputs:
+            labels = read_labels(adapter) or output_names(config, outputs[0])
+            if len(labels) != outputs[0]:
+                raise ValueError(f"salora.json: has {len(labels)} labels, but the head has "
+                                 f"{outputs[0]} outputs")
     except ValueError as e:
-        raise ValueError(f"{adapter}: {e}") from None
+        raise ValueError(f"{adapter}: {str(e).removeprefix(f'{adapter}/')}") from None
 
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -309,10 +329,9 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
                 merged |= {name: t.to(dtype) for name, t in saved.items()}
             save_file(merged, beside / file.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(merged, file.name)
-        outputs = [len(t) for name, t in tensors.items() if name in CLASSIFIER]
-        if outputs:
-            config = with_labels(config, outputs[0])
-        if outputs and settings.get("task_type") == "SEQ_CLS":
+        if labels:
+            config = with_labels(config, labels)
+        if labels and settings.get("task_type") == "SEQ_CLS":
             config["architectures"] = [
                 re.sub(r"(Model|For\w+)?$", "ForSequenceClassification", name, count=1)
                 for name in config.get("architectures") or []]

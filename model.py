@@ -149,6 +149,7 @@ class Encoder(nn.Module):
         c, d = config, config.hidden_size
         self.config, self.num_labels, self.checkpoint_activations = config, num_labels, False
         self.prefix = self.prompt = None  # of baselines.py: keys and values; input vectors
+        self.labels = None  # names of the outputs that config.json gives; None: a new head
         body = nn.ModuleDict(dict(
             embeddings=nn.ModuleDict(dict(
                 word_embeddings=nn.Embedding(c.vocab_size, d),
@@ -623,6 +624,16 @@ def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="c
     return [key for key in wanted if key not in state]
 
 
+def output_names(config: dict, outputs: int) -> list:
+    """The names that a config.json gives to so many outputs of a head; where it does not, Hugging
+    Face's LABEL_0 and on."""
+    names = config.get("id2label")
+    numbers = [str(i) for i in range(outputs)]
+    if isinstance(names, dict) and names.keys() == set(numbers):
+        return [str(names[i]) for i in numbers]
+    return [f"LABEL_{i}" for i in numbers]
+
+
 def load_encoder(folder: str | Path, num_labels: int, dtype=torch.float32) -> Encoder:
     """The pretrained Encoder of a Hugging Face folder with `num_labels` outputs, in `dtype`, on
     the CPU. If the checkpoint has no head, or one for another number of labels, the head starts
@@ -646,6 +657,8 @@ def load_encoder(folder: str | Path, num_labels: int, dtype=torch.float32) -> En
             value.normal_(std=config.initializer_range)
         path, _, name = key.rpartition(".")
         setattr(model.get_submodule(path), name, nn.Parameter(value))
+    if not any(key.startswith("classifier.") for key in new):
+        model.labels = output_names(read_json(Path(folder) / "config.json"), num_labels)
     return model
 
 

@@ -20,18 +20,16 @@ import math
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import adapter
 import baselines
 from data import InputError
-from data.batching import batch_order, collate, load_tokenizer, tokenize
+from data.batching import collate, load_tokenizer, tokenize
 from data.download import model_folder
 from data.glue import HERE, TASKS, load_task, score
-from model import LINEARS, load_encoder, read_config
+from model import LINEARS, load_encoder, output_names, read_config
 from training.flags import (
-    PROCESSES,
     RANK,
     at_least,
     check_sizes,
@@ -42,6 +40,7 @@ from training.flags import (
     run_flags,
     settle,
 )
+from training.inference import evaluate
 from training.loop import (
     announce,
     budget_of,
@@ -117,18 +116,37 @@ def parse_args(argv=None):
     return args
 
 
-def evaluate(model, rows, pad_id, device, batch_size=128):
-    """Logits (n, num_labels) of `rows`, float32 numpy; each process computes its share."""
-    training_mode = model.training
-    logits = torch.zeros(len(rows), model.num_labels, device=device)
-    model.eval()
-    with torch.inference_mode():
-        for batch in batch_order([len(ids) for ids, _ in rows], batch_size)[RANK::PROCESSES]:
-            logits[batch] = model(*collate([rows[i] for i in batch], pad_id, device)).float()
-    if PROCESSES > 1:
-        dist.all_reduce(logits)
-    model.train(training_mode)
-    return logits.cpu().numpy()
+@torch.no_grad()
+def order_head(args, model, names):
+    """Puts the outputs of a head that has been trained before, the model folder's or the
+    adapter's, into the order of the task's labels, `names`. InputError: some names are the task's
+    and stand elsewhere, others are not."""
+    found, where = model.labels, args.model
+    if args.adapter and any(p.requires_grad for p in model.classifier.parameters()):  # its own head
+        found = adapter.read_labels(args.adapter) or found or output_names({}, model.num_labels)
+        where = f"--adapter {args.adapter}"
+    if found is None or names is None:
+        return
+    for same in (str, str.casefold):
+        known, wanted = ([same(name.strip()) for name in x] for x in (found, names))
+        if known == wanted:
+            return
+        if sorted(known) == sorted(wanted) and len(set(known)) == len(known):
+            order = [known.index(name) for name in wanted]
+            last = model.classifier
+            if model.config.model_type == "roberta":
+                last = last.out_proj
+            last.weight.copy_(last.weight[order])  # (num_labels, d)
+            last.bias.copy_(last.bias[order])
+            print(f"{where}: its head gives {', '.join(found)}; put into the order of the task, "
+                  f"{', '.join(names)}")
+            return
+    if any(name in wanted and wanted.index(name) != i for i, name in enumerate(known)):
+        raise InputError(f"{where}: its head gives {', '.join(found)}, expected the labels of the "
+                         f"task, {', '.join(names)}, or names that have nothing to do with them: "
+                         "correct id2label in config.json")
+    print(f"{where}: its head gives {', '.join(found)}; taken, in this order, for "
+          f"{', '.join(names)}")
 
 
 def train(args, seed, out):
@@ -165,6 +183,7 @@ def train(args, seed, out):
     for module in model.head:
         module.float()
     lowrank = install(args, model, plan.steps, seed)
+    order_head(args, model, task.label_names)
     for module in model.head:
         module.requires_grad_(True)
     head_params = sum(p.numel() for module in model.head for p in module.parameters())
@@ -207,20 +226,22 @@ def train(args, seed, out):
             columns = ["index", "label", "prediction"]
             lines = ["\t".join(columns + [f"logit_{i}" for i in range(values.shape[1])])]
             for i, (label, row) in enumerate(zip(rows.labels, values)):
-                prediction = row.argmax() if task.labels else row[0]
+                prediction = row[0]
+                if task.labels:
+                    label, prediction = task.labels[label], task.labels[row.argmax()]
                 lines.append("\t".join(map(str, [i, label, prediction, *row])))
             write_text(out / name, "\n".join(lines) + "\n")
         if lowrank:
             head = ["classifier"] if config.model_type == "roberta" else ["classifier", "pooler"]
-            adapter.save(model, out / "adapter", head, budget_of(args),
+            adapter.save(model, out / "adapter", head, budget_of(args), task.label_names,
                          base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
         if args.method == "prefix":
             model.prefix.finish()
         result = dict(
             task=args.task, model=args.model, method=args.method, seed=seed, metric=task.metric,
             score=scores[task.metric], metrics=scores,
-            best_score=max(h[task.metric] for h in history), labels=task.labels,
-            dev_rows=[len(rows.labels) for rows in dev_sets])
+            best_score=max(h[task.metric] for h in history), columns=task.text,
+            labels=task.label_names, dev_rows=[len(rows.labels) for rows in dev_sets])
         result |= common_result(
             args, plan, settings, model, lowrank, trainable_params, head_params, history, seconds)
         write_text(out / "result.json", json.dumps(result, indent=1) + "\n")

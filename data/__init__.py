@@ -29,10 +29,11 @@ def locked(folder, wait=True):
         os.close(handle)
 
 
-def read_text(file, encoding="utf-8", hint=""):
-    """A text file, its line ends as they are. hint: what is added where it is not found."""
+def read_text(file, hint=""):
+    """A text file without the byte order mark that it may start with, its line ends as they are.
+    hint: what is added where it is not found."""
     try:
-        text = Path(file).read_bytes().decode(encoding)
+        text = Path(file).read_bytes().decode().removeprefix("\ufeff")
     except FileNotFoundError:
         raise InputError(f"{file}: not found{hint}") from None
     except UnicodeDecodeError as e:
@@ -49,7 +50,7 @@ def read_json(file: str | Path, hint: str = "") -> dict:
     """The object in a JSON file. InputError: there is none; `hint` is added if the file is not
     found."""
     try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
+        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{file}: not found{hint}") from None
     except (OSError, ValueError, RecursionError) as e:

@@ -3,10 +3,11 @@ The nine GLUE tasks, the demo, and anybody's own TSV folder: from a name to rows
 labels.
 
 GLUE's TSV files have no quoting (a bare " is a character), one line a row, and a header, except in
-CoLA.
+CoLA. Labels are read as they stand in the files, without white space around them.
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class Task:
     label: object  # column of the label
     labels: tuple  # in the order of the outputs; None: a number is predicted, one output
     metric: str  # the headline
+    names: tuple = None  # of the labels, where the files have numbers; None: labels are names
     epochs: int = 10
     header: bool = True
     dev: tuple = ("dev.tsv",)
@@ -31,6 +33,11 @@ class Task:
     @property
     def num_labels(self):
         return len(self.labels) if self.labels else 1
+
+    @property
+    def label_names(self):
+        """The names of the outputs; None: a number is predicted."""
+        return self.names or self.labels
 
 
 @dataclass
@@ -41,35 +48,39 @@ class Rows:
 
 BINARY, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
 TASKS = {
-    "cola": Task("CoLA", (3,), 1, BINARY, "matthews_correlation", header=False),
-    "sst2": Task("SST-2", ("sentence",), "label", BINARY, "accuracy", epochs=5),
-    "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", BINARY, "accuracy"),
+    "cola": Task("CoLA", (3,), 1, BINARY, "matthews_correlation", ("unacceptable", "acceptable"),
+                 header=False),
+    "sst2": Task("SST-2", ("sentence",), "label", BINARY, "accuracy", ("negative", "positive"),
+                 epochs=5),
+    "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", BINARY, "accuracy",
+                 ("not_equivalent", "equivalent")),
     "stsb": Task("STS-B", ("sentence1", "sentence2"), "score", None, "pearson"),
-    "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", BINARY, "accuracy", epochs=3,
-                skip_broken=True),
+    "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", BINARY, "accuracy",
+                ("not_duplicate", "duplicate"), epochs=3, skip_broken=True),
     "mnli": Task("MNLI", ("sentence1", "sentence2"), "gold_label",
                  ("entailment", "neutral", "contradiction"), "accuracy", epochs=3,
                  dev=("dev_matched.tsv", "dev_mismatched.tsv")),
     "qnli": Task("QNLI", ("question", "sentence"), "label", ENTAILMENT, "accuracy", epochs=3),
     "rte": Task("RTE", ("sentence1", "sentence2"), "label", ENTAILMENT, "accuracy", epochs=20),
-    "wnli": Task("WNLI", ("sentence1", "sentence2"), "label", BINARY, "accuracy"),
+    "wnli": Task("WNLI", ("sentence1", "sentence2"), "label", BINARY, "accuracy",
+                 ("not_entailment", "entailment")),
     "demo": Task("demo", (3,), 1, BINARY, "matthews_correlation", epochs=6, header=False),
 }
 
 
 def read_table(file, header):
     """Column names (numbers without a header) and the rows as (line number, cells)."""
-    text = read_text(file, "utf-8-sig", "; expected GLUE's files in --data, as in CoLA/train.tsv "
-                                        "and CoLA/dev.tsv, or for a --task of your own train.tsv "
-                                        "and dev.tsv in its folder")
+    text = read_text(file, "; expected GLUE's files in --data, as in CoLA/train.tsv and "
+                           "CoLA/dev.tsv, or for a --task of your own train.tsv and dev.tsv in its "
+                           "folder")
     # not splitlines: a text may hold U+2028
-    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
-    if lines[-1] == [""]:
-        lines.pop()
+    lines = [(number, line.removesuffix("\r").split("\t"))
+             for number, line in enumerate(text.split("\n"), 1) if line.strip(" \r")]
     if len(lines) <= header:
         raise InputError(f"{file}: has no rows")
-    names = lines[0] if header else list(range(len(lines[0])))
-    return names, list(enumerate(lines, 1))[header:]
+    first = lines[0][1]
+    names = [name.strip() for name in first] if header else list(range(len(first)))
+    return names, lines[header:]
 
 
 def read_rows(file, task, limit=None):
@@ -85,14 +96,16 @@ def read_rows(file, task, limit=None):
     at = [names.index(column) for column in task.text]
     label_at = names.index(task.label)
     rows, broken = Rows([], []), []
-    for line, cells in table[:limit]:
+    for line, cells in table:
+        if len(rows.labels) == limit:
+            break
         if len(cells) != len(names):
             if task.skip_broken:
                 broken.append(line)
                 continue
             raise InputError(f"{file}: line {line} has {len(cells)} columns, expected "
                              f"{len(names)}, separated by tabs")
-        label = cells[label_at]
+        label = cells[label_at].strip()
         if task.labels is None:
             try:
                 value = float(label)
@@ -109,6 +122,9 @@ def read_rows(file, task, limit=None):
         rows.texts.append(tuple(cells[i] for i in at))
         rows.labels.append(value)
     if broken:
+        if not rows.labels:
+            raise InputError(f"{file}: all of its {len(broken)} rows are broken, the first in line "
+                             f"{broken[0]}; expected {len(names)} columns, separated by tabs")
         print(f"{file}: skipped {len(broken)} broken rows, the first in line {broken[0]}")
     return rows
 
@@ -128,12 +144,19 @@ def own_task(folder):
     if label == "score":
         return task
     at = names.index(label)
-    labels = {cells[at] for _, cells in table if len(cells) > at}
+    labels = {cells[at].strip() for _, cells in table if len(cells) > at}
+    if "" in labels:
+        line = next(line for line, cells in table if len(cells) > at and not cells[at].strip())
+        raise InputError(f"{file}: line {line} has no label: give it one, or take the row out")
     if not 2 <= len(labels) <= 1000:
         raise InputError(f"{file}: column label has {len(labels)} distinct values, expected 2 to "
                          "1000 classes (for numbers name the column score)")
-    # numbers by size, then words
-    labels = sorted(labels, key=lambda x: (len(x), x) if x.isdigit() else (1 << 30, x))
+
+    def order(label):  # numbers by size, then words
+        number = re.fullmatch(r"[+-]?\d+(\.\d+)?", label)
+        return not number, float(label) if number else 0, label
+
+    labels = sorted(labels, key=order)
     return replace(task, labels=tuple(labels), metric="accuracy")
 
 

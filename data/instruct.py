@@ -3,10 +3,12 @@
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from data import InputError, draw_rows, read_text
 from data.batching import check_ids
 
+DEMO = Path(__file__).parent / "demo"
 TEMPLATES = {  # prompt with an input, prompt without one, what ends a response before end-of-text
     "alpaca": (
         "Below is an instruction that describes a task, paired with an input that provides further "
@@ -27,6 +29,7 @@ TEMPLATES = {  # prompt with an input, prompt without one, what ends a response 
 class Example:
     prompt: list  # token ids
     response: list  # token ids, with what ends it unless it was cut
+    row: dict = None  # what it was made from
 
     def __len__(self):
         return len(self.prompt) + len(self.response)
@@ -42,7 +45,8 @@ def fill(template, instruction, input=""):
 
 def load_instructions(file):
     """Rows of a JSON list or of JSONL, as Alpaca has them: dicts with instruction, input (may be
-    missing) and output. InputError names the row."""
+    missing or null) and output. A row whose instruction or output is empty, as those of 28 rows in
+    Alpaca's own file, is left out, and a printed line says so. InputError names the row."""
     text = read_text(file, hint="; expected a JSON list or JSONL of objects with instruction, "
                                 "input and output")
     try:
@@ -53,17 +57,32 @@ def load_instructions(file):
                     if line.strip()]
     except (ValueError, RecursionError) as e:
         raise InputError(f"{file}: is neither a JSON list nor JSONL ({e})") from None
-    names = ("instruction", "input", "output")
-    for where, row in rows:
-        values = {"input": "", **row} if isinstance(row, dict) else {}
-        for name in names:
-            value = values.get(name)
-            if not isinstance(value, str) or (name != "input" and not value.strip()):
-                raise InputError(f"{file}: {where}: {name} is {value!r}, expected text; "
-                                 f"rows are objects with instruction, input and output")
     if not rows:
         raise InputError(f"{file}: has no rows")
-    return [{name: row.get(name, "").strip() for name in names} for _, row in rows]
+    kept, empty = [], []
+    for where, row in rows:
+        values = {"input": "", **row} if isinstance(row, dict) else {}
+        texts = {}
+        for name in ("instruction", "input", "output"):
+            value = values.get(name)
+            texts[name] = "" if value is None and name in values else value
+            # JSON may hold half a character, as UTF-16 writes some, and a tokenizer takes none
+            if not isinstance(texts[name], str) or re.search("[\ud800-\udfff]", texts[name]):
+                raise InputError(f"{file}: {where}: {name} is {ascii(value)[:80]}, expected text; "
+                                 f"rows are objects with instruction, input and output")
+            texts[name] = texts[name].strip()
+        missing = [name for name in ("instruction", "output") if not texts[name]]
+        if missing:
+            empty.append(f"{where}: {missing[0]} is {values[missing[0]]!r}")
+        else:
+            kept.append(texts)
+    if not kept:
+        raise InputError(f"{file}: {empty[0]}, and no other row has both an instruction and an "
+                         "output")
+    if empty:
+        print(f"{file}: {len(empty)} of {len(rows)} rows are left out, which have no instruction "
+              f"or no output; the first is {empty[0]}")
+    return kept
 
 
 def split(rows, hold_out):
@@ -100,12 +119,12 @@ def encode(tokenizer, rows, template, end_id, max_length, vocab_size):
         if response[-1:] != [end_id]:
             response.append(end_id)
         if len(prompt) < max_length:
-            examples.append(Example(prompt, response[:max_length - len(prompt)]))
+            examples.append(Example(prompt, response[:max_length - len(prompt)], row))
     check_ids([e.prompt + e.response for e in examples], vocab_size)
     if len(examples) < len(rows):
         print(f"{len(rows) - len(examples)} of {len(rows)} rows are left out: their prompts fill "
               f"all of --max-length {max_length}")
     if not examples:
-        raise InputError(f"--max-length is {max_length}, and no prompt leaves room for a response: "
-                         "give more")
+        raise InputError(f"--max-length is {max_length}, and no prompt leaves room for a response "
+                         f"in {len(rows)} rows: give more")
     return examples

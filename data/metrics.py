@@ -56,6 +56,7 @@ def spearmanr(label, prediction):
 
 def tokenize_13a(line):
     """Words as in WMT's mteval-v13a: punctuation apart, but for . and , between digits."""
+    line = line.replace("<skipped>", "")  # a mark of that script
     for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         line = line.replace(entity, character)
     line = f" {line} "

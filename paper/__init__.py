@@ -1,1 +1,1 @@
-"""The paper's tables and figures, known ranks, speed and memory."""
+"""The paper's tables and figures, style transfer, known ranks, speed and memory."""

@@ -244,7 +244,8 @@ def bleu():
         cases.append(case | dict(bleu=sacrebleu.corpus_bleu(*case.values(), force=True).score))
     for outputs, reference in (
             (["a b"], ["a b c d"]), (["x"], ["a b c d e"]),
-            (["a b c d", "e f g h"], ["a x c y", "e q g h"])):
+            (["a b c d", "e f g h"], ["a x c y", "e q g h"]),
+            (["a <skipped> b &lt; c, d"], ["a b < c, d"])):
         score = sacrebleu.corpus_bleu(outputs, [reference]).score
         cases.append(dict(outputs=outputs, references=[reference], bleu=score))
     (FIXTURES / "bleu.json").write_text(json.dumps(cases, indent=0))

@@ -16,7 +16,9 @@ import pytest
 from data import InputError, download, glue, metrics, style
 from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.glue import HERE, TASKS, load_task, score
+from data.instruct import load_instructions
 from data.make_demo import make_data
+from model import read_json
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -78,6 +80,38 @@ def test_nine_tasks_in_glues_own_layout(name, tmp_path, capsys):
     assert said == (name == "qqp")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    for name, text in (("a.tsv", "sentence\tlabel\na\t1\n"), ("b", "good .\n"),
+                       ("c.json", '[{"instruction": "a", "output": "b"}]'),
+                       ("d.jsonl", '{"instruction": "a", "output": "b"}\n'), ("e.json", "{}")):
+        (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
+    assert glue.read_table(tmp_path / "a.tsv", True)[0] == ["sentence", "label"]
+    assert style.read_lines(tmp_path / "b") == ["good ."]
+    for name in ("c.json", "d.jsonl"):
+        assert load_instructions(tmp_path / name) == [dict(instruction="a", input="", output="b")]
+    assert read_json(tmp_path / "e.json") == {}
+
+
+def test_broken_rows_of_qqp_do_not_count_and_a_file_of_nothing_else_is_refused(tmp_path):
+    lay_out(tmp_path, "QQP")
+    assert load_task("qqp", tmp_path, limit_train=2)[1].labels == [0, 1]
+    header = LAYOUT["QQP"]["dev.tsv"].split("\r\n")[0]
+    (tmp_path / "QQP" / "dev.tsv").write_text(header + "\n1\t1\t2\tWhy?\n" * 3)
+    with pytest.raises(InputError, match="dev.tsv: all of its 3 rows are broken, the first in "
+                                         "line 2; expected 6 columns"):
+        load_task("qqp", tmp_path)
+
+
+def test_outputs_have_the_names_that_the_tasks_are_published_with():
+    names = {name: task.label_names for name, task in TASKS.items()}
+    entailment = "entailment", "not_entailment"
+    assert names == dict(
+        cola=("unacceptable", "acceptable"), sst2=("negative", "positive"), stsb=None,
+        mrpc=("not_equivalent", "equivalent"), qqp=("not_duplicate", "duplicate"),
+        mnli=("entailment", "neutral", "contradiction"), qnli=entailment, rte=entailment,
+        wnli=entailment[::-1], demo=("0", "1"))
+
+
 def test_cola_without_header_or_last_newline_and_with_a_line_separator_in_the_text(tmp_path):
     _, train, dev = load_task("cola", lay_out(tmp_path, "CoLA"))
     assert train.texts[1] == ("Him said\u2028it.",)
@@ -112,7 +146,10 @@ def test_held_out_rows_take_the_place_of_dev_and_are_out_of_train():
     ("sentence\tlabel", ["a\tpos", "b\tneg"], ("neg", "pos"), [1, 0], "accuracy"),
     ("label\tid\tsentence", ["10\tx\ta", "2\tx\tb", "1\tx\tc"], ("1", "2", "10"), [2, 1, 0],
      "accuracy"),
-    ("sentence1\tsentence2\tscore", ["a\tb\t1.5", "c\td\t-2"], None, [1.5, -2.0], "pearson")])
+    ("sentence\tlabel", ["a\tgood", "b\tgood \t"[:-1], "c\t poor", "", "d\tpoor", ""],
+     ("good", "poor"), [0, 0, 1, 1], "accuracy"),
+    (" sentence\tlabel ", ["a\t1 ", "b\t-1", "c\t0.5"], ("-1", "0.5", "1"), [2, 0, 1], "accuracy"),
+    ("sentence1\tsentence2\tscore", ["a\tb\t1.5 ", "c\td\t-2"], None, [1.5, -2.0], "pearson")])
 def test_own_tsv_folder(tmp_path, header, rows, labels, values, metric):
     for name in ("train.tsv", "dev.tsv"):
         (tmp_path / name).write_text("\n".join([header, *rows]) + "\n")
@@ -130,6 +167,7 @@ def test_own_tsv_folder(tmp_path, header, rows, labels, values, metric):
     (b"sentence\tlabel\n\xff\t1\n", None, "byte 15 is not UTF-8"),
     (b"sentence\tlabel\na\t1\nb\n", None, "1 distinct values"),
     (b"sentence\tlabel\na\t1\nb\t0\nc\n", None, "line 4 has 1 columns, expected 2"),
+    (b"sentence\tlabel\na\t1\nb\t0\nc\t \n", None, "train.tsv: line 4 has no label"),
     (b"sentence\tscore\na\tx\n", None, "line 2: score is 'x', expected a number"),
     (b"sentence\tscore\na\tnan\n", None, "expected a number"),
     (b"sentence\tlabel\na\t1\nb\t0\n", b"sentence\tlabel\na\t2\n",

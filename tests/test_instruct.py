@@ -266,6 +266,15 @@ def test_held_out_rows_are_the_same_for_every_seed_and_never_trained_on():
 # ---- bad input
 
 
+def test_rows_without_an_output_are_left_out_and_null_is_empty(tmp_path, capsys):
+    rows = [dict(instruction="a", input=None, output="b"), dict(instruction="c", output=" "),
+            dict(instruction=None, input="", output="d"), dict(instruction="e", output="f")]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    assert [row["output"] for row in load_instructions(tmp_path / "data.json")] == ["b", "f"]
+    said = capsys.readouterr().out
+    assert "data.json: 2 of 4 rows are left out" in said and "row 1: output is ' '" in said
+
+
 @pytest.mark.parametrize("content,words", [
     ("", "has no rows"),
     ("[]", "has no rows"),
@@ -273,7 +282,10 @@ def test_held_out_rows_are_the_same_for_every_seed_and_never_trained_on():
     ('{"instruction": "a"}', "line 1: output is None"),
     ('[{"instruction": "a", "output": 3}]', "row 0: output is 3"),
     ('["a"]', "row 0: instruction is None"),
-    ('{"instruction": " ", "output": "a"}', "line 1: instruction is ' '"),
+    ('{"instruction": " ", "output": "a"}', "line 1: instruction is ' ', and no other row"),
+    ('{"instruction": "a", "output": null}', "line 1: output is None, and no other row"),
+    ('[{"instruction": "a", "output": "b\\ud83d"}]', r"row 0: output is 'b\ud83d', expected text"),
+    ('[{"instruction": "a", "input": "\\udc00", "output": "b"}]', r"row 0: input is '\udc00'"),
     (b"\xff\xfe", "byte 0 is not UTF-8"),
     (None, "not found"),
 ])

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_glue
-from adapter import load
+from adapter import load, merge_folder
 from data import InputError, metrics
 from data.glue import HERE, load_task
 from model import load_encoder
@@ -153,6 +153,98 @@ def test_adapter_folder_gives_the_predictions_of_the_run(short):
     logits = train_glue.evaluate(model, rows, 1, "cpu")
     assert np.allclose(logits, [[float(x) for x in r[3:]] for r in predictions(out)[1]], atol=1e-4)
     assert ranks(model) == {path: r for path, r in result["ranks"].items() if r}
+
+
+# ---- the names of labels, from files of data and model folders to those that are written
+
+LABELS = ["fair", "good", "poor"]  # in the order of outputs: sorted
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """A task of one's own with names for labels; a model folder with a head for them, and the same
+    with its outputs in another order, named by config.json as roberta-large-mnli's are."""
+    here = tmp_path_factory.mktemp("named")
+    (here / "data").mkdir()
+    for name, n in (("train.tsv", 40), ("dev.tsv", 30)):
+        rows = [f"Mary saw {'dogs ' * (i % 7)}.\t{LABELS[i % 3]} \n" for i in range(n)]
+        (here / "data" / name).write_text("sentence\tlabel\n" + "".join(rows))
+    torch.manual_seed(0)
+    model = load_encoder(HERE / "demo" / "model", 3)
+    torch.nn.init.normal_(model.classifier.out_proj.weight)
+    weights = model.state_dict()
+    for name, order in dict(straight=[0, 1, 2], other=[2, 0, 1]).items():
+        shutil.copytree(HERE / "demo" / "model", here / name)
+        rows = {key: t[order] if "out_proj" in key else t for key, t in weights.items()}
+        save_file(rows, here / name / "model.safetensors", metadata={"format": "pt"})
+        name_outputs(here / name, [LABELS[i].upper() for i in order])
+    return here
+
+
+def name_outputs(folder, names):
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {str(i): name for i, name in enumerate(names)}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+HEAD = ["--method", "head", "--epochs", "0"]  # scores what is there
+
+
+def test_a_trained_head_is_read_by_the_names_of_its_outputs(named, tmp_path, capsys):
+    for name in ("straight", "other"):
+        result = run(tmp_path / name, "--task", named / "data", "--model", named / name, *HEAD)
+        assert result["labels"] == LABELS and result["columns"] == ["sentence"]
+        said = "its head gives POOR, FAIR, GOOD; put into the order of the task, fair, good, poor"
+        assert (said in capsys.readouterr().out) == (name == "other")
+    assert predictions(tmp_path / "straight") == predictions(tmp_path / "other")
+    rows = predictions(tmp_path / "other")[1]
+    assert [row[1] for row in rows] == [LABELS[i % 3] for i in range(30)]
+    assert all(row[2] == LABELS[np.argmax([float(x) for x in row[3:]])] for row in rows)
+
+
+@pytest.mark.parametrize("names,words", [
+    (["LABEL_0", "LABEL_1", "LABEL_2"], "its head gives LABEL_0, LABEL_1, LABEL_2; taken, in this"),
+    (["a", "b", "poor"], "its head gives a, b, poor; taken, in this order, for fair, good, poor"),
+    (["good", "bad", "poor"], None),
+])
+def test_outputs_of_other_names_are_taken_as_they_are_unless_some_are_in_the_wrong_place(
+        names, words, named, tmp_path, capsys):
+    folder = shutil.copytree(named / "straight", tmp_path / "model")
+    name_outputs(folder, names)
+    flags = ["--task", named / "data", "--model", folder, *HEAD]
+    if words:
+        run(tmp_path / "r", *flags)
+        assert words in capsys.readouterr().out
+        run(tmp_path / "straight", "--task", named / "data", "--model", named / "straight", *HEAD)
+        assert predictions(tmp_path / "r") == predictions(tmp_path / "straight")
+    else:
+        with pytest.raises(InputError, match="its head gives good, bad, poor, expected the labels"):
+            run(tmp_path / "r", *flags)
+        assert not (tmp_path / "r").exists()
+
+
+def test_names_go_with_an_adapter_into_the_merged_model_and_the_next_run(named, tmp_path, capsys):
+    flags = ["--task", named / "data", "--model", named / "other"]
+    run(tmp_path / "r", *flags, "--method", "lora", "--max-steps", 2)
+    merge_folder(named / "other", tmp_path / "r" / "adapter", tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["id2label"] == dict(zip("012", LABELS))
+    assert config["label2id"] == dict(zip(LABELS, range(3)))
+    again = run(tmp_path / "again", *flags, "--adapter", tmp_path / "r" / "adapter", "--epochs", 0)
+    assert again["score"] == json.loads((tmp_path / "r" / "result.json").read_text())["score"]
+    assert "its head" not in capsys.readouterr().out.split("settings: ")[-1]
+    # for a task with the labels in another order
+    data = shutil.copytree(named / "data", tmp_path / "data")
+    for file in data.iterdir():
+        file.write_text(file.read_text().replace("fair", "satisfying"))
+    known = json.loads((tmp_path / "r" / "adapter" / "salora.json").read_text())
+    assert known["labels"] == LABELS
+    known["labels"][0] = "satisfying"
+    (tmp_path / "r" / "adapter" / "salora.json").write_text(json.dumps(known))
+    moved = run(tmp_path / "moved", "--task", data, *flags[2:], "--adapter",
+                tmp_path / "r" / "adapter", "--epochs", 0)
+    assert moved["labels"] == ["good", "poor", "satisfying"] and moved["score"] == again["score"]
+    assert "adapter: its head gives satisfying, good, poor; put into" in capsys.readouterr().out
 
 
 # ---- methods, tasks, flags

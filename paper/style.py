@@ -1,0 +1,198 @@
+"""
+Style transfer on Yelp or GYAFC, zero-shot, and its scores (Table 2).
+
+    python train_instruct.py style --model DIR --adapter DIR --data DIR/yelp --direction neg2pos
+    python train_instruct.py score --outputs FILE.. --data DIR/yelp --classifier RUN --lm FILE
+
+The prompts and the files that are read: data/style.py.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import torch
+
+from data import InputError, metrics
+from data.batching import load_tokenizer, tokenize
+from data.download import model_folder
+from data.instruct import encode_prompt, fill
+from data.style import PROMPTS, read_beside, read_lines, read_task, task_files, tidy
+from model import load_encoder
+from training.flags import at_least, find_device, machine_flags, need, use_machine
+from training.inference import answer, check_room, evaluate, model_flags, open_model, subcommand
+from training.loop import load_adapter
+from training.runs import free_folder, make_folder, markdown, read_result, write_text
+
+SCORES = ("ACC", "BLEU", "self-BLEU", "PPL")
+
+def style(argv):
+    parser, arg = subcommand("style", "Rewrites the test sentences of Yelp or GYAFC in the other "
+                             "style, zero-shot (prompts: data/style.py), and scores them.")
+    arg("--data", required=True, help="folder of Yelp's files, or of one of GYAFC's domains")
+    arg("--direction", required=True, choices=list(PROMPTS), help="from one style to the other")
+    arg("--limit", type=int, metavar="N", help="only the first N sentences (default: all)")
+    arg("--out", help="folder for the outputs and scores (default: runs/style-DIRECTION, numbered "
+        "if that exists)")
+    arg("--batch-size", type=int, default=16, help="sentences at a time")
+    score_flags(arg)
+    model_flags(parser, arg)
+    parser.set_defaults(max_new_tokens=64)
+    args = parser.parse_args(argv)
+    at_least(args, 1, "limit", "batch_size")
+    sources, references = read_task(args.data, args.direction)
+    sources, references = sources[:args.limit], [lines[:args.limit] for lines in references]
+    target = args.direction.split("2")[1]
+    scorers = open_scorers(args, [target])
+    out = Path(args.out) if args.out else free_folder(f"runs/style-{args.direction}")
+    if (out / "scores.json").exists():
+        raise InputError(f"--out {out} holds a finished run: give another folder")
+    model, tokenizer, stop = open_model(args)
+    prompts = [encode_prompt(tokenizer, fill(args.template, PROMPTS[args.direction], sentence))
+               for sentence in sources]
+    check_room(args, model, prompts)
+    make_folder(out)
+    answers = answer(model, tokenizer, prompts, stop, args.max_new_tokens, args.batch_size,
+                     temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+    outputs = [tidy(text, args.direction) for text in answers]
+    write_text(out / f"outputs.{args.direction}", "\n".join(outputs) + "\n")
+    lines = [json.dumps(dict(source=a, answer=b, output=c)) + "\n"
+             for a, b, c in zip(sources, answers, outputs)]
+    write_text(out / "answers.jsonl", "".join(lines))
+    scores = scores_of(outputs, sources, references, target, scorers)
+    result = dict(direction=args.direction, sentences=len(outputs), **scores, settings=vars(args))
+    write_text(out / "scores.json", json.dumps(result, indent=1) + "\n")
+    shown = ", ".join(f"{name} {scores[name]:.2f}" for name in SCORES if name in scores)
+    print(f"{len(outputs)} sentences: {shown}")
+    print(f"{out}/: outputs.{args.direction}, answers.jsonl, scores.json")
+
+
+def score(argv):
+    parser, arg = subcommand("score", "Scores sentences that were transferred to another style. "
+                             "With several files of outputs: a table.")
+    arg("--outputs", required=True, nargs="+", metavar="FILE",
+        help="files of transferred sentences, one a line")
+    arg("--data", help="folder of Yelp's files, or of one of GYAFC's domains: sources and "
+        "references are its own, by the direction at the end of an --outputs, as in .neg2pos; a "
+        "file is not scored against itself")
+    arg("--sources", metavar="FILE",
+        help="sentences they were made from, line by line (default: none, no self-BLEU)")
+    arg("--references", nargs="+", default=[], metavar="FILE", help="human transfers, line by "
+        "line; of a line with tabs the last column counts (default: none, no BLEU)")
+    arg("--target", help="label of the style to reach (default: what follows the 2 in the "
+        "direction)")
+    arg("--out", help="folder for table.md and scores.json (default: none, only printed)")
+    score_flags(arg)
+    machine_flags(parser)
+    args = parser.parse_args(argv)
+    need(not (args.data and (args.sources or args.references)), "--data", "given",
+         "either --data, or --sources and --references")
+    use_machine(args)
+    entries = []
+    for file in args.outputs:
+        outputs, sources, references = read_lines(file), args.sources, args.references
+        found = re.search(r"\.((\w+)2(\w+))$", file)
+        target = args.target or (found and found[3])
+        if args.classifier and not target:
+            raise InputError(f"--target is not given, and {file} does not end in a direction such "
+                             "as .neg2pos")
+        if args.data:
+            if not found or found[1] not in PROMPTS:
+                endings = ", ".join("." + direction for direction in PROMPTS)
+                raise InputError(f"--outputs {file}: does not end in a direction ({endings}), "
+                                 "which --data needs")
+            sources, references = task_files(args.data, found[1])
+        references = [read_beside(r, outputs, file) for r in references
+                      if Path(r).resolve() != Path(file).resolve()]
+        sources = read_beside(sources, outputs, file) if sources else None
+        entries.append((file, outputs, sources, references, target))
+    scorers = open_scorers(args, [target for *_, target in entries])
+    if not (scorers or args.data or args.sources or args.references):
+        raise InputError("nothing to score by: give --data, --sources, --references, --classifier "
+                         "or --lm")
+    scores = {file: dict(sentences=len(outputs), **scores_of(outputs, *rest, scorers))
+              for file, outputs, *rest in entries}
+    names = [name for name in SCORES if any(name in row for row in scores.values())]
+    rows = [[file, row["sentences"], *(f"{row[name]:.2f}" if name in row else "" for name in names)]
+            for file, row in scores.items()]
+    table = markdown(["outputs", "sentences", *names], rows)
+    if args.out:
+        out, line = Path(args.out), f"    python train_instruct.py score {shlex.join(argv)}"
+        make_folder(out)
+        write_text(out / "table.md", f"{line}\n\n{table}")
+        write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
+    print(table)
+    if len(scores) == 1:
+        scores = {name: value for name, value in scores[file].items() if name != "sentences"}
+    print(json.dumps(scores))
+
+
+def score_flags(arg):
+    arg("--classifier", help="for ACC: folder of a train_glue.py run, with an adapter, on "
+        "sentences labeled with their style (python -m data.style) (default: none, no ACC)")
+    arg("--lm", metavar="FILE", help="for PPL: an n-gram model in ARPA or KenLM's binary form; "
+        "needs the kenlm module (default: none, no PPL)")
+
+
+def open_scorers(args, targets):
+    """{name of a score: function of outputs and the style to reach, one of `targets`}."""
+    scorers = {}
+    if args.classifier:
+        run = Path(args.classifier)
+        result = read_result(run)
+        if result is None:
+            raise InputError(f"--classifier {run}: has no result.json, expected the folder of a "
+                             "finished run of train_glue.py")
+        settings, labels = result["settings"], result.get("labels")
+        for target in targets:
+            if not labels or target not in labels:
+                raise InputError(f"--classifier {run}: its labels are {labels}, expected "
+                                 f"{target!r} among them")
+        if not (run / "adapter").is_dir():
+            raise InputError(f"--classifier {run}: has no adapter/ (method {settings['method']}); "
+                             "train it with --method lora or salora")
+        device, folder = find_device(args), model_folder(settings["model"])
+        tokenizer = load_tokenizer(folder)
+        model = load_encoder(folder, len(labels), torch.float32).to(device)
+        load_adapter(model, run / "adapter")
+
+        def accuracy(outputs, target):
+            tokens = tokenize(tokenizer, [(text,) for text in outputs], settings["max_length"],
+                              model.config.vocab_size)
+            logits = evaluate(model, tokens, model.config.pad_token_id, device)
+            return 100 * float((logits.argmax(1) == labels.index(target)).mean())
+
+        scorers["ACC"] = accuracy
+    if args.lm:
+        try:
+            import kenlm
+        except ImportError:
+            raise InputError("--lm needs the kenlm module: pip install kenlm (it is built with "
+                             "cmake)") from None
+        if not Path(args.lm).is_file():
+            raise InputError(f"--lm {args.lm}: no such file; lmplz -o 5 < sentences > FILE.arpa "
+                             "makes one")
+        try:
+            lm = kenlm.Model(str(args.lm))
+        except OSError as e:
+            reason = str(e).split(") ")[-1]
+            raise InputError(f"--lm {args.lm}: kenlm cannot read it ({reason})") from None
+
+        def perplexity(outputs, target):
+            tokens = sum(len(text.split()) + 1 for text in outputs)  # 1: the end of a sentence
+            return 10 ** (-sum(lm.score(text) for text in outputs) / tokens)  # score: a log10
+
+        scorers["PPL"] = perplexity
+    return scorers
+
+
+def scores_of(outputs, sources, references, target, scorers):
+    """ACC: percent that the classifier takes for the target style; BLEU against the references and
+    self-BLEU against the sources, of 13a tokens; PPL."""
+    scores = {name: scorer(outputs, target) for name, scorer in scorers.items()}
+    if references:
+        scores["BLEU"] = metrics.bleu(outputs, references)
+    if sources:
+        scores["self-BLEU"] = metrics.bleu(outputs, [sources])
+    return scores
