@@ -266,6 +266,7 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    attention_dropout: float = 0.0
     initializer_range: float = 0.02
 
     def __post_init__(self):
@@ -328,7 +329,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
         d, h, inner, bias = c.hidden_size, c.head_dim, c.intermediate_size, c.attention_bias
-        self.head_dim = h
+        self.head_dim, self.p_attention = h, c.attention_dropout
         self.self_attn = nn.ModuleDict(dict(
             q_proj=nn.Linear(d, c.num_attention_heads * h, bias=bias),
             k_proj=nn.Linear(d, c.num_key_value_heads * h, bias=bias),
@@ -357,7 +358,8 @@ class DecoderLayer(nn.Module):
             k, v = cache[:, :, :, :start + t]
         if k.shape[1] < q.shape[1]:  # grouped-query attention: query heads share keys and values
             k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and t > 1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and t > 1,
+                                           dropout_p=self.p_attention if self.training else 0.0)
         x = x + attn.o_proj(y.transpose(1, 2).flatten(2))
         y, mlp = self.post_attention_layernorm(x), self.mlp
         return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
@@ -471,9 +473,13 @@ def weight_files(folder: str | Path) -> tuple:
     if single.is_file():
         return [single], None
     if not listed.is_file():
-        pickle = (folder / "pytorch_model.bin").is_file()
-        hint = " (pytorch_model.bin is a pickle, which is not read: save as safetensors)"
-        raise InputError(f"{folder}: found neither {single.name} nor {listed.name}{hint * pickle}")
+        others = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors")
+        files = (file for file in folder.glob("*") if file.suffix in others)
+        found = [file.name for file in sorted(files, key=lambda file: others.index(file.suffix))]
+        hint = f" ({found[0]} is not read: save as safetensors)" if found else ""
+        if ".bin" in hint:
+            hint = hint.replace("is not", "is a pickle, which is not")
+        raise InputError(f"{folder}: found neither {single.name} nor {listed.name}{hint}")
     index = read_json(listed)
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards:
@@ -541,10 +547,13 @@ def read_config(folder: str | Path, kind: type = EncoderConfig):
         raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected {expected}")
     only = dict(hidden_act="gelu", position_embedding_type="absolute", is_decoder=False)
     if decoder:
-        only = dict(hidden_act="silu")
+        only = dict(hidden_act="silu", partial_rotary_factor=1.0, is_causal=True)
     for key, value in only.items():
         if raw.get(key, value) != value:
             raise InputError(f"{file}: {key} is {raw[key]!r}, only {value!r} is implemented")
+    if raw.get("quantization_config"):
+        raise InputError(f"{file}: has a quantization_config, and quantized weights are not read; "
+                         "take the model before quantization")
     if decoder:
         raw |= read_rope(raw, file)
     known = {}
@@ -578,7 +587,7 @@ def read_config(folder: str | Path, kind: type = EncoderConfig):
 
 def read_rope(raw, file):
     """rope_theta and rope_scaling of a LLaMA's config; newer files keep both in rope_parameters."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # in transformers' order
     if not isinstance(rope, dict):
         raise InputError(f"{file}: rope_scaling is {rope!r}, expected an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -586,6 +595,11 @@ def read_rope(raw, file):
     needed = dict(default=(), linear=("factor",), llama3=("factor", *llama3)).get(kind)
     if needed is None:
         raise InputError(f"{file}: rope_type is {kind!r}, expected default, linear or llama3")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise InputError(f"{file}: partial_rotary_factor is {rope['partial_rotary_factor']!r}, "
+                         "only 1.0 is implemented")
+    original = "original_max_position_embeddings"  # the one outside comes first
+    rope |= {original: raw.get(original, rope.get(original, raw.get("max_position_embeddings")))}
     for name in needed:
         value = rope.get(name)
         if not isinstance(value, (int, float)) or value <= 0:
@@ -609,6 +623,11 @@ def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="c
                     unexpected += [raw_key] if key else []
                     continue
                 tensor, shape = f.get_tensor(raw_key), wanted[key].shape
+                if key in state:
+                    raise InputError(f"{folder}: two of its tensors are {key}, {raw_key} is one")
+                if not tensor.is_floating_point():
+                    raise InputError(f"{folder}: {raw_key} is {tensor.dtype}, quantized; take the "
+                                     "model before quantization")
                 if tensor.shape == shape:
                     state[key] = tensor.to(device, dtype)
                 elif key not in new:
@@ -641,11 +660,12 @@ def load_encoder(folder: str | Path, num_labels: int, dtype=torch.float32) -> En
     config = read_config(folder)
     with torch.device("meta"):  # shapes only: no random weights that are overwritten at once
         model = Encoder(config, num_labels)
-    unused = ("lm_head.", "cls.", "roberta.pooler.")  # of checkpoints for language modeling
+    unused = ("lm_head.", "cls.", "qa_outputs.", "roberta.pooler.")  # of other tasks
 
     def spelling(key):
         key = full_name(key, config.model_type)
-        return None if key.startswith(unused) or key.endswith("position_ids") else key
+        buffer = key.endswith(("position_ids", "token_type_ids"))
+        return None if key.startswith(unused) or buffer else key
 
     head = {key for key in model.state_dict() if key.startswith("classifier.") or ".pooler." in key}
     new = load_weights(model, folder, spelling, head, dtype)
@@ -676,19 +696,34 @@ def stop_ids(folder: str | Path) -> set:
                      "end a text")
 
 
+TIED = ("model.embed_tokens.weight", "lm_head.weight")
+
+
 def load_decoder(folder: str | Path, dtype=torch.float32, device="cpu") -> Decoder:
     """The pretrained Decoder of a Hugging Face folder, in `dtype` on `device`. InputError: as in
     load_weights."""
     config = read_config(folder, DecoderConfig)
     with torch.device("meta"):
         model = Decoder(config)
-    tied = config.tie_word_embeddings
 
     def spelling(key):
-        unused = key.endswith("rotary_emb.inv_freq") or tied and key == "lm_head.weight"
-        return None if unused else full_name(key, "model")
+        return None if key.endswith("rotary_emb.inv_freq") else full_name(key, "model")
 
-    load_weights(model, folder, spelling, {"lm_head.weight"} if tied else (), dtype, device)
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    missing = ()  # a head and an embedding that are tied may be one tensor, under either name
+    if config.tie_word_embeddings:
+        stored = set()
+        for file in weight_files(folder)[0]:
+            with open_tensors(file) as f:
+                stored |= set(map(spelling, f.keys()))
+        missing = [name for name in TIED if name not in stored]
+    load_weights(model, folder, spelling, missing if len(missing) == 1 else (), dtype, device)
+    embedding, head = model.model.embed_tokens, model.lm_head
+    if missing == [TIED[0]]:
+        embedding.weight = head.weight
+    elif config.tie_word_embeddings and (missing or torch.equal(head.weight, embedding.weight)):
+        head.weight = embedding.weight
+    elif config.tie_word_embeddings:
+        config.tie_word_embeddings = False
+        print(f"{folder}: the lm_head.weight there is not the embedding, so the two are not tied, "
+              "though tie_word_embeddings in config.json is true")
     return model
