@@ -504,9 +504,10 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
             (beside / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         for file in files:
             shutil.copymode(beside / "config.json", beside / file.name)
-        own = {*written, "model.safetensors.index.json", "adapter_config.json", "salora.json"}
+        own = {*written, "adapter_config.json", "salora.json"}
         for file in model.iterdir():  # the tokenizer, and what else is text
-            if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name not in own:
+            text = file.suffix in (".json", ".txt", ".model", ".jinja")
+            if text and file.name not in own and not file.name.endswith(".index.json"):
                 shutil.copy(file, beside)
         os.replace(beside, out)
         if tied:
