@@ -73,7 +73,8 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
     something that is trained would be left behind."""
     layers = {plain(model, path): m for path, m in adapters(model).items()}
     state = {plain(model, name): t for name, t in model.state_dict(keep_vars=True).items()}
-    tensors, table, whole = {}, {}, list(modules_to_save)
+    whole = [modules_to_save] if isinstance(modules_to_save, str) else list(modules_to_save)
+    tensors, table = {}, {}
     if not layers:
         raise ValueError("the model has no adapters to save")
     for path in layers:
@@ -197,9 +198,10 @@ def read_adapter(folder: str | Path) -> tuple:
     return settings, tensors
 
 
-def read_own(folder: str | Path) -> dict:
+def read_own(folder: str | Path, tensors: dict | None = None) -> dict:
     """salora.json of an adapter's folder, for what PEFT's files do not have: `r`, `budget`,
-    `ranks`, `labels`; {} without one. InputError: it is damaged."""
+    `ranks`, `labels`; {} without one, or if its ranks are not those of the tensors, which a
+    printed line says. InputError: it is damaged."""
     file = Path(folder) / "salora.json"
     own = read_json(file) if file.is_file() else {}
 
@@ -215,6 +217,11 @@ def read_own(folder: str | Path) -> dict:
             ("budget", type(own.get("budget")) in (int, float), "a number")):
         if own.get(key) is not None and not good:
             raise InputError(f"{file}: {key} is {repr(own[key])[:80]}, expected {expected}")
+    found = {key.removesuffix(".lora_A.weight"): len(t) for key, t in (tensors or {}).items()
+             if key.endswith(".lora_A.weight")}
+    if table and any(table.get(path) not in (0, rank) for path, rank in found.items()):
+        print(f"{file}: is left out, for its ranks are not those of the adapter")
+        return {}
     return own
 
 
@@ -326,7 +333,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
         raise ValueError(f"{folder}: the model has adapters already: merge() them first, or load "
                          "into a fresh model")
     settings, tensors = read_adapter(folder)
-    own, whole = read_own(folder), settings.get("modules_to_save")
+    own, whole = read_own(folder, tensors), settings.get("modules_to_save")
     modules = {plain(model, path): m for path, m in model.named_modules()}
     linears = {path: m for path, m in modules.items() if isinstance(m, nn.Linear)}
     state = {plain(model, name): t for name, t in model.state_dict(keep_vars=True).items()}
@@ -521,7 +528,7 @@ def show(adapter: str | Path) -> str:
     """What an adapter folder in PEFT's LoRA format holds, as text: parameters, budget and the rank
     of each matrix. ValueError: as in read_adapter."""
     settings, tensors = read_adapter(adapter)
-    known = read_own(adapter)
+    known = read_own(adapter, tensors)
     found = {name.removesuffix(".lora_A.weight"): len(t) for name, t in tensors.items()
              if name.endswith(".lora_A.weight")}
     table = known.get("ranks") or found

@@ -471,6 +471,8 @@ def weight_files(folder: str | Path) -> tuple:
     folder = Path(folder)
     single, listed = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
+        if listed.is_file():
+            print(f"{folder}: {single.name} is read, not the shards in {listed.name}")
         return [single], None
     if not listed.is_file():
         others = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors")
@@ -588,6 +590,8 @@ def read_config(folder: str | Path, kind: type = EncoderConfig):
 def read_rope(raw, file):
     """rope_theta and rope_scaling of a LLaMA's config; newer files keep both in rope_parameters."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # in transformers' order
+    if raw.get("rope_parameters") not in (None, {}, rope):
+        print(f"{file}: rope_scaling counts, not rope_parameters")
     if not isinstance(rope, dict):
         raise InputError(f"{file}: rope_scaling is {rope!r}, expected an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -609,11 +613,13 @@ def read_rope(raw, file):
     return dict(rope_theta=theta, rope_scaling=rope | dict(rope_type=kind) if needed else None)
 
 
-def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="cpu") -> list:
+def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="cpu",
+                 tied=()) -> list:
     """Fills a model on the meta device from a folder, tensor by tensor, in `dtype`, on `device`.
     spelling: from a key of the file to one of the model, or None for what is not needed. Keys in
-    `new` may be missing or of another shape: they are returned, still on meta. InputError names
-    any other key that is missing, unexpected or misshapen."""
+    `new` may be missing or of another shape, and of two in `tied` one may be missing: they are
+    returned, still on meta. InputError names any other key that is missing, unexpected, there
+    twice or misshapen."""
     wanted, state, unexpected = model.state_dict(), {}, []
     for file in weight_files(folder)[0]:
         with open_tensors(file, dtype) as f:
@@ -634,6 +640,8 @@ def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="c
                     raise InputError(f"{folder}: {raw_key} has shape {list(tensor.shape)}, "
                                      f"config.json asks for {list(shape)}")
     missing = [key for key in wanted if key not in state and key not in new]
+    if sum(key in state for key in tied) == 1:
+        missing = [key for key in missing if key not in tied]
     if missing or unexpected:
         kind, keys = ("lacks", missing) if missing else ("has unexpected", unexpected)
         some = ", ".join(keys[:3]) + (" .." if len(keys) > 3 else "")
@@ -696,7 +704,7 @@ def stop_ids(folder: str | Path) -> set:
                      "end a text")
 
 
-TIED = ("model.embed_tokens.weight", "lm_head.weight")
+TIED = ("model.embed_tokens.weight", "lm_head.weight")  # a file may have either, or both
 
 
 def load_decoder(folder: str | Path, dtype=torch.float32, device="cpu") -> Decoder:
@@ -709,20 +717,14 @@ def load_decoder(folder: str | Path, dtype=torch.float32, device="cpu") -> Decod
     def spelling(key):
         return None if key.endswith("rotary_emb.inv_freq") else full_name(key, "model")
 
-    missing = ()  # a head and an embedding that are tied may be one tensor, under either name
-    if config.tie_word_embeddings:
-        stored = set()
-        for file in weight_files(folder)[0]:
-            with open_tensors(file) as f:
-                stored |= set(map(spelling, f.keys()))
-        missing = [name for name in TIED if name not in stored]
-    load_weights(model, folder, spelling, missing if len(missing) == 1 else (), dtype, device)
+    tied = TIED if config.tie_word_embeddings else ()
+    absent = load_weights(model, folder, spelling, (), dtype, device, tied)
     embedding, head = model.model.embed_tokens, model.lm_head
-    if missing == [TIED[0]]:
+    if TIED[0] in absent:
         embedding.weight = head.weight
-    elif config.tie_word_embeddings and (missing or torch.equal(head.weight, embedding.weight)):
+    elif tied and (absent or torch.equal(head.weight, embedding.weight)):
         head.weight = embedding.weight
-    elif config.tie_word_embeddings:
+    elif tied:
         config.tie_word_embeddings = False
         print(f"{folder}: the lm_head.weight there is not the embedding, so the two are not tied, "
               "though tie_word_embeddings in config.json is true")

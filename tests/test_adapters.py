@@ -270,9 +270,20 @@ def test_the_rank_map_of_an_adapter_that_was_gone_on_with_is_as_before(tmp_path)
     again = adapter.load(load_encoder(FIXTURES / "bert", 3), tmp_path / "a")
     assert list(sl.ranks(again).items()) == list(table.items())
     sl.SaLoRA(again, None, 3, window=None)
-    adapter.save(again, tmp_path / "b")
-    shown = [adapter.show(tmp_path / name).split("\n", 1)[1] for name in "ab"]
-    assert shown[0] == shown[1]
+    adapter.save(again, tmp_path / "b", "classifier")
+    shown = [adapter.show(tmp_path / name).split("\n", 2) for name in "ab"]
+    assert shown[0][2] == shown[1][2] and "99 in classifier" in shown[1][1]
+
+
+def test_ranks_of_another_adapter_are_left_out_and_that_is_said(tmp_path, capsys):
+    adapter.save(scattered(load_encoder(FIXTURES / "bert", 3), "qk"), tmp_path / "a")
+    peft_folder(tmp_path / "b", QUERIES, target_modules=["query"])
+    shutil.copy(tmp_path / "a" / "salora.json", tmp_path / "b")
+    alone, _, _ = adapter.show(tmp_path / "b").partition("at the start")
+    assert "rank 2 to 2" in alone and "salora.json: is left out" in capsys.readouterr().out
+    model = adapter.load(load_encoder(FIXTURES / "bert", 3), tmp_path / "b")
+    assert sl.ranks(model) == dict.fromkeys(QUERIES, 2)
+    assert "salora.json: is left out" in capsys.readouterr().out
 
 
 def test_an_adapted_model_can_be_stored_and_flattened_before_and_after_the_cut(tmp_path):
@@ -404,12 +415,13 @@ def test_gamma_and_beta_of_older_files_are_known(tmp_path):
     assert keys == set(load_file(FIXTURES / "bert" / "model.safetensors"))
 
 
-def test_a_bare_llama_with_its_head_and_an_index_beside_a_single_file(tmp_path):
+def test_a_bare_llama_with_its_head_and_an_index_beside_a_single_file(tmp_path, capsys):
     base = renamed("llama", tmp_path / "base", lambda key: key.removeprefix("model."))
     assert "lm_head.weight" in load_file(base / "model.safetensors")
     for file in base.glob("model-*"):  # the index is a left-over: the single file counts
         save_file({"x": torch.zeros(1)}, file)
     model = scattered(load_decoder(base), "qkvoudg")
+    assert "model.safetensors is read, not the shards" in capsys.readouterr().out
     adapter.save(model, tmp_path / "a")
     assert merged_equals(model, load_decoder, tmp_path)
     assert [file.name for file in (tmp_path / "m").glob("model*")] == ["model.safetensors"]
