@@ -136,13 +136,12 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
 
 
 IMPLEMENTED = dict(  # what adapter_config.json may say
-    peft_type=["LORA"], bias=["none"],
+    peft_type=["LORA"], bias=["none"], fan_in_fan_out=[False],
     # other ways to start change the base weights
     init_lora_weights=[True, False, "gaussian", "orthogonal", "eva"])
 READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules",
         "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern"}
-OF_NO_EFFECT = {"fan_in_fan_out",  # not on an nn.Linear
-                "base_model_name_or_path", "task_type", "inference_mode", "auto_mapping",
+OF_NO_EFFECT = {"base_model_name_or_path", "task_type", "inference_mode", "auto_mapping",
                 "revision", "peft_version", "lora_dropout", "megatron_core", "qalora_group_size",
                 "runtime_config", "eva_config"}
 

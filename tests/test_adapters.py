@@ -138,8 +138,7 @@ DENSE = [f"{LAYER}{i}.{end}.dense" for i in (0, 1)
     (dict(target_modules=[QUERIES[0]], layers_to_transform=[1]), QUERIES[:1], ""),
     (dict(target_modules=["query", "dense"], exclude_modules=r".*(output|pooler)\.dense"),
      [QUERIES[0], DENSE[1], QUERIES[1], DENSE[4]], ""),
-    (dict(target_modules=r".*\.1\..*query"), QUERIES[1:], ""),
-    (dict(target_modules=["query"], fan_in_fan_out=True), QUERIES, "")])
+    (dict(target_modules=r".*\.1\..*query"), QUERIES[1:], "")])
 def test_settings_that_peft_reads_are_read(settings, paths, said, tmp_path, capsys):
     updates = peft_folder(tmp_path / "a", paths, **settings)
     plain, merged = load_encoder(FIXTURES / "bert", 3), tmp_path / "m"
