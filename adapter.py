@@ -118,7 +118,8 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
     settings = dict(
         peft_type="LORA", r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=pattern,
         target_modules=[path for path in layers if path in table],
-        modules_to_save=whole or None, bias="none", lora_dropout=0.0,
+        modules_to_save=whole or None, bias="none",
+        lora_dropout=max(m.dropout for m in layers.values()),
         fan_in_fan_out=False, inference_mode=True, **config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,9 +141,10 @@ IMPLEMENTED = dict(  # what adapter_config.json may say
     # other ways to start change the base weights
     init_lora_weights=[True, False, "gaussian", "orthogonal", "eva"])
 READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules",
-        "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern"}
+        "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern",
+        "lora_dropout"}
 OF_NO_EFFECT = {"base_model_name_or_path", "task_type", "inference_mode", "auto_mapping",
-                "revision", "peft_version", "lora_dropout", "megatron_core", "qalora_group_size",
+                "revision", "peft_version", "megatron_core", "qalora_group_size",
                 "runtime_config", "eva_config"}
 
 
@@ -150,7 +152,7 @@ def read_adapter(folder: str | Path) -> tuple:
     """(settings, {name in the model: tensor}) of a folder in PEFT's LoRA format. ValueError: it is
     damaged, or has a setting that is not implemented."""
     file = Path(folder) / "adapter_config.json"
-    settings = dict(r=8, lora_alpha=8) | read_json(file)  # PEFT's defaults
+    settings = dict(r=8, lora_alpha=8, lora_dropout=0.0) | read_json(file)  # PEFT's defaults
     for key, value in {"peft_type": None, **settings}.items():
         if key in IMPLEMENTED and value not in IMPLEMENTED[key]:
             raise ValueError(f"{file}: {key} is {value!r}, only {IMPLEMENTED[key][0]!r} is "
@@ -165,6 +167,9 @@ def read_adapter(folder: str | Path) -> tuple:
     def alpha(n):
         return type(n) in (int, float) and 0 < n < math.inf
 
+    def dropout(p):
+        return type(p) in (int, float) and 0 <= p < 1
+
     def name(text):
         return isinstance(text, str)
 
@@ -176,13 +181,14 @@ def read_adapter(folder: str | Path) -> tuple:
             ("rank_pattern", dict, rank, "positive numbers"),
             ("lora_alpha", (int, float), alpha, "positive numbers"),
             ("alpha_pattern", dict, alpha, "positive numbers"),
+            ("lora_dropout", (int, float), dropout, "a share below 1"),
             ("target_modules", (list, str), name, "names"),
             ("modules_to_save", list, name, "names"),
             ("exclude_modules", (list, str), name, "names"),
             ("layers_to_transform", (list, int), layer, "numbers of layers"),
             ("layers_pattern", (list, str), name, "names")):
         value = settings.get(key)
-        if value is None and key not in ("r", "lora_alpha", "target_modules"):
+        if value is None and key not in ("r", "lora_alpha", "lora_dropout", "target_modules"):
             continue
         parts = list(value.values()) if isinstance(value, dict) else value
         parts = parts if isinstance(parts, list) else [parts]
@@ -359,7 +365,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     for path, linear in linears.items():
         if path in layers or path in empty:
             r, scale = layers.get(path, (0, 1.0))
-            layer = SaLoRALinear(linear, r, scale).requires_grad_(r > 0)
+            layer = SaLoRALinear(linear, r, scale, settings["lora_dropout"]).requires_grad_(r > 0)
             linear.requires_grad_(False)
             layer.r = max(r, own.get("r") or 0)
             if r:

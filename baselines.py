@@ -73,16 +73,17 @@ class Prefix(nn.Module):
 
 
 def install(model, method, paths, steps, r=8, alpha=None, budget=0.5, beta=0.1, window=(0.2, 0.5),
-            bottleneck=32, virtual_tokens=20):
+            bottleneck=32, virtual_tokens=20, lora_dropout=0.0):
     """Freezes what `method` does not train (the head too: unfreeze it afterwards) and puts the
     method in, in place. paths: the nn.Linear modules that low-rank methods adapt; steps: of the
     run. Returns the SaLoRA or AdaLoRA of a low-rank method, else None."""
     if method == "lora":
-        return sl.SaLoRA(model, paths, max(steps, 1), r, alpha, window=None)
+        return sl.SaLoRA(
+            model, paths, max(steps, 1), r, alpha, window=None, lora_dropout=lora_dropout)
     if method == "lora-svd":
-        return LoRASVD(model, paths, steps, r, alpha, budget, window)
+        return LoRASVD(model, paths, steps, r, alpha, budget, window, lora_dropout)
     if method == "adalora":
-        return AdaLoRA(model, paths, steps, r, alpha, budget, beta, window)
+        return AdaLoRA(model, paths, steps, r, alpha, budget, beta, window, lora_dropout)
     model.requires_grad_(method == "ft")
     c, words = model.config, model.body.embeddings.word_embeddings.weight
     if method in ("adapter-h", "adapter-p"):
@@ -106,8 +107,10 @@ class LoRASVD(sl.SaLoRA):
     triplets with the largest singular values that fit the budget stay. It has no gates: this is
     what SaLoRA has to beat."""
 
-    def __init__(self, model, targets, steps, r=8, alpha=None, budget=0.5, window=(0.4, 0.5)):
-        super().__init__(model, targets, steps, r, alpha, budget, window=window, turn=False)
+    def __init__(self, model, targets, steps, r=8, alpha=None, budget=0.5, window=(0.4, 0.5),
+                 lora_dropout=0.0):
+        super().__init__(model, targets, steps, r, alpha, budget, window=window, turn=False,
+                         lora_dropout=lora_dropout)
         self.gated = False
 
     def select(self, optimizer):
@@ -136,8 +139,8 @@ class AdaLoRALinear(sl.SaLoRALinear):
 
     triplet_dim = sl.SaLoRALinear.triplet_dim | dict(lora_E=0)
 
-    def __init__(self, base, r, scale):
-        super().__init__(base, r, scale)
+    def __init__(self, base, r, scale, dropout=0.0):
+        super().__init__(base, r, scale, dropout)
         nn.init.normal_(self.lora_A, std=0.02)
         nn.init.normal_(self.lora_B, std=0.02)
         self.lora_E = nn.Parameter(torch.zeros(r, device=self.lora_A.device))
@@ -161,9 +164,9 @@ class AdaLoRA:
     PLAIN = ("step", "live", "pruned", "final_density")  # in a checkpoint, besides tensors
 
     def __init__(self, model, targets, steps, r=8, alpha=None, budget=0.5, beta=0.1,
-                 window=(0.2, 0.5)):
+                 window=(0.2, 0.5), lora_dropout=0.0):
         alpha = self.SCALE * r if alpha is None else alpha
-        self.layers = sl.adapt(model, targets, r, alpha, AdaLoRALinear)
+        self.layers = sl.adapt(model, targets, r, alpha, lora_dropout, AdaLoRALinear)
         self.steps, self.beta = steps, beta
         self.start, self.end = sl.window_steps(window, steps)
         self.interval = max(1, (self.end - self.start) // 100)  # steps between choices of triplets
@@ -202,6 +205,9 @@ class AdaLoRA:
 
     def measure(self):
         """Updates the importance from this step's gradients; now and then masks the least."""
+        if any(p.grad is None for p in self.params):
+            raise RuntimeError("an adapter has no gradient: the task loss does not reach it, or "
+                               "zero_grad() came before end_step()")
         importance = torch._foreach_mul(self.params, [p.grad for p in self.params])
         torch._foreach_abs_(importance)  # eq. 8 of their paper
         torch._foreach_lerp_(self.sensitivity, importance, 1 - self.BETA1)  # eq. 9

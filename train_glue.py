@@ -5,17 +5,17 @@ Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA, or with a method it is co
     python train_glue.py --task cola             # roberta-base and CoLA, downloaded once
     python train_glue.py --task cola --model DIR --data DIR --seeds 0 1 2
     python train_glue.py --task my_folder        # your own train.tsv and dev.tsv
+    python train_glue.py predict --run runs/cola-salora --text FILE    # labels other texts
     python train_glue.py table1 --tasks cola rte # an experiment of paper/
     torchrun --nproc-per-node 2 train_glue.py .. # splits every step's rows; one GPU per process
 
 The columns of your own files are sentence (or sentence1, sentence2) and label (or score). The
 experiments are table1, ablation, efficiency, ranks, sweep, components and recover. A run leaves in
---out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/ (for
---resume).
+--out: report.html (the run as one page), result.json, log.jsonl, gates.jsonl, predictions.tsv,
+adapter/ (loads in PEFT) and checkpoint.safetensors (for --resume).
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -27,33 +27,25 @@ import baselines
 from data import InputError
 from data.batching import collate, load_tokenizer, tokenize
 from data.download import model_folder
-from data.glue import HERE, TASKS, load_task, score
+from data.glue import HERE, TASKS, load_task, read_texts, score
 from model import LINEARS, load_encoder, output_names, read_config
+from training import loop, runs
 from training.flags import (
     RANK,
     at_least,
     check_sizes,
+    fill_in,
     flag_group,
+    machine_flags,
+    main_flags,
     method_flags,
     need,
     new_parser,
     run_flags,
     settle,
+    use_machine,
 )
-from training.inference import evaluate
-from training.loop import (
-    announce,
-    budget_of,
-    common_result,
-    count_trainable,
-    fit,
-    install,
-    own_device,
-    report_ranks,
-    schedule,
-    settings_of,
-)
-from training.runs import free_folder, own_folder, run_all, run_command, write_text
+from training.inference import evaluate, open_classifier, read_run, subcommand
 
 METHODS = ("salora", *baselines.METHODS)
 LEARNING_RATES = dict(ft=3e-5, prefix=1e-3, prompt=1e-3)  # others: 3e-4
@@ -63,13 +55,18 @@ EXPERIMENTS = ("table1", "ablation", "efficiency", "ranks", "sweep", "components
 
 
 def parse_args(argv=None):
-    parser = new_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arg = flag_group(parser, "what to train, on what")
+    parser = new_parser(usage="train_glue.py [flags]", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    arg = flag_group(parser, "what most runs need")
     arg("--task", default="demo", help=TASK)
     arg("--model", help="folder in Hugging Face layout, or a hub name (default: roberta-base; for "
         "demo the built-in one)")
     arg("--data", help="folder in GLUE's layout, DIR/CoLA/train.tsv .. (default: data/, where a "
         "missing task is downloaded)")
+    main_flags(arg, METHODS, epochs="by task, 3 to 20", batch_size=32, out="runs/TASK-METHOD",
+               lr="3e-4; ft 3e-5, prefix and prompt 1e-3; more for demo")
+
+    arg = flag_group(parser, "rows and tokens")
     arg("--limit-train", type=int, metavar="N", help="use the first N training rows (default: all)")
     arg("--limit-dev", type=int, metavar="N", help="use the first N dev rows (default: all)")
     arg("--hold-out", type=float, metavar="N",
@@ -78,14 +75,13 @@ def parse_args(argv=None):
     arg("--max-length", type=int, help="longer inputs are cut to this many tokens (default: 128, "
         "or what the model has positions for)")
 
-    method_flags(parser, METHODS, LINEARS)
+    method_flags(parser, LINEARS)
     arg = flag_group(parser, "some baselines")
     arg("--bottleneck", type=int, help="width of adapter-h and adapter-p (default: 32 and 64, "
         "which makes them as large as LoRA of rank 8)")
     arg("--virtual-tokens", type=int, default=20, help="length of the prefix or the prompt")
 
-    run_flags(parser, epochs="by task, 3 to 20", batch_size=32, dtype="float32",
-              lr="3e-4; ft 3e-5, prefix and prompt 1e-3; more for demo", out="runs/TASK-METHOD")
+    run_flags(parser, dtype="float32")
     arg = flag_group(parser, "choice of the learning rate")
     arg("--lr-grid", type=float, nargs="+", metavar="LR",
         help="a run for each, with a seed of its own, scored on rows held out of training "
@@ -93,17 +89,11 @@ def parse_args(argv=None):
         "rows at the best (default: off, --lr)")
     args = parser.parse_args(argv)
 
-    demo = args.task == "demo"
-    if args.model is None:
-        args.model = str(HERE / "demo" / "model") if demo else "roberta-base"
-    if args.lr is None:
-        rates, others = (DEMO_LEARNING_RATES, 3e-3) if demo else (LEARNING_RATES, 3e-4)
-        args.lr = rates.get(args.method, others)
-    if args.bottleneck is None:
-        args.bottleneck = 64 if args.method == "adapter-p" else 32
-    if args.threads is None and demo:
-        args.threads = 1
-    args.dtype = args.dtype or "float32"
+    if args.task == "demo":
+        fill_in(args, model=str(HERE / "demo" / "model"), threads=1,
+                lr=DEMO_LEARNING_RATES.get(args.method, 3e-3))
+    fill_in(args, model="roberta-base", lr=LEARNING_RATES.get(args.method, 3e-4), dtype="float32",
+            bottleneck=64 if args.method == "adapter-p" else 32)
     settle(args)
     at_least(args, 1, "bottleneck", "virtual_tokens")
     if args.task not in TASKS:
@@ -169,11 +159,11 @@ def train(args, seed, out):
                            for rows in (train_rows, *dev_sets))
     lengths, pad_id = [len(ids) for ids, _ in tokens], config.pad_token_id
     epochs = task.epochs if args.epochs is None else args.epochs
-    plan = schedule(args, lengths, [1] * len(tokens), epochs)
+    plan = loop.schedule(args, lengths, [1] * len(tokens), epochs)
 
     # ---- model and method
     torch.manual_seed(seed)
-    device = own_device(args)
+    device = loop.own_device(args)
     # full fine-tuning in bfloat16: autocast, since what is trained stays float32
     mixed = args.method == "ft" and args.dtype == "bfloat16"
     dtype = torch.float32 if mixed else getattr(torch, args.dtype)
@@ -183,16 +173,16 @@ def train(args, seed, out):
     model.checkpoint_activations = args.checkpoint_activations
     for module in model.head:
         module.float()
-    lowrank = install(args, model, plan.steps, seed)
+    lowrank = loop.install(args, model, plan.steps, seed)
     order_head(args, model, task.label_names)
     for module in model.head:
         module.requires_grad_(True)
     head_params = sum(p.numel() for module in model.head for p in module.parameters())
-    trainable_params = count_trainable(model, head_params)
-    settings = settings_of(args, seed, plan, lowrank) | dict(max_length=max_length)
-    announce(settings, f"{args.method} on {args.task}: {len(tokens)} training rows, {plan.steps} "
-                       f"steps of {plan.rows_per_step}; {trainable_params:,} parameters to train "
-                       f"and {head_params:,} in the head")
+    trainable_params = loop.count_trainable(model, head_params)
+    settings = loop.settings_of(args, seed, plan, lowrank) | dict(max_length=max_length)
+    loop.announce(settings, f"{args.method} on {args.task}: {len(tokens)} training rows, "
+                            f"{plan.steps} steps of {plan.rows_per_step}; {trainable_params:,} "
+                            f"parameters to train and {head_params:,} in the head")
 
     # ---- training
     forward = torch.compile(model, dynamic=True) if args.compile else model
@@ -215,8 +205,8 @@ def train(args, seed, out):
             scores |= {f"{k}_mismatched": v for k, v in mismatched.items()}
         return logits, scores
 
-    with own_folder(args, out):
-        logits, scores, history, seconds = fit(
+    with runs.own_folder(args, out):
+        logits, scores, history, seconds = loop.fit(
             args, plan, settings, out, model, lowrank, loss_of, evaluate_dev)
 
         # ---- results; result.json comes last and marks the run as finished
@@ -231,10 +221,10 @@ def train(args, seed, out):
                 if task.labels:
                     label, prediction = task.labels[label], task.labels[row.argmax()]
                 lines.append("\t".join(map(str, [i, label, prediction, *row])))
-            write_text(out / name, "\n".join(lines) + "\n")
+            runs.write_text(out / name, "\n".join(lines) + "\n")
         if lowrank:
             head = ["classifier"] if config.model_type == "roberta" else ["classifier", "pooler"]
-            adapter.save(model, out / "adapter", head, budget_of(args), task.label_names,
+            adapter.save(model, out / "adapter", head, loop.budget_of(args), task.label_names,
                          base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
         if args.method == "prefix":
             model.prefix.finish()
@@ -243,23 +233,62 @@ def train(args, seed, out):
             score=scores[task.metric], metrics=scores,
             best_score=max(h[task.metric] for h in history), columns=task.text,
             labels=task.label_names, dev_rows=[len(rows.labels) for rows in dev_sets])
-        result |= common_result(
+        result |= loop.common_result(
             args, plan, settings, model, lowrank, trainable_params, head_params, history, seconds)
-        write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+        runs.write_json(out / "result.json", result)
     return result
 
 
 def report(args, result, out):
-    """Prints the end of a run."""
+    """Prints the end of a run, and writes its page."""
     rows = "held-out" if args.hold_out else "dev"
     print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} {rows} rows "
           f"after {result['steps']} steps, {result['seconds']:.0f} s")
-    report_ranks(args, result, LINEARS, at=3)
+    loop.report_ranks(args, result, LINEARS, at=3)
     loads = ", adapter/ (loads in PEFT)" if result["ranks"] else ""
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv{loads}")
+    from paper.report import write_page
+    write_page([out], out / "report.html")
+
+
+def predict(argv):
+    """Labels of a file of texts, as a table."""
+    parser, arg = subcommand("predict", "Labels texts with what a run has learned: a line for each "
+                             "with its number from 0, the label, the label's probability, and a "
+                             "logit for each label.", "train_glue.py")
+    arg("--run", required=True, help="folder of a finished run with an adapter")
+    arg("--text", required=True, metavar="FILE", help="tab-separated, with columns sentence (or "
+        "sentence1 and sentence2) as GLUE's test.tsv has them; or plain lines, a sentence each")
+    arg("--out", metavar="FILE", help="file to write (default: standard output)")
+    arg("--model", help="the model of the run, if it has moved (default: as the run was given it)")
+    machine_flags(parser)
+    args = parser.parse_args(argv)
+    out = args.out and Path(args.out)
+    need(not out or not out.exists(), "--out", f"{out}, which is there", "a new file")
+    need(not out or out.parent.is_dir(), "--out", out, "a file in a folder that is there")
+    result = read_run("--run", args.run)
+    need("columns" in result, f"--run {args.run}: its result.json", "without columns of text",
+         "that of a run of train_glue.py, by this version of it")
+    names, (numbers, texts) = result["labels"], read_texts(args.text, result["columns"])
+    logits = open_classifier("--run", args.run, result, use_machine(args), args.model)(texts)
+    columns = ["index", "prediction"] + ["probability"] * bool(names)
+    lines = ["\t".join(columns + [f"logit_{i}" for i in range(logits.shape[1])])]
+    for number, row in zip(numbers, logits):
+        cells = [row[0]]
+        if names:
+            p = torch.from_numpy(row).double().softmax(0)  # (num_labels,)
+            cells = [names[row.argmax()], f"{p.max():.6f}"]
+        lines.append("\t".join(map(str, [number, *cells, *row])))
+    if out:
+        runs.write_text(out, "\n".join(lines) + "\n")
+        print(f"{out}: {len(texts)} predictions")
+    else:
+        print("\n".join(lines))
 
 
 def main(argv):
+    if argv and argv[0] == "predict":
+        return predict(argv[1:])
     if argv and argv[0] == "recover":
         from paper import recover
         return recover.main(argv[1:])
@@ -267,16 +296,20 @@ def main(argv):
         from paper import experiments
         return experiments.main(argv[0], argv[1:], parse_args)
     args = parse_args(argv)
+    args.command = runs.command_line("train_glue.py", argv)
     name = args.task if args.task in TASKS else Path(args.task).resolve().name
-    root = Path(args.out) if args.out else free_folder(f"runs/{name}-{args.method}")
-    run_all(args, root, train, report)
+    runs.run_all(args, name, train, report)
     if args.task == "demo" and args.seeds is None and RANK == 0:
-        print("\nnext: --method lora (the same without gates), --budget 0.25, --seeds 0 1 2, or "
-              "the real thing: python train_glue.py --task cola")
+        more = "--method salora (learns the rank of every matrix)"
+        if args.method == "salora":
+            more = f"--method lora (the same without gates), --budget {args.budget / 2:g}"
+        print(f"\nnext: {more}, --seeds 0 1 2, or the real thing: python train_glue.py --task cola")
+    from paper.report import last_page
+    last_page(args, args.out)
 
 
 def command(argv=None):
-    run_command(main, argv)
+    runs.run_command(main, argv)
 
 
 if __name__ == "__main__":

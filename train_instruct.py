@@ -9,11 +9,11 @@ Tunes a LLaMA on instructions with SaLoRA or LoRA, and lets it answer.
 
 DIR is a folder in Hugging Face layout (config.json, model.safetensors or its shards,
 tokenizer.json), --data a JSON list or JSONL of objects with instruction, input and output. A run
-leaves in --out: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT) and checkpoint/.
+leaves in --out: report.html (the run as one page), result.json, log.jsonl, gates.jsonl,
+predictions.tsv, adapter/ (loads in PEFT) and checkpoint.safetensors (for --resume).
 """
 
 import argparse
-import json
 import math
 import re
 from pathlib import Path
@@ -27,43 +27,45 @@ import adapter
 from data import InputError
 from data.batching import batch_order, load_tokenizer
 from data.download import model_folder
-from data.instruct import DEMO, TEMPLATES, encode, encode_prompt, fill, load_instructions, split
+from data.instruct import DEMO, TEMPLATES, encode, fill, load_instructions, split
 from model import DECODER_LINEARS, DecoderConfig, load_decoder, read_config, stop_ids
+from training import loop, runs
 from training.flags import (
     PROCESSES,
     RANK,
     at_least,
     check_sizes,
+    fill_in,
     flag_group,
+    main_flags,
     method_flags,
     need,
     new_parser,
     run_flags,
     settle,
 )
-from training.inference import MODEL, answer, check_room, model_flags, open_model, subcommand
-from training.loop import (
-    announce,
-    budget_of,
-    common_result,
-    count_trainable,
-    fit,
-    install,
-    own_device,
-    report_ranks,
-    schedule,
-    settings_of,
+from training.inference import (
+    MODEL,
+    answer,
+    encode_prompts,
+    model_flags,
+    open_model,
+    subcommand,
 )
-from training.runs import free_folder, own_folder, run_all, run_command, write_text
 
 
 def parse_args(argv=None):
-    parser = new_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arg = flag_group(parser, "what to train, on what")
+    parser = new_parser(usage="train_instruct.py [flags]", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    arg = flag_group(parser, "what most runs need")
     arg("--model", help=MODEL)
     arg("--data", help="JSON or JSONL file of instructions (default: the demo's)")
     arg("--template", choices=list(TEMPLATES), default="alpaca",
         help="how an instruction becomes a prompt: Alpaca's, or a turn of a chat")
+    main_flags(arg, ("salora", "lora"), epochs="3", batch_size=16, lr="3e-4; for demo 5e-3",
+               out="runs/DATA-METHOD")
+
+    arg = flag_group(parser, "rows and tokens")
     arg("--train-on-prompt", action="store_true", default=False,
         help="train on the tokens of the prompt too, not only on those of the response")
     arg("--limit-train", type=int, metavar="N", help="use the first N training rows (default: all)")
@@ -75,9 +77,8 @@ def parse_args(argv=None):
         help="prompt and response are cut to this many tokens")
     arg("--generate", type=int, metavar="N", help="held-out rows that are answered before and "
         "after training (default: 8; for demo 100)")
-    method_flags(parser, ("salora", "lora"), DECODER_LINEARS)
-    run_flags(parser, epochs="3", lr="3e-4; for demo 5e-3", batch_size=16,
-              dtype="bfloat16; for demo float32", out="runs/DATA-METHOD")
+    method_flags(parser, DECODER_LINEARS)
+    run_flags(parser, dtype="bfloat16; for demo float32")
     args = parser.parse_args(argv)
 
     demo = args.model is None and args.data is None
@@ -85,15 +86,9 @@ def parse_args(argv=None):
     need(demo or (args.model and args.data), missing, "not given",
          "both --model and --data (or neither, for the demo)")
     if demo:
-        args.model, args.data = str(DEMO / "llama"), str(DEMO / "instruct.jsonl")
-        args.threads = 1 if args.threads is None else args.threads
-    if args.lr is None:
-        args.lr = 5e-3 if demo else 3e-4
-    args.dtype = args.dtype or ("float32" if demo else "bfloat16")
-    if args.epochs is None:
-        args.epochs = 3
-    if args.generate is None:
-        args.generate = 100 if demo else 8
+        fill_in(args, model=str(DEMO / "llama"), data=str(DEMO / "instruct.jsonl"), threads=1,
+                lr=5e-3, dtype="float32", generate=100)
+    fill_in(args, lr=3e-4, dtype="bfloat16", generate=8, epochs=3)
     settle(args)
     at_least(args, 0, "generate")
     return args
@@ -171,21 +166,21 @@ def train(args, seed, out):
     lengths = [len(e) for e in examples]
     # tokens that are trained on
     asked = [len(e) - 1 if args.train_on_prompt else len(e.response) for e in examples]
-    plan = schedule(args, lengths, asked, args.epochs)
+    plan = loop.schedule(args, lengths, asked, args.epochs)
 
     # ---- model and method
     torch.manual_seed(seed)
-    device = own_device(args)
+    device = loop.own_device(args)
     model = load_decoder(folder, getattr(torch, args.dtype), device)
     model.checkpoint_activations = args.checkpoint_activations
-    lowrank = install(args, model, plan.steps, seed)
-    trainable_params = count_trainable(model)
-    settings = settings_of(args, seed, plan, lowrank)
-    announce(settings, f"{args.method} on {args.data}: {len(examples)} training rows, "
-                       f"{sum(asked):,} tokens of them trained on; {plan.steps} steps of "
-                       f"{plan.rows_per_step}; {trainable_params:,} parameters to train")
-    prompts = [encode_prompt(tokenizer, fill(args.template, row["instruction"], row["input"]))
-               for row in held[:args.generate]]
+    lowrank = loop.install(args, model, plan.steps, seed)
+    trainable_params = loop.count_trainable(model)
+    settings = loop.settings_of(args, seed, plan, lowrank)
+    loop.announce(settings, f"{args.method} on {args.data}: {len(examples)} training rows, "
+                            f"{sum(asked):,} tokens of them trained on; {plan.steps} steps of "
+                            f"{plan.rows_per_step}; {trainable_params:,} parameters to train")
+    held = [e.row for e in dev[:args.generate]]
+    prompts = [e.prompt for e in dev[:args.generate]]
     before = answer(model, tokenizer, prompts, stop, 40) if RANK == 0 else []
 
     # ---- training
@@ -200,8 +195,8 @@ def train(args, seed, out):
         loss = (sums[:, 0].sum() / sums[:, 1].sum()).item()
         return [sums.numpy()], dict(loss=loss, perplexity=math.exp(min(loss, 700)))
 
-    with own_folder(args, out):
-        _, scores, history, seconds = fit(
+    with runs.own_folder(args, out):
+        _, scores, history, seconds = loop.fit(
             args, plan, settings, out, model, lowrank, loss_of, evaluate_dev)
 
         # ---- results; result.json comes last and marks the run as finished
@@ -211,23 +206,24 @@ def train(args, seed, out):
         lines = ["index\tlabel\tprediction"]
         for i, (row, text) in enumerate(zip(held, answers)):
             lines.append(f"{i}\t{escape(row['output'])}\t{escape(text)}")
-        write_text(out / "predictions.tsv", "\n".join(lines) + "\n")
-        adapter.save(model, out / "adapter", budget=budget_of(args),
+        runs.write_text(out / "predictions.tsv", "\n".join(lines) + "\n")
+        adapter.save(model, out / "adapter", budget=loop.budget_of(args),
                      base_model_name_or_path=str(args.model), task_type="CAUSAL_LM")
         shown = [dict(instruction=row["instruction"], input=row["input"], reference=row["output"],
                       before=b, after=a) for row, b, a in zip(held, before, answers)]
         if shown:
             scores["exact_match"] = sum(e["after"] == e["reference"] for e in shown) / len(shown)
         # first what training has taught
-        shown.sort(key=lambda e: (e["before"] == e["reference"], e["after"] != e["reference"]))
+        best = sorted(shown, key=lambda e: (e["before"] == e["reference"],
+                                            e["after"] != e["reference"]))
         result = dict(
             task=Path(args.data).stem, model=args.model, method=args.method, seed=seed,
             metric="loss", score=scores["loss"], metrics=scores,
-            best_score=min(h["loss"] for h in history), dev_rows=[len(dev)], answered=len(answers),
-            examples=shown[:3])
-        result |= common_result(
+            best_score=min(h["loss"] for h in history), dev_rows=[len(dev)], answered=len(shown),
+            examples=best[:3], answers=shown[:30])
+        result |= loop.common_result(
             args, plan, settings, model, lowrank, trainable_params, 0, history, seconds)
-        write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+        runs.write_json(out / "result.json", result)
     return result
 
 
@@ -237,7 +233,7 @@ def escape(text):
 
 
 def report(args, result, out):
-    """Prints the end of a run."""
+    """Prints the end of a run, and writes its page."""
     for example in result["examples"]:
         before, after, reference = (
             escape(example[name])[:150] for name in ("before", "after", "reference"))
@@ -247,13 +243,17 @@ def report(args, result, out):
     print(f"\nloss {result['score']:.4f} (perplexity {scores['perplexity']:.2f}) on "
           f"{result['dev_rows'][0]} held-out rows after {result['steps']} steps, "
           f"{result['seconds']:.0f} s")
-    if "exact_match" in scores:
+    # a free answer is hardly ever the reference to the letter
+    demo = args.data == str(DEMO / "instruct.jsonl")
+    if result["answered"] and (scores["exact_match"] or demo):
         right = round(scores["exact_match"] * result["answered"])
         few = any(e["after"] != e["reference"] for e in result["examples"])
         print(f"{right} of {result['answered']} held-out instructions answered exactly"
               + "; fewer than three to show, so not all examples above are right" * few)
-    report_ranks(args, result, DECODER_LINEARS, at=2)
+    loop.report_ranks(args, result, DECODER_LINEARS, at=2)
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT)")
+    from paper.report import write_page
+    write_page([out], out / "report.html")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -270,10 +270,10 @@ def generate(argv):
         text = getattr(args, name)
         need(not re.search("[\ud800-\udfff]", text), f"--{name}", ascii(text), "text in UTF-8")
     model, tokenizer, stop = open_model(args)
-    prompt = encode_prompt(tokenizer, fill(args.template, args.instruction, args.input))
-    check_room(args, model, [prompt])
+    text = fill(args.template, args.instruction, args.input)
+    prompts = encode_prompts(args, model, tokenizer, [text])
     ids, printed = [], ""
-    tokens = model.generate([prompt], args.max_new_tokens, stop, args.temperature, args.top_p,
+    tokens = model.generate(prompts, args.max_new_tokens, stop, args.temperature, args.top_p,
                             args.seed)
     for (token,) in tokens:
         if token not in stop:
@@ -292,12 +292,14 @@ def main(argv):
         from paper import style
         return getattr(style, argv[0])(argv[1:])
     args = parse_args(argv)
-    root = Path(args.out) if args.out else free_folder(f"runs/{Path(args.data).stem}-{args.method}")
-    run_all(args, root, train, report)
+    args.command = runs.command_line("train_instruct.py", argv)
+    runs.run_all(args, Path(args.data).stem, train, report)
+    from paper.report import last_page
+    last_page(args, args.out)
 
 
 def command(argv=None):
-    run_command(main, argv)
+    runs.run_command(main, argv)
 
 
 if __name__ == "__main__":

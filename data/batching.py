@@ -179,6 +179,10 @@ def tokenize(tokenizer, texts, max_length, vocab_size):
     tokenizer.enable_truncation(max_length, direction=before["direction"])
     encodings = tokenizer.encode_batch([t if len(t) == 2 else t[0] for t in texts])
     check_ids([e.ids for e in encodings], vocab_size)
+    for text, encoding in zip(texts, encodings):
+        if not encoding.ids:
+            raise InputError(f"tokenizer.json makes no token of {' and '.join(map(repr, text))}, "
+                             "not even one that stands for a beginning: give it a post_processor")
     return [(e.ids, e.type_ids) for e in encodings]
 
 

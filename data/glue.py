@@ -68,11 +68,14 @@ TASKS = {
 }
 
 
-def read_table(file, header):
-    """Column names (numbers without a header) and the rows as (line number, cells)."""
-    text = read_text(file, "; expected GLUE's files in --data, as in CoLA/train.tsv and "
-                           "CoLA/dev.tsv, or for a --task of your own train.tsv and dev.tsv in its "
-                           "folder")
+LAYOUT = ("; expected GLUE's files in --data, as in CoLA/train.tsv and CoLA/dev.tsv, or for a "
+          "--task of your own train.tsv and dev.tsv in its folder")
+
+
+def read_table(file, header, hint=LAYOUT):
+    """Column names (numbers without a header) and the rows as (line number, cells). hint: what is
+    added where the file is not found."""
+    text = read_text(file, hint)
     # not splitlines: a text may hold U+2028
     lines = [(number, line.removesuffix("\r").split("\t"))
              for number, line in enumerate(text.split("\n"), 1) if line.strip(" \r")]
@@ -127,6 +130,35 @@ def read_rows(file, task, limit=None):
                              f"{broken[0]}; expected {len(names)} columns, separated by tabs")
         print(f"{file}: skipped {len(broken)} broken rows, the first in line {broken[0]}")
     return rows
+
+
+def read_texts(file, columns):
+    """Texts without labels: their numbers, from 0 for the first line of data, and tuples of one or
+    two sentences. columns: those of a task's text. The file is a table with a header that has them,
+    or sentence, or sentence1 and sentence2; or one without a header, laid out as the task's; or,
+    for single sentences, plain lines of text."""
+    names, table = read_table(file, False, "; expected a file of texts, one a line")
+    head = [cell.strip() for cell in table[0][1]]
+    usual = ("sentence",) if len(columns) == 1 else ("sentence1", "sentence2")
+    found = next((x for x in (columns, usual) if set(x) <= set(head)), None)
+    if found:
+        at, table = [head.index(name) for name in found], table[1:]
+    elif len(columns) == 1 and len(head) == 1:
+        at = [0]
+    elif set(columns) <= set(names) and len(head) == 4:  # CoLA's train.tsv and dev.tsv
+        at = columns
+    else:
+        raise InputError(f"{file}: its first line has the columns {', '.join(map(repr, head))}, "
+                         f"expected {' and '.join(usual)} among them, separated by tabs")
+    if not table:
+        raise InputError(f"{file}: has no rows")
+    for line, cells in table:
+        if len(cells) != len(head):
+            raise InputError(f"{file}: line {line} has {len(cells)} columns, expected {len(head)}, "
+                             "separated by tabs")
+    first = 2 if found else 1
+    return ([line - first for line, _ in table],
+            [tuple(cells[i] for i in at) for _, cells in table])
 
 
 def own_task(folder):

@@ -95,15 +95,16 @@ def split(rows, hold_out):
     return tuple([rows[i] for i in part] for part in draw_rows(len(rows), n))
 
 
-def encode_prompt(tokenizer, text):
+def encode_prompt(tokenizer, text, vocab_size):
     """Token ids with what the tokenizer puts before a text (LLaMA's <s>), without what it may put
-    behind it."""
+    behind it. InputError: the model does not know one of them."""
     encoding = tokenizer.encode(text)
     ids, special = list(encoding.ids), list(encoding.special_tokens_mask)
     end = tokenizer.encode(text, add_special_tokens=False).ids
     while special and special[-1] and ids[-1:] != end[-1:]:
         ids.pop()
         special.pop()
+    check_ids([ids], vocab_size)
     return ids
 
 
@@ -114,13 +115,14 @@ def encode(tokenizer, rows, template, end_id, max_length, vocab_size):
     ending = TEMPLATES[template][2]
     examples = []
     for row in rows:
-        prompt = encode_prompt(tokenizer, fill(template, row["instruction"], row["input"]))
+        text = fill(template, row["instruction"], row["input"])
+        prompt = encode_prompt(tokenizer, text, vocab_size)
         response = tokenizer.encode(row["output"] + ending, add_special_tokens=False).ids
         if response[-1:] != [end_id]:
             response.append(end_id)
         if len(prompt) < max_length:
             examples.append(Example(prompt, response[:max_length - len(prompt)], row))
-    check_ids([e.prompt + e.response for e in examples], vocab_size)
+    check_ids([e.response for e in examples], vocab_size)
     if len(examples) < len(rows):
         print(f"{len(rows) - len(examples)} of {len(rows)} rows are left out: their prompts fill "
               f"all of --max-length {max_length}")

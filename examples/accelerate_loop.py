@@ -58,4 +58,5 @@ trained = accelerator.unwrap_model(model)
 accelerator.print(ranks(trained))
 if accelerator.is_main_process:
     adapter.save(trained, "adapter", budget=salora.budget)
+    print("adapter/: written for PEFT")
 accelerator.end_training()

@@ -5,11 +5,14 @@ SaLoRATrainer is what to copy. It runs as it is under torchrun, too.
     PYTHONPATH=. python examples/hf_trainer.py    # adapter.py needs the whole project
 """
 
+import tempfile
+
 import torch
 from torch.utils.data import Dataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -66,7 +69,7 @@ class LowOrHigh(Dataset):
 torch.manual_seed(0)
 steps = 200
 args = TrainingArguments(
-    output_dir="trainer",
+    output_dir=tempfile.mkdtemp(),  # nothing is written into it here
     max_steps=steps,
     per_device_train_batch_size=16,
     per_device_eval_batch_size=128,
@@ -107,6 +110,7 @@ trainer = SaLoRATrainer(
     optimizers=(optimizer, None),  # None: Trainer's own schedule
     salora=salora,
 )
+trainer.remove_callback(PrinterCallback)  # the losses are printed below
 trainer.train()
 
 if trainer.is_world_process_zero():
@@ -115,3 +119,4 @@ if trainer.is_world_process_zero():
             print(f"step {entry['step']}: loss {entry['eval_loss']:.4f}")
     print(rank_map(ranks(model), r=8))
     adapter.save(model, "adapter", ["classifier"], budget=salora.budget, task_type="SEQ_CLS")
+    print("adapter/: written for PEFT")

@@ -46,3 +46,4 @@ for step in range(steps):
 
 print(rank_map(ranks(model), r=8))
 adapter.save(model, "adapter", ["classifier"], budget=salora.budget, task_type="SEQ_CLS")
+print("adapter/: written for PEFT")

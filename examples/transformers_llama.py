@@ -39,3 +39,4 @@ for step in range(steps):
 
 print(rank_map(ranks(model), r=8))
 adapter.save(model, "adapter", budget=salora.budget, task_type="CAUSAL_LM")
+print("adapter/: written for PEFT")

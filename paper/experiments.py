@@ -39,7 +39,7 @@ from data.download import model_folder
 from data.glue import load_task
 from model import LINEARS, read_config
 from training.flags import new_parser
-from training.runs import finished, markdown, write_text
+from training.runs import finished, markdown, mean_std, write_text
 
 SCRIPT = Path(__file__).parents[1] / "train_glue.py"
 TASKS = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
@@ -205,11 +205,6 @@ def clock(seconds):
     if seconds > 5400:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
-
-
-def mean_std(values):
-    values = list(values)
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def spread(scores):

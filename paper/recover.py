@@ -48,7 +48,7 @@ from data.glue import HERE, load_task
 from model import load_encoder
 from training.flags import WINDOWS, at_least, flag_group, need, new_parser
 from training.loop import lr_factor
-from training.runs import markdown, write_text
+from training.runs import markdown, write_json, write_text
 
 TEACHERS = ("small", "scaled", "pretrained")
 METHODS = ("LoRA", "LoRA of the size", "AdaLoRA", "LoRA-SVD", "SaLoRA", "SaLoRA paper")
@@ -216,7 +216,7 @@ def make_teacher(name, args, budget, seed):
 
 
 def install(problem, method, args, budget, seed):
-    """The student of a row of the table, its SaLoRA or AdaLoRA, groups for an optimizer, and the
+    """The student of a row of the table, its SaLoRA or AdaLoRA, what an optimizer trains, and the
     step at which the learning rate starts again."""
     torch.manual_seed(seed)
     model, paths = copy.deepcopy(problem.base), list(problem.ranks)
@@ -230,8 +230,7 @@ def install(problem, method, args, budget, seed):
     window = args.window or WINDOWS.get(name, (0.4, 0.5))
     low = baselines.install(model, name, paths, args.steps, r=r, budget=budget, window=window)
     weights = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=weights, lr=args.lr, weight_decay=0.0)]
-    return model, low, groups, sl.window_steps(window, args.steps)[1]
+    return model, low, weights, sl.window_steps(window, args.steps)[1]
 
 
 def run(teacher, method, args, budget, noise, seed):
@@ -240,8 +239,8 @@ def run(teacher, method, args, budget, noise, seed):
     args = argparse.Namespace(**vars(args) | settings_of(teacher, args))
     start, problem = time.time(), make_teacher(teacher, args, budget, seed)
     room = room_of(teacher, budget)
-    model, low, groups, restart = install(problem, method, args, room, seed)
-    optimizer, peaks = torch.optim.AdamW(groups, fused=True), [group["lr"] for group in groups]
+    model, low, params, restart = install(problem, method, args, room, seed)
+    optimizer = torch.optim.AdamW(params, args.lr, weight_decay=0.0, fused=True)
     plan = SimpleNamespace(steps=args.steps, warmup=0.04 * args.steps, restart=restart)
     with torch.no_grad():
         x = problem.batch()
@@ -249,8 +248,7 @@ def run(teacher, method, args, budget, noise, seed):
         scale = noise * change.square().mean().sqrt()
 
     for step in range(args.steps):
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * lr_factor(plan, step)
+        optimizer.param_groups[0]["lr"] = args.lr * lr_factor(plan, step)
         low.begin_step()
         x = problem.batch()
         with torch.no_grad():
@@ -298,7 +296,7 @@ def run_once(job):
     if not file.exists():
         result = run(*what)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(result, indent=1) + "\n")
+        write_json(file, result)
         print(f"{folder}: relative error {result['relative_error']:.4f}, rank error "
               f"{result['rank_error']}, {result['seconds']:.0f} s", flush=True)
     return json.loads(file.read_text())

@@ -12,20 +12,23 @@ import re
 import shlex
 from pathlib import Path
 
-import torch
-
 from data import InputError, metrics
-from data.batching import load_tokenizer, tokenize
-from data.download import model_folder
-from data.instruct import encode_prompt, fill
+from data.instruct import fill
 from data.style import PROMPTS, read_beside, read_lines, read_task, task_files, tidy
-from model import load_encoder
 from training.flags import at_least, find_device, machine_flags, need, use_machine
-from training.inference import answer, check_room, evaluate, model_flags, open_model, subcommand
-from training.loop import load_adapter
-from training.runs import free_folder, make_folder, markdown, read_result, write_text
+from training.inference import (
+    answer,
+    encode_prompts,
+    model_flags,
+    open_classifier,
+    open_model,
+    read_run,
+    subcommand,
+)
+from training.runs import make_folder, markdown, out_folder, write_json, write_text
 
 SCORES = ("ACC", "BLEU", "self-BLEU", "PPL")
+
 
 def style(argv):
     parser, arg = subcommand("style", "Rewrites the test sentences of Yelp or GYAFC in the other "
@@ -45,13 +48,12 @@ def style(argv):
     sources, references = sources[:args.limit], [lines[:args.limit] for lines in references]
     target = args.direction.split("2")[1]
     scorers = open_scorers(args, [target])
-    out = Path(args.out) if args.out else free_folder(f"runs/style-{args.direction}")
+    out = out_folder(args, f"style-{args.direction}")
     if (out / "scores.json").exists():
         raise InputError(f"--out {out} holds a finished run: give another folder")
     model, tokenizer, stop = open_model(args)
-    prompts = [encode_prompt(tokenizer, fill(args.template, PROMPTS[args.direction], sentence))
-               for sentence in sources]
-    check_room(args, model, prompts)
+    prompts = encode_prompts(args, model, tokenizer, [
+        fill(args.template, PROMPTS[args.direction], sentence) for sentence in sources])
     make_folder(out)
     answers = answer(model, tokenizer, prompts, stop, args.max_new_tokens, args.batch_size,
                      temperature=args.temperature, top_p=args.top_p, seed=args.seed)
@@ -62,7 +64,7 @@ def style(argv):
     write_text(out / "answers.jsonl", "".join(lines))
     scores = scores_of(outputs, sources, references, target, scorers)
     result = dict(direction=args.direction, sentences=len(outputs), **scores, settings=vars(args))
-    write_text(out / "scores.json", json.dumps(result, indent=1) + "\n")
+    write_json(out / "scores.json", result)
     shown = ", ".join(f"{name} {scores[name]:.2f}" for name in SCORES if name in scores)
     print(f"{len(outputs)} sentences: {shown}")
     print(f"{out}/: outputs.{args.direction}, answers.jsonl, scores.json")
@@ -121,7 +123,7 @@ def score(argv):
         out, line = Path(args.out), f"    python train_instruct.py score {shlex.join(argv)}"
         make_folder(out)
         write_text(out / "table.md", f"{line}\n\n{table}")
-        write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
+        write_json(out / "scores.json", scores)
     print(table)
     if len(scores) == 1:
         scores = {name: value for name, value in scores[file].items() if name != "sentences"}
@@ -139,29 +141,18 @@ def open_scorers(args, targets):
     """{name of a score: function of outputs and the style to reach, one of `targets`}."""
     scorers = {}
     if args.classifier:
-        run = Path(args.classifier)
-        result = read_result(run)
-        if result is None:
-            raise InputError(f"--classifier {run}: has no result.json, expected the folder of a "
-                             "finished run of train_glue.py")
-        settings, labels = result["settings"], result.get("labels")
+        run = args.classifier
+        result = read_run("--classifier", run)
+        labels = result.get("labels")
         for target in targets:
             if not labels or target not in labels:
                 raise InputError(f"--classifier {run}: its labels are {labels}, expected "
                                  f"{target!r} among them")
-        if not (run / "adapter").is_dir():
-            raise InputError(f"--classifier {run}: has no adapter/ (method {settings['method']}); "
-                             "train it with --method lora or salora")
-        device, folder = find_device(args), model_folder(settings["model"])
-        tokenizer = load_tokenizer(folder)
-        model = load_encoder(folder, len(labels), torch.float32).to(device)
-        load_adapter(model, run / "adapter")
+        logits = open_classifier("--classifier", run, result, find_device(args))
 
         def accuracy(outputs, target):
-            tokens = tokenize(tokenizer, [(text,) for text in outputs], settings["max_length"],
-                              model.config.vocab_size)
-            logits = evaluate(model, tokens, model.config.pad_token_id, device)
-            return 100 * float((logits.argmax(1) == labels.index(target)).mean())
+            chosen = logits([(text,) for text in outputs]).argmax(1)  # (n,)
+            return 100 * float((chosen == labels.index(target)).mean())
 
         scorers["ACC"] = accuracy
     if args.lm:
@@ -180,8 +171,9 @@ def open_scorers(args, targets):
             raise InputError(f"--lm {args.lm}: kenlm cannot read it ({reason})") from None
 
         def perplexity(outputs, target):
-            tokens = sum(len(text.split()) + 1 for text in outputs)  # 1: the end of a sentence
-            return 10 ** (-sum(lm.score(text) for text in outputs) / tokens)  # score: a log10
+            # log10 of each word, as kenlm divides a sentence, and of its end
+            words = [word for text in outputs for word, *_ in lm.full_scores(text)]
+            return 10 ** (-sum(words) / len(words))
 
         scorers["PPL"] = perplexity
     return scorers

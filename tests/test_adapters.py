@@ -102,7 +102,7 @@ def peft_folder(folder, paths, **settings):
     {path: the update of its weight}."""
     g, tensors, updates = torch.Generator().manual_seed(0), {}, {}
     sizes = {path: m.weight.shape for path, m in
-             sl.linears_of(load_encoder(FIXTURES / "bert", 3)).items()}
+             sl.adapters(load_encoder(FIXTURES / "bert", 3), torch.nn.Linear).items()}
     for path in paths:
         d, k = sizes[path]
         a, b = torch.randn(2, k, generator=g), torch.randn(d, 2, generator=g)
@@ -143,7 +143,7 @@ def test_settings_that_peft_reads_are_read(settings, paths, said, tmp_path, caps
     updates = peft_folder(tmp_path / "a", paths, **settings)
     plain, merged = load_encoder(FIXTURES / "bert", 3), tmp_path / "m"
     tuned = adapter.load(load_encoder(FIXTURES / "bert", 3), tmp_path / "a")
-    assert list(sl.ranks(tuned)) == [path for path in sl.linears_of(plain) if path in paths]
+    assert list(sl.ranks(tuned)) == [path for path in sl.adapters(plain, torch.nn.Linear) if path in paths]
     printed = capsys.readouterr().out
     assert said in printed and printed.count("\n") == bool(said)
     adapter.merge_folder(FIXTURES / "bert", tmp_path / "a", merged)
@@ -224,8 +224,7 @@ def test_wrappers_leave_no_trace_in_the_files(wrap, tmp_path):
 def test_a_module_compiled_inside_leaves_no_trace_in_the_files(tmp_path):
     model, x = small(), torch.randn(5, 8)
     model[1] = torch.compile(model[1], backend="eager")
-    sl.SaLoRA(model, [path for path in sl.linears_of(model) if path.startswith("1.")], 1, r=2,
-              window=None)
+    sl.SaLoRA(model, ["1.0"], 1, r=2, window=None)
     for layer in sl.adapters(model).values():
         torch.nn.init.normal_(layer.lora_B)
     adapter.save(model, tmp_path / "a")
@@ -580,19 +579,15 @@ def test_quantized_weights_and_other_shapes_are_refused(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "m"]
 
 
-def shell(*args):
-    command = [sys.executable, adapter.__file__, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_merge_and_show_from_the_shell(tmp_path):
-    done = shell("merge", "--model", FIXTURES / "llama3", "--adapter", FIXTURES / "peft-llama3",
-                 "--out", tmp_path / "m")
-    assert done.returncode == 0 and (tmp_path / "m" / "model.safetensors").is_file()
+def test_merge_and_show_from_the_shell(tmp_path, capsys):
+    command = [sys.executable, adapter.__file__, "merge", "--model", FIXTURES / "llama3",
+               "--adapter", FIXTURES / "peft-llama3", "--out", tmp_path / "m"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "m" / "model.safetensors").is_file()
     assert read_config(tmp_path / "m", train_instruct.DecoderConfig)
     model = scattered(load_encoder(FIXTURES / "bert", 3))
     adapter.save(model, tmp_path / "a", ["classifier"], budget=0.4, base_model_name_or_path="tiny")
-    text = shell("show", tmp_path / "a").stdout
+    text = adapter.show(tmp_path / "a")
     table = sl.ranks(model)
     kept = sum(p.numel() for m in sl.adapters(model).values() for p in (m.lora_A, m.lora_B))
     assert f"{kept:,} parameters in {sum(r > 0 for r in table.values())} matrices" in text
@@ -600,7 +595,8 @@ def test_merge_and_show_from_the_shell(tmp_path):
     zero = sum(r == 0 for r in table.values())
     assert f"budget 0.4; rank 8 at the start; {zero} of 12 matrices" in text
     assert sl.rank_map(table, 8) in text
-    foreign = shell("show", FIXTURES / "peft-llama3").stdout
+    adapter.main(["show", str(FIXTURES / "peft-llama3")])
+    foreign = capsys.readouterr().out
     assert "budget" not in foreign and "rank 4 to 6" in foreign and "mlp.down_proj" in foreign
 
 
@@ -614,13 +610,16 @@ def test_merge_and_show_from_the_shell(tmp_path):
      "adapter_model.safetensors"),
     (lambda base, a: shutil.copytree(FIXTURES / "llama3", base, dirs_exist_ok=True),
      "matches no nn.Linear")])
-def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(change, words, tmp_path):
+def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(change, words, tmp_path, capsys):
     base = Path(shutil.copytree(FIXTURES / "bert", tmp_path / "base"))
     a = Path(shutil.copytree(FIXTURES / "peft-bert", tmp_path / "a"))
     change(base, a)
-    done = shell("merge", "--model", base, "--adapter", a, "--out", tmp_path / "m")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ") and words in done.stderr
+    with pytest.raises(SystemExit) as e:
+        adapter.main(["merge", "--model", str(base), "--adapter", str(a), "--out",
+                      str(tmp_path / "m")])
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("error: ") and words in error
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
 
 
@@ -629,7 +628,7 @@ def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(change, words, tmp
 
 def test_glue_goes_on_from_an_adapter_scores_it_and_merges_it(tmp_path, capsys):
     def run(name, *flags):
-        train_glue.main(["--threads", "1", "--limit-train", "320", "--limit-dev", "100",
+        train_glue.main(["--threads", "1", "--limit-train", "160", "--limit-dev", "50",
                          "--log-every", "1", "--out", str(tmp_path / name), *map(str, flags)])
         return json.loads((tmp_path / name / "result.json").read_text())
 
@@ -660,7 +659,7 @@ def test_glue_goes_on_from_an_adapter_scores_it_and_merges_it(tmp_path, capsys):
     adapter.merge_folder(demo, tmp_path / "on" / "adapter", tmp_path / "merged")
     run("plain", "--model", tmp_path / "merged", "--method", "head", "--epochs", 0)
     same_predictions("plain", "on", atol=5e-3)  # the demo is stored in float16
-    assert "budget 0.5; rank 4 at the start" in shell("show", tmp_path / "on" / "adapter").stdout
+    assert "budget 0.5; rank 4 at the start" in adapter.show(tmp_path / "on" / "adapter")
     run("on", *given, "--epochs", 2, "--seed", 1, "--resume")
     assert "finished already" in capsys.readouterr().out
     for more, words in ((["--seed", 2], "its --seed is 1, expected 2"),
@@ -728,7 +727,7 @@ def test_gates_need_one_rank(tmp_path, capsys):
                             "--out", str(tmp_path / "r")])
     assert "--method lora goes on from it" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
-    with pytest.raises(ValueError, match="ranks 0 to .*one for all"):
+    with pytest.raises(ValueError, match="of one rank if gates are to be learned"):
         model = load_encoder(train_glue.HERE / "demo" / "model", 2)
         sl.SaLoRA(adapter.load(model, tmp_path / "a"), None, 10)
     with pytest.raises(ValueError, match="no adapters to go on with"):
@@ -738,11 +737,12 @@ def test_gates_need_one_rank(tmp_path, capsys):
 def test_instructions_go_on_from_an_adapter_and_score_it(tmp_path):
     def run(name, *flags):
         train_instruct.main(["--threads", "1", "--limit-train", "64", "--limit-dev", "20",
-                             "--generate", "2", "--out", str(tmp_path / name), *map(str, flags)])
+                             "--generate", "0", "--out", str(tmp_path / name), *map(str, flags)])
         return json.loads((tmp_path / name / "result.json").read_text())
 
     start = run("start", "--epochs", 2)
-    scored = run("scored", "--adapter", tmp_path / "start" / "adapter", "--epochs", 0)
+    scored = run("scored", "--adapter", tmp_path / "start" / "adapter", "--epochs", 0, "--generate",
+                 2)
     assert scored["score"] == pytest.approx(start["score"], rel=1e-4)
     llama = train_instruct.DEMO / "llama"
     a, b = (sl.adapters(adapter.load(load_decoder(llama), tmp_path / name / "adapter"))

@@ -135,6 +135,7 @@ CASES = [  # what is changed, the command, what its line says
     (write("data/train.tsv", GOOD + "a\n"), GLUE, "data/train.tsv: line 42 has 1 columns"),
     (write("data/train.tsv", GOOD + "a\t1\tb\n"), GLUE, "data/train.tsv: line 42 has 3 columns"),
     (write("data/dev.tsv", GOOD + "a\t7\n"), GLUE, "data/dev.tsv: line 42: label is '7'"),
+    (write("data/train.tsv", GOOD + "a\t \n"), GLUE, "data/train.tsv: line 42 has no label"),
     (write("data/train.tsv", b"sentence\tlabel\n\xff\xfe\t1\n"), GLUE,
      "data/train.tsv: byte 15 is not UTF-8"),
     (write("data/train.tsv", GOOD.encode("utf-16")), GLUE, "data/train.tsv: byte 0 is not UTF-8"),
@@ -212,6 +213,10 @@ CASES = [  # what is changed, the command, what its line says
     (tensors(A, lambda t: t.update(x=torch.zeros(1))), ADAPTER, "x: expected nothing"),
     (lambda here: (here / A).rename(here / "adapter" / "adapter_model.bin"), ADAPTER,
      "adapter_model.safetensors"),
+    (config("adapter/salora.json", labels=[1, 2]), ADAPTER, "salora.json: labels is [1, 2]"),
+    (config("adapter/salora.json", labels=["1", "zero"]), ADAPTER,
+     "--adapter adapter: its head gives 1, zero, expected the labels of the task, 0, 1"),
+    (write("adapter/salora.json", "["), ADAPTER, "salora.json: cannot be read as JSON"),
     # ---- LLaMA in shards, and instructions
     (write(SHARD, None), INSTRUCT, "shard listed in"),
     (write(INDEX, None), INSTRUCT, "found neither"),
@@ -236,6 +241,12 @@ CASES = [  # what is changed, the command, what its line says
     (write("rows.json", '[{"instruction": "a", "output": 3}]'), INSTRUCT, "row 0: output is 3"),
     (write("rows.json", '[{"instruction": "a", "output": "b"}]'), INSTRUCT, "--hold-out is"),
     (write("rows.json", "[" * 100_000), INSTRUCT, "rows.json: is neither"),
+    (write("rows.json", '[{"instruction": "a", "output": "\\ud83d"}]'), INSTRUCT,
+     "rows.json: row 0: output is '\\ud83d', expected text"),
+    (write("rows.json", '[{"instruction": "a", "output": ""}]'), INSTRUCT,
+     "rows.json: row 0: output is '', and no other row"),
+    (write("rows.json", json.dumps([dict(instruction="a " * 99, output="b")] * 20)), INSTRUCT,
+     "--max-length is 60, and no prompt leaves room for a response in 19 rows"),
 ]
 
 

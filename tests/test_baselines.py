@@ -270,3 +270,14 @@ def test_adaloras_singular_values_are_folded_into_the_saved_adapter(tmp_path, ad
         layer.load_state_dict(m.base.state_dict())
     torch.testing.assert_close(adapter.load(plain, tmp_path)(x), model(x))
     torch.testing.assert_close(sl.merge(model)(x), plain(x))
+
+
+def test_adalora_says_where_a_gradient_is_missing():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    method = baselines.AdaLoRA(model, ["0", "1"], 30, r=4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    method.begin_step()
+    (model[0](torch.randn(2, 8)).sum() + method.penalty()).backward()  # "1" takes no part in it
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="an adapter has no gradient: the task loss"):
+        method.end_step(optimizer)

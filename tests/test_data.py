@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers.processors import ByteLevel
 
 from data import InputError, download, glue, metrics, style
 from data.batching import batch_order, collate, load_tokenizer, tokenize
@@ -219,7 +220,7 @@ def server(tmp_path, monkeypatch):
 
     handler = functools.partial(Handler, directory=www)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, args=[0.01], daemon=True).start()
         for name in ("GLUE_URL", "MRPC_URL"):
             monkeypatch.setattr(download, name, f"http://127.0.0.1:{httpd.server_port}/")
         monkeypatch.setattr(download, "SHA256", {})
@@ -402,6 +403,14 @@ def test_tokens_have_special_tokens_pairs_and_truncation():
 def test_token_ids_beyond_the_vocabulary_are_refused():
     with pytest.raises(InputError, match="vocab_size is 10: they do not belong together"):
         tokenize(load_tokenizer(HERE / "demo" / "model"), [("Mary slept.",)], 64, 10)
+
+
+def test_a_text_without_a_token_is_refused():
+    tokenizer = load_tokenizer(HERE / "demo" / "model")
+    assert len(tokenize(tokenizer, [("",)], 64, 10_000)[0][0]) == 2  # <s></s>
+    tokenizer.post_processor = ByteLevel()
+    with pytest.raises(InputError, match="makes no token of '', not even one"):
+        tokenize(tokenizer, [("Mary slept.",), ("",)], 64, 10_000)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff\xfe"])

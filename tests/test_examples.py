@@ -58,3 +58,6 @@ def test_example_runs(name, tmp_path):
                                                      done.stdout, re.MULTILINE)]
     assert len(losses) >= 10 and losses[-1] < losses[0] / 2
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists() == saves
+    assert ("\nadapter/" in done.stdout) == saves and len(done.stdout.splitlines()) < 40
+    left = {path.name for path in tmp_path.iterdir()} - {name, "salora.py", "__pycache__"}
+    assert left == ({"adapter"} if saves else set())

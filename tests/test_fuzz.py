@@ -48,6 +48,7 @@ def test_oracle_any_table(content):
         one_of_ours(lambda: load_task(folder), InputError)
 
 
+@pytest.mark.slow
 @often
 @given(st.binary(max_size=200) | (VALUES | ROWS).map(lambda x: json.dumps(x).encode()))
 def test_oracle_any_instructions(content):
@@ -56,6 +57,7 @@ def test_oracle_any_instructions(content):
         one_of_ours(lambda: load_instructions(f.name), InputError)
 
 
+@pytest.mark.slow
 @often
 @given(st.sampled_from(["bert", "llama3"]), st.data())
 def test_oracle_any_config(kind, data):

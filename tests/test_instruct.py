@@ -5,6 +5,7 @@ demo as a user sees it.
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from data.make_demo import make_instructions
 from data.style import tidy
 from model import load_decoder, stop_ids
 from train_instruct import DEMO, collate, evaluate, token_losses
+from training.runs import CHECKPOINT
 
 ROOT = Path(train_instruct.__file__).parent
 SHORT = ["--limit-train", "96", "--limit-dev", "20", "--epochs", "2", "--log-every", "1",
@@ -98,6 +100,15 @@ def test_examples_are_what_training_has_taught_or_else_wrong_answers(
     assert ("fewer than three to show" in text) == (not set(shown) <= right)
 
 
+def test_exact_answers_are_counted_only_where_there_are_some(tmp_path, capsys):
+    rows = [dict(instruction=f"Tell me about {i}.", output=f"Well, {i} ..") for i in range(40)]
+    (tmp_path / "free.json").write_text(json.dumps(rows))
+    result = run(tmp_path / "r", "--model", DEMO / "llama", "--data", tmp_path / "free.json",
+                 "--dtype", "float32", "--max-steps", 1, "--method", "lora")
+    assert result["metrics"]["exact_match"] == 0
+    assert "answered exactly" not in capsys.readouterr().out
+
+
 def test_demo_instructions_are_what_the_script_makes():
     assert (DEMO / "instruct.jsonl").read_text() == make_instructions()
 
@@ -159,8 +170,9 @@ def test_resumed_run_ends_in_the_same_bytes(tmp_path, monkeypatch):
         run(tmp_path / "cut", "--epochs", 3)
     monkeypatch.setattr(train_instruct, "evaluate", evaluate)
     run(tmp_path / "cut", "--epochs", 3, "--resume")
-    for name in ("predictions.tsv", "checkpoint/state.safetensors",
-                 "adapter/adapter_model.safetensors"):
+    tensors = (load_file(tmp_path / run / CHECKPOINT) for run in ("cut", "whole"))
+    torch.testing.assert_close(*tensors, rtol=0, atol=0)
+    for name in ("predictions.tsv", "adapter/adapter_model.safetensors"):
         cut, whole = ((tmp_path / run / name).read_bytes() for run in ("cut", "whole"))
         assert cut == whole, name
 
@@ -307,7 +319,8 @@ def test_data_that_does_not_fit(tmp_path, content, words):
     (["--targets", "x"], "invalid choice: 'x'"),
     (["--hold-out", "5000"], "--hold-out is 5000.0, but there are 3000 rows"),
     (["--max-length", "1000"], "--max-length is 1000, but"),
-    (["--max-length", "20"], "no prompt leaves room"),
+    (["--max-length", "20", "--limit-train", "9"],
+     "no prompt leaves room for a response in 9 rows: give more"),
     (["--r", "65"], "--r is 65, but the narrowest"),
     (["--generate", "-1"], "--generate is -1"),
     (["--model", DEMO / "model", "--data", DEMO / "instruct.jsonl"],
@@ -361,6 +374,43 @@ def test_answers_do_not_depend_on_the_batch(demo):
         for p in prompts]
     assert together[0].endswith("The old boy slept.")
     assert together[2].startswith("dog does not see the king.")
+
+
+@pytest.mark.parametrize("command", [
+    ["generate", "--instruction", "Hi"],
+    ["style", "--data", "yelp", "--direction", "neg2pos"]])
+def test_token_ids_beyond_the_vocabulary_are_one_line(command, yelp, monkeypatch, capsys):
+    monkeypatch.chdir(yelp.parent)
+    shutil.copytree(DEMO / "llama", "llama")
+    tokenizer = Tokenizer.from_file("llama/tokenizer.json")
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save("llama/tokenizer.json")
+    with pytest.raises(SystemExit) as e:
+        train_instruct.command([*command, "--model", "llama", "--template", "chatml"])
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.count("\n") == 1
+    assert "tokenizer.json gives token id" in error and not Path("runs").exists()
+
+
+def test_answers_are_computed_in_the_dtype_of_the_run_or_else_of_the_model(tmp_path, capsys):
+    model = load_decoder(DEMO / "llama")
+    sl.SaLoRA(model, model.target_paths("q"), 1, r=2, window=None)
+    adapter.save(model, tmp_path / "r" / "adapter")
+    shutil.copytree(DEMO / "llama", tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | dict(dtype="bfloat16")))
+
+    def said(*flags):
+        train_instruct.main(["generate", "--instruction", "Hi", "--max-new-tokens", "1", *flags])
+        return capsys.readouterr().err.split()[2]
+
+    run_flags = ["--adapter", str(tmp_path / "r" / "adapter")]
+    assert said() == "float32" and said("--model", str(tmp_path / "m")) == "bfloat16"
+    for dtype in ("bfloat16", "float32"):
+        (tmp_path / "r" / "result.json").write_text(
+            json.dumps(dict(score=0.5, settings=dict(dtype=dtype))))
+        assert said(*run_flags, "--model", str(tmp_path / "m")) == dtype
+    assert said(*run_flags, "--dtype", "bfloat16") == "bfloat16"
 
 
 # ---- style transfer and its scores
@@ -470,6 +520,12 @@ def test_perplexity_is_kenlms_per_token(tmp_path, capsys):
     log10 = (-0.75 - 0.0625 - 0.5) + (-0.125 - 1.0 - 0.5)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["PPL"] == pytest.approx(
         10 ** (-log10 / 5), rel=1e-5)
+    # only ASCII white space ends a word: a single one, unknown
+    (tmp_path / "o").write_text("a\u00a0a\n", encoding="utf-8")
+    train_instruct.command(["score", "--outputs", str(tmp_path / "o"),
+                            "--lm", str(tmp_path / "lm.arpa")])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["PPL"] == pytest.approx(
+        10 ** ((0.125 + 1.0 + 0.5) / 2), rel=1e-5)  # 6.49
     (tmp_path / "lm.arpa").write_text(arpa[:90])
     with pytest.raises(SystemExit):
         train_instruct.command(["score", "--outputs", str(tmp_path / "o"),

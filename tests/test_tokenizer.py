@@ -11,7 +11,8 @@ from data.batching import load_tokenizer, tokenize
 from data.instruct import encode
 
 DEMO = FIXTURES.parent.parent / "data" / "demo"
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the old boy cafe café Boy # ##s 你 好 你好 [ ] cls".split()
+WORDS = ("[PAD] [UNK] [CLS] [SEP] [MASK] the old boy cafe café Boy # ##s 你 好 你好 [ ] "
+         "cls").split()
 BERT = dict(
     version="1.0", added_tokens=[], decoder=None, truncation=None, padding=None,
     normalizer=dict(type="BertNormalizer", clean_text=True, handle_chinese_chars=True,

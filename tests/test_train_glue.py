@@ -23,7 +23,7 @@ from model import load_encoder
 from salora import ranks
 from training.flags import NOT_OF_A_RUN, new_parser
 from training.loop import lr_factor, schedule
-from training.runs import CHECKPOINTS
+from training.runs import CHECKPOINT
 
 ROOT = Path(train_glue.__file__).parent
 SHORT = ["--limit-train", "200", "--limit-dev", "90", "--epochs", "2", "--log-every", "1",
@@ -115,7 +115,7 @@ def test_log_has_every_field_and_the_method_shows_in_it(short):
 
 
 def test_held_out_rows_are_scored_instead_of_dev(tmp_path, capsys):
-    result = run(tmp_path / "r", "--hold-out", "50")
+    result = run(tmp_path / "r", "--hold-out", "50", "--max-steps", "2")
     rows = {row[1] for row in predictions(tmp_path / "r")[1]}
     assert result["dev_rows"] == [50] and len(predictions(tmp_path / "r")[1]) == 50
     assert rows == {"0", "1"}
@@ -247,17 +247,139 @@ def test_names_go_with_an_adapter_into_the_merged_model_and_the_next_run(named, 
     assert "adapter: its head gives satisfying, good, poor; put into" in capsys.readouterr().out
 
 
+# ---- predictions for other texts
+
+
+def predict(capsys, *flags):
+    """What the command prints: names of the columns, and rows of cells."""
+    capsys.readouterr()
+    train_glue.command(["predict", *map(str, flags)])
+    captured = capsys.readouterr()
+    header, *rows = [line.split("\t") for line in captured.out.splitlines()]
+    return header, rows
+
+
+@pytest.fixture(scope="module")
+def runs_of(tmp_path_factory, short):
+    """{method: folder of a run}, made when it is first asked for."""
+    made = {"salora": short[0]}
+
+    def get(method):
+        if method not in made:
+            made[method] = tmp_path_factory.mktemp("runs") / method
+            run(made[method], "--method", method)
+        return made[method]
+    return get
+
+
+@pytest.mark.parametrize("method", ["salora", "adalora", slow("lora"), slow("lora-svd")])
+def test_predictions_for_texts_are_those_of_the_run(method, runs_of, tmp_path, capsys):
+    out = runs_of(method)
+    texts = [text for text, in load_task("demo", limit_dev=90)[2][0].texts]
+    (tmp_path / "lines.txt").write_text("\ufeff" + "\n".join(texts) + "\n", encoding="utf-8")
+    (tmp_path / "test.tsv").write_text(  # as GLUE's
+        "index\tsentence\r\n" + "".join(f"{i}\t{text}\r\n" for i, text in enumerate(texts)))
+    header, rows = predict(capsys, "--run", out, "--text", tmp_path / "lines.txt")
+    assert header == ["index", "prediction", "probability", "logit_0", "logit_1"]
+    wanted = predictions(out)[1]
+    assert [row[:2] for row in rows] == [[row[0], row[2]] for row in wanted]
+    logits = np.array([[float(x) for x in row[3:]] for row in rows])
+    assert np.allclose(logits, [[float(x) for x in row[3:]] for row in wanted], atol=1e-4)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert np.allclose([float(row[2]) for row in rows], p.max(1), atol=1e-5)
+    assert predict(capsys, "--run", out, "--text", tmp_path / "test.tsv")[1] == rows
+    again = predict(capsys, "--run", out, "--text", HERE / "demo" / "dev.tsv")[1]  # no header
+    assert [row[:2] for row in again[:90]] == [row[:2] for row in rows] and len(again) == 1000
+    predict(capsys, "--run", out, "--text", tmp_path / "test.tsv", "--out", tmp_path / "p.tsv")
+    lines = (tmp_path / "p.tsv").read_text().splitlines()
+    assert [line.split("\t") for line in lines] == [header, *rows]
+
+
+def test_predictions_are_names_of_labels_for_one_or_two_sentences_or_numbers(
+        named, tmp_path, capsys):
+    run(tmp_path / "one", "--task", named / "data", "--model", named / "other", "--method", "lora",
+        "--max-steps", 2)
+    (tmp_path / "text.tsv").write_text("id\tsentence\n\na\tMary slept.\nb\t\n")
+    _, rows = predict(capsys, "--run", tmp_path / "one", "--text", tmp_path / "text.tsv")
+    assert [row[0] for row in rows] == ["1", "2"]  # the blank line had the number 0
+    assert all(row[1] == LABELS[np.argmax([float(x) for x in row[3:]])] for row in rows)
+    (tmp_path / "pairs").mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "pairs" / name).write_text(
+            "sentence1\tsentence2\tscore\n" + "".join(f"A {i}.\tB.\t{i}\n" for i in range(20)))
+    run(tmp_path / "two", "--task", tmp_path / "pairs", "--model", HERE / "demo" / "model",
+        "--method", "lora", "--max-steps", 2)
+    header, rows = predict(capsys, "--run", tmp_path / "two", "--text",
+                           tmp_path / "pairs" / "dev.tsv")
+    assert header == ["index", "prediction", "logit_0"] and all(r[1] == r[2] for r in rows)
+    wanted = predictions(tmp_path / "two")[1]
+    assert [float(r[1]) for r in rows] == pytest.approx([float(r[2]) for r in wanted], abs=1e-4)
+
+
+@pytest.mark.parametrize("change,flags,words", [
+    (None, ["--run", "nowhere"], "--run nowhere: has no result.json"),
+    (None, ["--text", "nowhere"], "nowhere: not found; expected a file of texts"),
+    ("two\tcells\n", [], "text: its first line has the columns 'two', 'cells', expected sentence"),
+    ("one\ntwo\tcells\n", [], "text: line 2 has 2 columns, expected 1"),
+    ("sentence1\tsentence2\na\tb\n", [], "expected sentence among them"),
+    ("sentence\n", [], "text: has no rows"),
+    ("", [], "text: has no rows"),
+    (None, ["--out", "text"], "--out is text, which is there"),
+    (None, ["--out", "no/folder"], "--out is no/folder, expected a file in a folder that is there"),
+    (None, ["--model", "./gone"], "--model ./gone: no such folder"),
+    (dict(model="./gone"), [], "--model ./gone: no such folder"),
+    (dict(method="ft"), [], "run: has no adapter/ (method ft); expected a run of salora, lora"),
+    (dict(columns=...), [], "without columns of text, expected that of a run of train_glue.py"),
+])
+def test_what_cannot_be_predicted_is_said_in_one_line(
+        change, flags, words, short, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(short[0], "run")
+    Path("text").write_text(change if isinstance(change, str) else "Mary slept.\n")
+    if isinstance(change, dict):
+        result = json.loads(Path("run/result.json").read_text())
+        result["settings"] |= change
+        if change.get("columns") is ...:
+            del result["columns"], result["settings"]["columns"]
+        if change.get("method"):
+            shutil.rmtree("run/adapter")
+        Path("run/result.json").write_text(json.dumps(result))
+    before = sorted(tmp_path.rglob("*"))
+    given = {"--run": "run", "--text": "text"} | dict(zip(flags[::2], flags[1::2]))
+    with pytest.raises(SystemExit) as e:
+        train_glue.command(["predict", *(x for pair in given.items() for x in pair)])
+    captured = capsys.readouterr()
+    assert e.value.code == 2 and words in captured.err and captured.err.count("\n") == 1
+    assert not captured.out and sorted(tmp_path.rglob("*")) == before
+
+
 # ---- methods, tasks, flags
 
 
 def test_lora_keeps_everything_and_has_no_gates(tmp_path):
-    result = run(tmp_path / "r", "--method", "lora")
+    result = run(tmp_path / "r", "--method", "lora", "--max-steps", "5")
     assert set(result["ranks"].values()) == {8}
     assert result["kept_params"] == result["trainable_params"] and result["kept_density"] == 1
     lines = log(tmp_path / "r")
     assert {line["lambda"] for line in lines} == {0} and {line["density"] for line in lines} == {1}
     assert all(line["loss"] == line["task_loss"] for line in lines)
     assert (tmp_path / "r" / "adapter").is_dir()
+
+
+@pytest.mark.parametrize("method", ["salora", slow("lora"), slow("lora-svd"), "adalora"])
+def test_dropout_on_the_adapters_path_is_there_in_training_alone(method, tmp_path):
+    flags = ["--method", method, "--max-steps", 6, "--lora-dropout"]
+    for p in (0, 0.4):
+        run(tmp_path / str(p), *flags, p)
+        config = json.loads((tmp_path / str(p) / "adapter" / "adapter_config.json").read_text())
+        assert config["lora_dropout"] == p
+    losses = [[line["task_loss"] for line in log(tmp_path / p)] for p in ("0", "0.4")]
+    assert losses[0] != losses[1]
+    rows = ["--task", "demo", "--epochs", 0, "--method", "lora", "--adapter"]
+    run(tmp_path / "again", *rows, tmp_path / "0.4" / "adapter", "--lora-dropout", 0.4)
+    logits = [np.array([[float(x) for x in row[3:]] for row in predictions(tmp_path / name)[1]])
+              for name in ("0.4", "again")]
+    assert np.allclose(*logits, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -277,12 +399,13 @@ def test_full_fine_tuning_trains_every_weight(tmp_path):
     slow("prompt", 5 * 128, None),
 ])
 def test_other_baselines_report_their_parameters_and_train_them(tmp_path, method, trained, kept):
-    result = run(tmp_path / "r", "--method", method, "--bottleneck", 16, "--virtual-tokens", 5)
+    result = run(tmp_path / "r", "--method", method, "--bottleneck", 16, "--virtual-tokens", 5,
+                 "--max-steps", 3)
     assert result["trainable_params"] == trained and result["kept_params"] == (kept or trained)
     assert result["ranks"] == {}
     assert result["head_params"] == 128 * 128 + 128 + 2 * 128 + 2
     assert not (tmp_path / "r" / "adapter").exists()
-    state = load_file(tmp_path / "r" / "checkpoint" / "state.safetensors")
+    state = load_file(tmp_path / "r" / CHECKPOINT)
     assert all(state[f"state.0.{name}"].abs().sum() > 0 for name in ("exp_avg", "exp_avg_sq"))
 
 
@@ -356,7 +479,7 @@ def test_paper_recipe_is_the_letter_and_flags_override_it(tmp_path):
     assert parsed("--method", "lora") == [*plain[:-1], False]
     adalora = parsed("--method", "adalora")
     assert (adalora[0], adalora[2], adalora[-1]) == (0.1, [0.2, 0.5], False)
-    result = run(tmp_path / "r", "--recipe", "paper")
+    result = run(tmp_path / "r", "--recipe", "paper", "--max-steps", "5")
     assert result["settings"]["gate_lr"] == 0.01
     assert log(tmp_path / "r")[0]["loss"] > log(tmp_path / "r")[0]["task_loss"] + 0.1 * 8 * 24 * 0.9
 
@@ -486,6 +609,7 @@ def test_several_processes_report_an_error_once(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_no_number(tmp_path, short):
     """Dropout and gates are drawn once, though the layers are computed twice."""
     run(tmp_path / "r", "--checkpoint-activations")
@@ -512,7 +636,7 @@ def test_compiled_model_has_the_same_numbers_and_keys(tmp_path, still):
 @pytest.mark.slow
 def test_bfloat16_base_leaves_adapter_and_gates_in_float32(tmp_path, still, one):
     run(tmp_path / "r", "--dtype", "bfloat16", "--model", still, "--limit-train", "193")
-    state = load_file(tmp_path / "r" / "checkpoint" / "state.safetensors")
+    state = load_file(tmp_path / "r" / CHECKPOINT)
     assert {t.dtype for name, t in state.items() if name.startswith("param.")} == {torch.float32}
     for a, b in zip(log(one)[:3], log(tmp_path / "r")):  # later ones drift apart: it has 3 digits
         assert a["task_loss"] == pytest.approx(b["task_loss"], abs=0.03)
@@ -524,7 +648,7 @@ def test_full_fine_tuning_in_bfloat16_trains_float32_weights(tmp_path, still):
     flags = ["--method", "ft", "--model", still, "--limit-train", "193", "--lr", "1e-4"]
     run(tmp_path / "whole", *flags)
     run(tmp_path / "rounded", *flags, "--dtype", "bfloat16")
-    state = load_file(tmp_path / "rounded" / "checkpoint" / "state.safetensors")
+    state = load_file(tmp_path / "rounded" / CHECKPOINT)
     assert {t.dtype for name, t in state.items() if name.startswith("param.")} == {torch.float32}
     whole, rounded = log(tmp_path / "whole"), log(tmp_path / "rounded")
     assert [a["task_loss"] for a in whole] == pytest.approx(
@@ -588,7 +712,9 @@ def test_resumed_run_ends_in_the_same_bytes(tmp_path, method, stop, monkeypatch)
     monkeypatch.setattr(train_glue, "evaluate", evaluate)
     assert not (tmp_path / "cut" / "result.json").exists()
     result = run(tmp_path / "cut", *flags, "--resume")
-    names = ["predictions.tsv", "checkpoint/state.safetensors"]
+    tensors = (load_file(tmp_path / run / CHECKPOINT) for run in ("cut", "whole"))
+    torch.testing.assert_close(*tensors, rtol=0, atol=0)
+    names = ["predictions.tsv"]
     if method not in ("ft", "prefix"):
         names.append("adapter/adapter_model.safetensors")
     for name in names:
@@ -620,22 +746,22 @@ def test_finished_run_is_not_overwritten_unasked(tmp_path, short):
     assert (short[0] / "result.json").read_bytes() == before
 
 
-def test_unfinished_run_is_not_replaced_unasked(tmp_path, capsys):
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "thesis.pt").write_text("years of work")
-    with pytest.raises(InputError,
-                       match="did not finish: --resume goes on with it, --overwrite replaces it"):
-        run(tmp_path, "--max-steps", "4")
-    assert (tmp_path / "checkpoint" / "thesis.pt").read_text() == "years of work"
+@pytest.mark.parametrize("name,flags,words", [
+    (CHECKPOINT, [], "did not finish: --resume goes on with it, --overwrite replaces it"),
+    ("checkpoint/thesis.pt", [], "another version wrote its checkpoint/"),
+    ("checkpoint/thesis.pt", ["--resume"], "another version wrote its checkpoint/")])
+def test_unfinished_run_is_not_replaced_unasked(tmp_path, name, flags, words):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("years of work")
+    with pytest.raises(InputError, match=words):
+        run(tmp_path, "--max-steps", "4", *flags)
+    assert (tmp_path / name).read_text() == "years of work"
     assert not (tmp_path / "log.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", [CHECKPOINTS[0], *map(slow, CHECKPOINTS[1:])])
-def test_damaged_log_is_named_and_the_checkpoint_before_the_last_counts_too(name, tmp_path):
+def test_a_damaged_log_is_named(tmp_path):
     run(tmp_path, "--max-steps", "4")
     (tmp_path / "result.json").unlink()
-    if name != "checkpoint":
-        (tmp_path / "checkpoint").rename(tmp_path / name)
     with pytest.raises(InputError, match="did not finish"):
         run(tmp_path, "--max-steps", "4")
     good = (tmp_path / "log.jsonl").read_text()
@@ -666,7 +792,7 @@ def test_a_run_that_came_apart_in_its_last_step_does_not_count(tmp_path):
 
 def test_files_can_be_read_by_whom_the_folder_lets_in(short):
     modes = {file.name: file.stat().st_mode for file in short[0].rglob("*") if file.is_file()}
-    assert {"adapter_model.safetensors", "state.safetensors"} <= modes.keys()
+    assert {"adapter_model.safetensors", CHECKPOINT} <= modes.keys()
     assert len(set(modes.values())) == 1
 
 
@@ -676,6 +802,16 @@ def test_default_folders_do_not_collide(tmp_path, monkeypatch):
     for _ in range(2):
         train_glue.main([*SHORT, "--max-steps", "4"])
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["demo-salora", "demo-salora-2"]
+
+
+def test_overwrite_replaces_the_default_folder_and_the_hint_is_something_else(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for steps in ("4", "3"):
+        train_glue.main([*SHORT, "--max-steps", steps, "--method", "lora", "--overwrite"])
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["demo-lora"]
+    assert json.loads((tmp_path / "runs/demo-lora/result.json").read_text())["steps"] == 3
+    assert "\nnext: --method salora" in capsys.readouterr().out
 
 
 # ---- bad input: one line, exit status 2, nothing written
@@ -698,6 +834,8 @@ def test_default_folders_do_not_collide(tmp_path, monkeypatch):
     (["--r", "0"], "--r is 0, expected at least 1"),
     (["--r", "129"], "--r is 129, but the narrowest matrix of"),
     (["--lr", "-1"], "--lr is -1.0"),
+    (["--lora-dropout", "1"], "--lora-dropout is 1.0, expected a share in [0, 1)"),
+    (["--lora-dropout", "0.1", "--method", "ft"], "expected none with --method ft"),
     (["--lr", "0"], "--lr is 0.0"),
     (["--alpha", "0"], "--alpha is 0.0"),
     (["--task", ".", "--data", "."], "--data is '.', expected nothing"),
@@ -747,7 +885,7 @@ def test_every_flag_of_the_design_is_there_and_every_flag_has_a_help_sentence(mo
     flags = {option: action for action in parsers[0]._actions for option in action.option_strings}
     assert all(len(action.help.split()) >= 2 for action in flags.values())
     for flag in ("task model data method r alpha budget beta orth-reduction gate-lr window "
-                 "selection fold-gates recipe targets epochs max-steps batch-size accumulate lr "
+                 "lora-dropout selection fold-gates recipe targets epochs max-steps batch-size accumulate lr "
                  "warmup rewarm turn price weight-decay max-length seed seeds device dtype threads "
                  "compile checkpoint-activations out resume overwrite limit-train "
                  "limit-dev").split():

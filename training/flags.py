@@ -15,9 +15,11 @@ from data import InputError
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as is WORLD_SIZE
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 LARGEST = 2**31  # above any sensible number
-NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid")  # not a setting of a single run
+# not a setting of a single run
+NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid", "command")
 MAY_CHANGE = ("threads", "log_every", "save_every")  # with --resume
 RESOLVED_LATER = ("epochs", "max_length", "selection", "gate_lr", "lr", "r", "dtype")  # None: unset
+LOW_RANK = ("salora", "lora", "lora-svd", "adalora")
 WINDOWS = {"adalora": [0.2, 0.5], "lora-svd": [0.4, 0.5]}  # of others the recipe's
 RECIPES = {  # what a recipe sets unless a flag says otherwise
     "default": dict(beta=0.0, orth_reduction="mean", window=(0.5, 0.6), gate_lr=None, turn=True,
@@ -43,22 +45,32 @@ def flag_group(parser, title):
     return arg
 
 
-def method_flags(parser, methods, letters):
+def main_flags(arg, methods, epochs, batch_size, lr, out):
+    """What most runs need. `epochs`, `lr`, `out`: the defaults in words."""
+    arg("--method", choices=methods, default="salora", metavar="METHOD",
+        help=f"salora, or a method to compare it with: {', '.join(methods[1:])}; see baselines.py")
+    arg("--r", type=int, help="initial rank (default: 8)")
+    arg("--budget", type=float, default=0.5,
+        help="share b of the adapter parameters to keep (adalora: of the triplets)")
+    arg("--epochs", type=float, help=f"passes over the training rows (default: {epochs})")
+    arg("--batch-size", type=int, default=batch_size, help="rows per forward pass and process")
+    arg("--lr", type=float, help=f"learning rate of the weights (default: {lr})")
+    arg("--out", help=f"folder of the run (default: {out}, numbered if that exists)")
+
+
+def method_flags(parser, letters):
     arg = flag_group(parser, "method")
-    arg("--method", choices=methods, default="salora",
-        help="SaLoRA, or a method to compare it with: see baselines.py")
     arg("--adapter", metavar="DIR",
         help="go on from this LoRA adapter, saved by this project or by PEFT, with its own --r, "
         "--alpha, --targets and --layers; --epochs 0 only scores it (default: start anew)")
-    arg("--r", type=int, help="initial rank (default: 8)")
     arg("--alpha", type=float, help="the update is scaled by alpha/r (default: r, a scale of 1; "
         f"adalora {baselines.AdaLoRA.SCALE} r)")
     more = ", and W^G if named" if "g" in letters else ""
+    arg("--lora-dropout", type=float, default=0.0, metavar="P",
+        help="share of the inputs of each adapter that are zeroed in training")
     arg("--targets", nargs="+", choices=list(letters),
         help=f"matrices to adapt: W^Q W^K W^V W^O W^U W^D{more} (default: q k v o u d)")
     arg("--layers", type=int, nargs="+", help="layers to adapt, from 0 (default: all)")
-    arg("--budget", type=float, default=0.5,
-        help="share b of the adapter parameters to keep (adalora: of the triplets)")
     arg("--beta", type=float,
         help="weight of the orthogonal regularizer (default: 0; adalora 0.1)")
     arg("--window", type=float, nargs=2, metavar=("START", "END"),
@@ -94,14 +106,11 @@ def machine_flags(parser, dtype=None):
     return arg
 
 
-def run_flags(parser, epochs, lr, batch_size, dtype, out):
-    """Optimization, machine and output; `epochs`, `lr`, `dtype`, `out`: the defaults in words."""
+def run_flags(parser, dtype):
+    """Optimization, machine and output; `dtype`: the default in words."""
     arg = flag_group(parser, "optimization")
-    arg("--epochs", type=float, help=f"passes over the training rows (default: {epochs})")
     arg("--max-steps", type=int, help="stop after this many steps (default: no limit)")
-    arg("--batch-size", type=int, default=batch_size, help="rows per forward pass and process")
     arg("--accumulate", type=int, default=1, help="forward passes per step")
-    arg("--lr", type=float, help=f"of the weights (default: {lr})")
     arg("--warmup", type=float, default=0.06, help="share of the steps in which the learning "
         "rates rise, before they fall linearly to 0")
     arg("--rewarm", action=argparse.BooleanOptionalAction,
@@ -119,9 +128,9 @@ def run_flags(parser, epochs, lr, batch_size, dtype, out):
         help="recompute activations in the backward pass: less memory, more time")
 
     arg = flag_group(parser, "output")
-    arg("--out", help=f"folder of the run (default: {out}, numbered if that exists)")
-    arg("--resume", action="store_true", default=False, help="go on from --out/checkpoint")
-    arg("--overwrite", action="store_true", default=False, help="replace a finished run in --out")
+    arg("--resume", action="store_true", default=False, help="go on from the checkpoint in --out")
+    arg("--overwrite", action="store_true", default=False, help="replace the run in "
+        "--out, or in the folder that is its default")
     arg("--log-every", type=int, default=10, help="steps between the lines of log.jsonl")
     arg("--save-every", type=int, metavar="N", help="write a checkpoint every N steps, too "
         "(default: after each epoch, and on Ctrl-C or SIGTERM)")
@@ -129,20 +138,23 @@ def run_flags(parser, epochs, lr, batch_size, dtype, out):
 
 def settle(args):
     """Fills in what the recipe decides, then checks."""
-    args.window = args.window or WINDOWS.get(args.method)
-    if args.method == "adalora":
-        args.beta = 0.1 if args.beta is None else args.beta
-    if args.method not in ("salora", "lora-svd") and args.rewarm is None:
-        args.rewarm = False
-    for name, value in RECIPES[args.recipe].items():
-        if getattr(args, name) is None:
-            setattr(args, name, list(value) if name == "window" else value)
+    adalora = args.method == "adalora"
+    fill_in(args, window=WINDOWS.get(args.method), beta=0.1 if adalora else None)
+    if args.method not in ("salora", "lora-svd"):
+        fill_in(args, rewarm=False)
+    fill_in(args, **RECIPES[args.recipe])
+    args.window = list(args.window)  # as JSON gives it back
     if args.adapter is None:
-        args.r, args.targets = 8 if args.r is None else args.r, args.targets or list("qkvoud")
-        if args.alpha is None:
-            scale = baselines.AdaLoRA.SCALE if args.method == "adalora" else 1
-            args.alpha = float(args.r * scale)
+        fill_in(args, r=8, targets=list("qkvoud"))
+        fill_in(args, alpha=float(args.r * (baselines.AdaLoRA.SCALE if adalora else 1)))
     check(args)
+
+
+def fill_in(args, **values):
+    """Sets what no flag has set."""
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def check(args):
@@ -153,6 +165,9 @@ def check(args):
         need(args.adapter is None or getattr(args, name) is None, flag(name), "given",
              "none with --adapter, which has its own")
 
+    need(0 <= args.lora_dropout < 1, "--lora-dropout", args.lora_dropout, "a share in [0, 1)")
+    need(not args.lora_dropout or args.method in LOW_RANK, "--lora-dropout", args.lora_dropout,
+         f"none with --method {args.method}, which has no low-rank adapters")
     need(0 < args.budget <= 1, "--budget", args.budget, "a share in (0, 1]")
     start, end = args.window
     need(0 <= start < end <= 1, "--window", f"{start} {end}",
@@ -169,11 +184,11 @@ def check(args):
             hint = ", or 0 with --adapter or --method head, to score what is there"
         need(ok, flag(name), value, f"a positive number, below {LARGEST}{hint}")
     need(0 <= args.warmup < 1, "--warmup", args.warmup, "a share in [0, 1)")
-    seeds, layers, targets = args.seeds or [], args.layers or [], args.targets or []
-    need(all(0 <= seed < LARGEST for seed in seeds) and len(set(seeds)) == len(seeds), "--seeds",
-         seeds, f"different numbers from 0, below {LARGEST}")
-    need(min(layers, default=0) >= 0 and len(set(layers)) == len(layers), "--layers", layers,
-         "different numbers from 0")
+    for name in ("seeds", "layers"):
+        numbers = getattr(args, name) or []
+        need(all(0 <= n < LARGEST for n in numbers) and len(set(numbers)) == len(numbers),
+             flag(name), numbers, f"different numbers from 0, below {LARGEST}")
+    targets = args.targets or []
     need(len(set(targets)) == len(targets), "--targets", " ".join(targets), "each letter once")
     need(not args.resume or args.out, "--resume", "given without --out",
          "the --out of the run to go on with")
@@ -224,8 +239,7 @@ def flag(name):
 
 def check_sizes(args, config):
     """Refuses ranks and layers that the model does not have."""
-    low_rank = args.method in ("salora", "lora", "lora-svd", "adalora")
-    if (args.r or 0) > config.narrowest and low_rank:
+    if (args.r or 0) > config.narrowest and args.method in LOW_RANK:
         raise InputError(f"--r is {args.r}, but the narrowest matrix of {args.model} allows a rank "
                          f"of 1 to {config.narrowest}")
     most = config.num_hidden_layers - 1

@@ -2,6 +2,9 @@
 A trained model at work: logits of rows, answers to prompts, and the flags of commands that answer.
 """
 
+import contextlib
+import io
+import sys
 from pathlib import Path
 
 import torch
@@ -9,14 +12,15 @@ import torch.distributed as dist
 
 import salora as sl
 from data import InputError
-from data.batching import batch_order, collate, load_tokenizer
+from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.download import model_folder
-from data.instruct import DEMO, TEMPLATES
-from model import load_decoder, stop_ids
+from data.instruct import DEMO, TEMPLATES, encode_prompt
+from model import load_decoder, load_encoder, read_json, stop_ids
 from training.flags import (
     PROCESSES,
     RANK,
     at_least,
+    fill_in,
     flag_group,
     machine_flags,
     need,
@@ -43,6 +47,42 @@ def evaluate(model, rows, pad_id, device, batch_size=128):
     return logits.cpu().numpy()
 
 
+def read_run(flag, folder):
+    """result.json of a finished run that a flag names."""
+    result = read_result(folder)
+    if result is None:
+        seeds = f", such as {folder}/seed0" if (Path(folder) / "seed0").is_dir() else ""
+        raise InputError(f"{flag} {folder}: has no result.json, expected the folder of a finished "
+                         f"run of train_glue.py{seeds}")
+    return result
+
+
+def open_classifier(flag, folder, result, device, model=None):
+    """A function from texts, tuples of one or two sentences, to their logits (n, num_labels), with
+    the adapter of a run of train_glue.py. result: read_run(flag, folder); model: where the run's
+    model is now."""
+    settings, labels = result["settings"], result["labels"]
+    if not (Path(folder) / "adapter").is_dir():
+        raise InputError(f"{flag} {folder}: has no adapter/ (method {settings['method']}); "
+                         "expected a run of salora, lora, lora-svd or adalora, which leave their "
+                         "weights there")
+    source = model_folder(model or settings["model"])
+    tokenizer = load_tokenizer(source)
+    with contextlib.redirect_stdout(io.StringIO()):  # of its head, which comes with the adapter
+        dtype = getattr(torch, settings["dtype"])
+        encoder = load_encoder(source, len(labels or [0]), dtype).to(device)
+    for module in encoder.head:
+        module.float()
+    load_adapter(encoder, Path(folder) / "adapter")
+    c = encoder.config
+
+    def logits(texts):
+        tokens = tokenize(tokenizer, texts, settings["max_length"], c.vocab_size)
+        return evaluate(encoder, tokens, c.pad_token_id, device)
+
+    return logits
+
+
 def answer(model, tokenizer, prompts, stop, max_new_tokens, batch_size=16, **sampling):
     """The texts that the model answers to prompts (lists of token ids)."""
     training_mode, texts = model.training, []
@@ -58,8 +98,8 @@ def answer(model, tokenizer, prompts, stop, max_new_tokens, batch_size=16, **sam
     return texts
 
 
-def subcommand(name, description):
-    parser = new_parser(prog=f"train_instruct.py {name}", description=description)
+def subcommand(name, description, script="train_instruct.py"):
+    parser = new_parser(prog=f"{script} {name}", description=description)
     return parser, flag_group(parser, "flags")
 
 
@@ -76,7 +116,7 @@ def model_flags(parser, arg):
     arg("--top-p", type=float, default=1.0,
         help="draw from the smallest set of tokens whose probabilities reach this")
     arg("--seed", type=int, default=0, help="of the draw")
-    machine_flags(parser, dtype="float32")
+    machine_flags(parser, dtype="that of the adapter's run, else of the model")
 
 
 def open_model(args):
@@ -87,9 +127,11 @@ def open_model(args):
     need(args.temperature == 0 or args.temperature >= 0.001, "--temperature", args.temperature,
          "0, or at least 0.001")
     device = use_machine(args)
-    args.model, args.dtype = args.model or str(DEMO / "llama"), args.dtype or "float32"
-    args.template = args.template or template_of(args.adapter)
+    run = read_result(Path(args.adapter) / "..") if args.adapter else None
+    settings = run["settings"] if run else {}
+    fill_in(args, model=str(DEMO / "llama"), template=settings.get("template", "alpaca"))
     folder = model_folder(args.model)
+    fill_in(args, dtype=settings.get("dtype") or dtype_of(folder))
     tokenizer, stop = load_tokenizer(folder), stop_ids(folder)
     model = load_decoder(folder, getattr(torch, args.dtype), device).eval()
     if args.adapter:
@@ -99,15 +141,21 @@ def open_model(args):
     return model, tokenizer, stop
 
 
-def check_room(args, model, prompts):
+def dtype_of(folder):
+    """In which dtype to compute with a model folder: bfloat16 if its weights are, else float32."""
+    config = read_json(folder / "config.json")
+    stored = config.get("dtype") or config.get("torch_dtype")  # the first from transformers 5 on
+    return "bfloat16" if stored == "bfloat16" else "float32"
+
+
+def encode_prompts(args, model, tokenizer, texts):
+    """Prompts as lists of token ids, which the model knows and has room to answer; says in which
+    dtype it will."""
+    prompts = [encode_prompt(tokenizer, text, model.config.vocab_size) for text in texts]
     longest = max(map(len, prompts))
     room = max(model.config.max_length - longest, 0)
     if args.max_new_tokens > room:
         raise InputError(f"--max-new-tokens is {args.max_new_tokens}; with the prompt of {longest} "
                          f"tokens the model has positions for {room} more")
-
-
-def template_of(folder):
-    """The template of the run that an adapter's folder lies in."""
-    result = read_result(Path(folder) / "..") if folder else None
-    return result["settings"].get("template", "alpaca") if result else "alpaca"
+    print(f"computed in {args.dtype} (--dtype)", file=sys.stderr)
+    return prompts

@@ -25,9 +25,9 @@ from data import InputError
 from data.batching import batch_order
 from training.flags import NOT_OF_A_RUN, PROCESSES, RANK, need
 from training.runs import (
+    CHECKPOINT,
     Stopped,
     clear_folder,
-    find_checkpoint,
     load_checkpoint,
     save_checkpoint,
     write_text,
@@ -69,6 +69,7 @@ def schedule(args, lengths, weights, epochs):
     return SimpleNamespace(
         lengths=lengths, weights=weights, epochs=epochs, rows_per_step=rows_per_step,
         epoch_steps=epoch_steps, steps=steps, gated=args.method == "salora",
+        budget=budget_of(args),
         warmup=math.ceil(args.warmup * steps), restart=end if args.rewarm else steps)
 
 
@@ -107,6 +108,8 @@ def start_from(args, model, steps):
               if p.requires_grad and id(p) not in adapted]
     need(not others, f"{name}: its modules_to_save", f"with {', '.join(others)}",
          "nothing but the head")
+    for layer in sl.adapters(model).values():
+        layer.dropout = args.lora_dropout
 
 
 def install(args, model, steps, seed):
@@ -118,11 +121,12 @@ def install(args, model, steps, seed):
         return sl.SaLoRA(
             model, paths, max(steps, 1), r=args.r, alpha=args.alpha, budget=args.budget,
             beta=args.beta, window=args.window if steps else None, seed=seed, gate_lr=args.gate_lr,
-            turn=args.turn, orth_reduction=args.orth_reduction, selection=args.selection,
-            fold_gates=args.fold_gates, price=args.price)
+            lora_dropout=args.lora_dropout, turn=args.turn, orth_reduction=args.orth_reduction,
+            selection=args.selection, fold_gates=args.fold_gates, price=args.price)
     return baselines.install(
         model, args.method, paths, steps, args.r, args.alpha, args.budget, args.beta, args.window,
-        getattr(args, "bottleneck", None), getattr(args, "virtual_tokens", None))
+        getattr(args, "bottleneck", None), getattr(args, "virtual_tokens", None),
+        args.lora_dropout)
 
 
 def settings_of(args, seed, plan, lowrank):
@@ -144,10 +148,11 @@ def announce(settings, line):
 
 
 class Log:
-    """log.jsonl, and the same on the screen: a line now and then, means since the last line."""
+    """log.jsonl, and the same on the screen: a line now and then, means since the last line; and
+    gates.jsonl."""
 
     def __init__(self, out, plan, device):
-        self.file, self.plan = out / "log.jsonl", plan
+        self.file, self.gates, self.plan = out / "log.jsonl", out / "gates.jsonl", plan
         self.sums = torch.zeros(2, device=device)  # loss, task loss since the last line
         self.tokens = self.steps = 0  # since then
         self.seconds = 0.0  # of the whole run
@@ -168,15 +173,35 @@ class Log:
         self.tokens, self.steps = state[2:]
         if RANK:
             return
-        kept, text = [], self.file.read_text() if self.file.exists() else ""
-        for number, line in enumerate(text.splitlines(keepends=True), 1):
-            try:
-                if line.endswith("\n") and json.loads(line)["step"] < step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{self.file}: line {number} is damaged: remove it to go "
-                                 "on") from None
-        write_text(self.file, "".join(kept))
+        for file in (self.file, self.gates):
+            kept, text = [], file.read_text() if file.exists() else ""
+            for number, line in enumerate(text.splitlines(keepends=True), 1):
+                try:
+                    if line.endswith("\n") and json.loads(line)["step"] < step:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    raise InputError(f"{file}: line {number} is damaged: remove it to go "
+                                     "on") from None
+            if text:
+                write_text(file, "".join(kept))
+
+    @torch.no_grad()
+    def write_gates(self, step, salora):
+        """Some 50 times in the window, and at its end: P(g > 0) of each triplet (K, r), as gates.
+        The first line is of the moment when it opens; the last has the triplets that stay."""
+        now = step + 1  # salora.step
+        every, closed = math.ceil((salora.last - salora.first) / 50), now == salora.last
+        due = salora.first <= now <= salora.last and (now - salora.first) % every == 0
+        if RANK or not (due or closed):
+            return
+        probability = sl.open_probability(salora.log_theta).tolist()
+        entry = {"step": step,
+                 "density": salora.final_density if closed else salora.density().item(),
+                 "open": [[round(p, 3) for p in row] for row in probability]}
+        if closed:
+            entry["kept"] = salora.select().int().tolist()
+        with self.gates.open("a") as f:
+            f.write(json.dumps(entry) + "\n")
 
     def write(self, step, lr, lowrank):
         plan = self.plan
@@ -207,7 +232,8 @@ class Log:
 
         line = f"step {step + 1}/{plan.steps} loss {task_loss:.4f}"
         if plan.gated:
-            line += f" density {entry['density']:.3f} lambda {entry['lambda']:.3f}"
+            goal = "" if plan.budget is None else f" (budget {plan.budget:g})"
+            line += f" density {entry['density']:.3f}{goal} lambda {entry['lambda']:.3f}"
         left = int(self.seconds / (step + 1) * (plan.steps - step - 1))
         line += f" {speed:.0f} tokens/s, {left // 60}:{left % 60:02d} left"
         if sys.stdout.isatty():
@@ -220,26 +246,21 @@ class Log:
 
 
 def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
-    """The training loop, which writes log.jsonl and checkpoint/ into `out`. loss_of(rows): the
-    summed loss of rows, given by number; evaluate(): a list of output arrays on the dev rows, and
-    {metric: value}. Returns the trained model's outputs and scores, the scores after each epoch,
-    and the seconds it took."""
+    """The training loop, which writes log.jsonl, gates.jsonl and its checkpoint into `out`.
+    loss_of(rows): the summed loss of rows, given by number; evaluate(): a list of output arrays on
+    the dev rows, and {metric: value}. Returns the trained model's outputs and scores, the scores
+    after each epoch, and the seconds it took."""
     device, seed = next(model.parameters()).device, settings["seed"]
     steps, epoch_steps = plan.steps, plan.epoch_steps
+    params = [p for p in model.parameters() if p.requires_grad]
     if plan.gated:
-        groups = lowrank.param_groups(args.lr, args.weight_decay)
-    else:
-        weights = [p for p in model.parameters() if p.requires_grad]
-        groups = [dict(params=weights, lr=args.lr, weight_decay=args.weight_decay)]
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    peaks = [group["lr"] for group in groups]
+        params = lowrank.param_groups(args.lr, args.weight_decay)
+    optimizer = torch.optim.AdamW(params, args.lr, weight_decay=args.weight_decay, fused=True)
 
     # ---- resume, or start anew
     log, step, history = Log(out, plan, device), 0, []
-    saved = find_checkpoint(out) if args.resume else None
-    if saved:
-        progress, tensors = saved
-        load_checkpoint(out, progress, tensors, optimizer, lowrank, device, settings)
+    if args.resume and (out / CHECKPOINT).exists():
+        progress = load_checkpoint(out / CHECKPOINT, optimizer, lowrank, settings)
         step, history = progress["step"], progress["history"]
         log.resume(step, progress["seconds"], progress["open_line"])
         print(f"resumed at step {step} of {steps}")
@@ -252,7 +273,7 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
 
     def checkpoint():
         if RANK == 0:
-            save_checkpoint(out / "checkpoint", optimizer, lowrank, dict(
+            save_checkpoint(out / CHECKPOINT, optimizer, lowrank, dict(
                 step=step, history=history, seconds=log.seconds, settings=settings,
                 open_line=log.state()))
         log.restart_clock()
@@ -267,8 +288,8 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
                 rng = np.random.default_rng([seed, step // epoch_steps])
                 batches = batch_order(plan.lengths, plan.rows_per_step, rng)
             batch = batches[step % epoch_steps]
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * lr_factor(plan, step)
+            # log theta and lambda, the other groups, keep their rate
+            optimizer.param_groups[0]["lr"] = args.lr * lr_factor(plan, step)
 
             torch.manual_seed((seed * steps + step) * PROCESSES + RANK)  # dropout; resumes the same
             total = sum(plan.weights[j] for j in batch)
@@ -291,6 +312,8 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
             if lowrank:
                 lowrank.end_step(optimizer)  # may turn or cut A and B
             optimizer.zero_grad()
+            if plan.gated:
+                log.write_gates(step, lowrank)
 
             log.steps += 1
             log.tokens += sum(plan.lengths[j] for j in batch)
@@ -352,7 +375,7 @@ def common_result(
         steps=plan.steps, seconds=round(seconds, 2),
         examples_per_second=round(rows / seconds, 1) if seconds else None,
         peak_memory_mb=round(peak_memory_mb(next(model.parameters()).device), 1),
-        history=history, settings=settings)
+        history=history, command=args.command, settings=settings)
 
 
 def budget_of(args):

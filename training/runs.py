@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -16,8 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from data import InputError, locked
 from model import read_json
@@ -33,7 +34,7 @@ from training.flags import (
 )
 
 TUNING_SEED = 100  # of the runs of --lr-grid
-CHECKPOINTS = ("checkpoint", "checkpoint.previous")  # the second in case the first is damaged
+CHECKPOINT = "checkpoint.safetensors"
 
 
 def write_text(file, text):
@@ -43,15 +44,28 @@ def write_text(file, text):
     os.replace(beside, file)
 
 
+def write_json(file, value):
+    write_text(file, json.dumps(value, indent=1) + "\n")
+
+
 def markdown(head, rows):
     """A table."""
     rows = (head, ["---"] * len(head), *rows)
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
 
 
-def save_checkpoint(folder, optimizer, lowrank, progress):
-    """Everything a run needs to resume, as safetensors and JSON, which hold no code. Written beside
-    and then renamed; the one before stays as checkpoint.previous."""
+def sync(path):
+    """Waits until a file, or a folder's list of its files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(file, optimizer, lowrank, progress):
+    """Everything a run needs to resume, in one file of safetensors, which holds no code: tensors,
+    and `progress` as JSON in its header. A kill or a power cut leaves the old file or the new."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = {f"param.{i}": p.detach() for i, p in enumerate(trained)}
     for i, p in enumerate(trained):
@@ -63,66 +77,52 @@ def save_checkpoint(folder, optimizer, lowrank, progress):
             tensors[f"method.{name}"] = value
         else:
             progress["method"][name] = value
-    beside = folder.with_name("checkpoint.new")
-    previous = folder.with_name("checkpoint.previous")
-    shutil.rmtree(beside, ignore_errors=True)
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    beside = file.with_name(file.name + ".new")
     try:
-        beside.mkdir()
-        file = beside / "state.safetensors"
-        save_file({name: value.contiguous() for name, value in tensors.items()}, file)
-        (beside / "progress.json").write_text(json.dumps(progress))
-        shutil.copymode(beside / "progress.json", file)  # save_file makes it private
+        save_file(tensors, beside, dict(progress=json.dumps(progress)))
+        shutil.copymode(file.with_name("log.jsonl"), beside)  # save_file makes it private
+        sync(beside)
+        os.replace(beside, file)
     except (OSError, SafetensorError):
-        shutil.rmtree(beside, ignore_errors=True)
+        beside.unlink(missing_ok=True)
         raise
-    if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        os.replace(folder, previous)
-    os.replace(beside, folder)
+    sync(file.parent)
 
 
-def find_checkpoint(out):
-    """(progress, tensors) of the last complete checkpoint in a run's folder, or None."""
-    for folder in (out / name for name in CHECKPOINTS):
-        if not folder.is_dir():
-            continue
-        try:
-            progress = read_json(folder / "progress.json")
-            tensors = load_file(folder / "state.safetensors")
-            if progress.keys() >= {"step", "history", "seconds", "settings", "method", "open_line"}:
-                return progress, tensors
-            reason = "entries of progress.json are missing"
-        except (InputError, OSError, SafetensorError) as e:
-            reason = e
-        print(f"{folder}: not a whole checkpoint ({reason})")
-    return None
-
-
-def load_checkpoint(out, progress, tensors, optimizer, lowrank, device, settings):
-    """The inverse of save_checkpoint, for what find_checkpoint gave."""
+def load_checkpoint(file, optimizer, lowrank, settings):
+    """The inverse of save_checkpoint. Returns progress."""
+    try:
+        with safe_open(file, "pt") as f:
+            progress = json.loads((f.metadata() or {})["progress"])
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except (OSError, SafetensorError, ValueError, KeyError) as e:
+        raise InputError(f"--resume: {file} is damaged ({e}): --overwrite without --resume starts "
+                         "anew") from None
     for name, value in settings.items():
         found = progress["settings"].get(name)
         if found != value and name not in MAY_CHANGE:
-            raise InputError(f"--resume: {flag(name)} is {value}, but the checkpoint in {out} was "
-                             f"written with {found}: give the run's own flags")
-    if lowrank:  # first: it gives A and B the shapes they were saved in
+            raise InputError(f"--resume: {flag(name)} is {value}, but {file} was written with "
+                             f"{found}: give the run's own flags")
+    if lowrank:
         state = {name.removeprefix("method."): value for name, value in tensors.items()
                  if name.startswith("method.")}
         try:
             lowrank.load_state_dict(progress["method"] | state)
         except KeyError as e:
-            raise InputError(f"--resume: the checkpoint in {out} has no {e}, as another version "
-                             "wrote it: start anew") from None
+            raise InputError(f"--resume: {file} has no {e}, as another version wrote it: start "
+                             "anew") from None
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
         kind, *rest = name.split(".")
         if kind in ("param", "state"):
             p = trained[int(rest[0])]
-            value = value.to(device, copy=True)  # another alignment may change the last bits
+            value = value.to(p.device, copy=True)  # another alignment may change the last bits
             if kind == "param":
                 p.data = value
             else:
                 optimizer.state[p][rest[1]] = value
+    return progress
 
 
 @contextlib.contextmanager
@@ -151,32 +151,35 @@ def make_folder(out):
 
 def clear_folder(out):
     """Removes the files of an earlier run."""
-    names = ("result.json", "log.jsonl", "checkpoint")
+    names = ("result.json", "log.jsonl", "gates.jsonl", "report.html", CHECKPOINT)
     if (out / "adapter").exists() and not any((out / name).exists() for name in names):
         raise InputError(f"--out {out}: has an adapter/ which is not of a run; give another folder")
     try:
-        for file in [out / "result.json", out / "log.jsonl", *out.glob("predictions*.tsv")]:
-            file.unlink(missing_ok=True)
-        for name in ("adapter", "checkpoint", "checkpoint.previous", "checkpoint.new"):
+        for name in ("adapter", "checkpoint"):  # the second of an earlier version
             shutil.rmtree(out / name, ignore_errors=True)
+        for file in [*(out / name for name in names), *out.glob("predictions*.tsv")]:
+            file.unlink(missing_ok=True)
     except OSError as e:
         raise InputError(f"--out {out}: cannot be written ({e.strerror})") from None
 
 
-def free_folder(stem):
-    """stem, or stem-2, stem-3 .. if it is taken."""
-    number = 1
-    while (folder := Path(stem if number == 1 else f"{stem}-{number}")).exists():
-        number += 1
-    return folder
+def out_folder(args, name):
+    """--out; without it runs/name, or runs/name-2, name-3 .. if that is taken and stays."""
+    out, number = Path(args.out or f"runs/{name}"), 2
+    replace = getattr(args, "overwrite", False)
+    while not args.out and not replace and out.exists():
+        out, number = Path(f"runs/{name}-{number}"), number + 1
+    return out
 
 
 def refuse_taken(args, out):
     """Without a flag that says so, no run is replaced, finished or not."""
     if (out / "result.json").exists() and not args.overwrite:
         raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
-    unfinished = any((out / name).exists() for name in CHECKPOINTS)
-    if unfinished and not (args.overwrite or args.resume):
+    if (out / "checkpoint").is_dir() and not args.overwrite:
+        raise InputError(f"--out {out}: another version wrote its checkpoint/, which cannot be "
+                         "resumed: give another folder, or --overwrite to start anew")
+    if (out / CHECKPOINT).exists() and not (args.overwrite or args.resume):
         raise InputError(f"--out {out} holds a run that did not finish: --resume goes on with it, "
                          "--overwrite replaces it")
 
@@ -226,6 +229,11 @@ def run(args, seed, out, train, report):
     return result
 
 
+def mean_std(values):
+    values = list(values)
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def choose_lr(args, root, train, report):
     """The learning rate of --lr-grid with the best score on rows held out of training."""
     scores = {}
@@ -242,10 +250,9 @@ def choose_lr(args, root, train, report):
     return best
 
 
-def run_all(args, root, train, report):
-    """The choice of --lr-grid, then the run or those of --seeds. Returns their results (in the
-    first process)."""
-    args.out = root  # also where the flag was not given
+def run_all(args, name, train, report):
+    """The choice of --lr-grid, then the run or those of --seeds, on data called `name`."""
+    root = args.out = out_folder(args, f"{name}-{args.method}")
     if args.threads:
         torch.set_num_threads(args.threads)
     if PROCESSES > 1:
@@ -264,17 +271,22 @@ def run_all(args, root, train, report):
     results = [run(args, seed, out, train, report) for seed, out in runs]
     if seeds is not None and RANK == 0:
         scores = [r["score"] for r in results]
-        mean, std = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
+        mean, std = mean_std(scores)
         metric = results[0]["metric"]
         summary = dict(metric=metric, seeds=seeds, scores=scores, mean=mean, std=std)
-        write_text(root / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_json(root / "summary.json", summary)
         print(f"\n{metric} over seeds {' '.join(map(str, seeds))}: {mean:.4f} ± {std:.4f} "
               f"({' '.join(f'{score:.4f}' for score in scores)}); {root}/summary.json")
-    return results
 
 
 class Stopped(Exception):
     """A signal ended the run, which is saved. args: the line to print, the signal's number."""
+
+
+def command_line(script, argv):
+    """The command of a run, for its result.json."""
+    start = "python" if PROCESSES == 1 else f"torchrun --nproc-per-node {PROCESSES}"
+    return f"{start} {script} {shlex.join(argv)}".strip()
 
 
 def run_command(main, argv):
