@@ -21,8 +21,8 @@ it ends, the triplets that lost are cut out. Outside of it the layer is plain Lo
 
 One step is ours. Any invertible matrix fits between B and A without changing BA, so the triplets
 of a LoRA mean nothing by themselves. When the window opens, A and B are turned into the singular
-directions of BA, which makes them orthogonal exactly, and theta starts as the singular values over
-their median. `SaLoRA(.., **PAPER)` is the letter of the paper, without this.
+directions of BA, which makes them orthogonal exactly, and theta starts as the singular values, with
+b of them at 1 or above. `SaLoRA(.., **PAPER)` is the letter of the paper, without this.
 
     salora = SaLoRA(model, targets=["up", "down"], steps=steps, r=8, budget=0.5)
     optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-3))
@@ -329,8 +329,9 @@ class SaLoRA:
 
     def set_gates(self, gates):
         """gates (K, r), or None for 1."""
-        for i, layer in enumerate(self.layers):
-            layer.gates, layer.spent = None if gates is None else gates[i], False
+        each = [None] * len(self.layers) if gates is None else gates.unbind()
+        for layer, g in zip(self.layers, each):
+            layer.gates, layer.spent = g, False
 
     def learn(self, gates, grad):
         """In the backward pass: from the gates' gradient (K, r) to that of log theta."""
@@ -364,7 +365,8 @@ class SaLoRA:
         self.lam.clamp_(min=0)  # its gradient (C - b)^2 is never negative, so it does not fall
         if self.in_window and self.step == self.first and self.turn:
             sigma = turn(self.layers, optimizer)  # (K, r)
-            theta = (sigma / sigma.median()).nan_to_num(1.0)  # 0 / 0: nothing has been learned yet
+            theta = sigma / sigma.quantile(1 - self.budget)  # b of them start at 1 or above
+            theta = theta.nan_to_num(1.0)  # 0 / 0: nothing has been learned yet
             self.log_theta.copy_(theta.clamp(1e-3, 1e3).log())
         if self.step == self.last and not self.pruned:
             self.prune(optimizer)

@@ -177,9 +177,12 @@ class Pretrained:
                                  for rows in (train, dev[0]))
         paths = self.base.target_paths("qkvoud")
         size = np.array([sum(self.base.get_submodule(path).weight.shape) for path in paths])
-        tries = (rng.integers(0, args.r + 1, len(paths)) for _ in range(100_000))
-        ranks = next(ranks for ranks in tries
-                     if abs(ranks @ size / (args.r * size.sum()) - budget) < 0.005)
+        low, high = int(max(0, 2 * budget - 1) * args.r), math.ceil(min(1, 2 * budget) * args.r)
+        tries = (rng.integers(low, high + 1, len(paths)) for _ in range(100_000))
+        shares = ((ranks, ranks @ size / (args.r * size.sum())) for ranks in tries)
+        ranks = next((ranks for ranks, share in shares if abs(share - budget) < 0.005), None)
+        need(ranks is not None, f"--budgets {budget:g} with --r", args.r, "a larger rank: no draw "
+             "of ranks comes near this share")
         self.ranks = dict(zip(paths, ranks.tolist()))
         self.teacher, g = copy.deepcopy(self.base), torch.Generator().manual_seed(seed)
         sigmas = dict.fromkeys(paths, args.strength)

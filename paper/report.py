@@ -124,7 +124,7 @@ def window_of(result):
 
 def ticks(low, high):
     """Some four round numbers from at most `low` to at least `high`."""
-    if high <= low:
+    if high - low <= 1e-9 * abs(high):
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     rough = (high - low) / 4
     unit = 10 ** math.floor(math.log10(rough))
@@ -319,7 +319,7 @@ def player(run):
     data = [frame | dict(density=float(short(frame["density"])), open="".join(
         f"{round(99 * p):02d}" for row in frame["open"] for p in row)) for frame in frames]
     turned = run.result["settings"].get("turn")
-    order = ", the largest singular value on top" if turned else ""
+    order = ", the largest singular value on top" * bool(turned)
     html = f"""<h2>The gates</h2>
 <p>Every stripe is the gate of a triplet, stacked by matrix{order}. The stronger its color, the
 surer it is to be open (eq. 8). Move through the window and see which matrices lose first. At the
@@ -336,11 +336,11 @@ end the choice is made: the triplets with a color stay, the rest is cut out.</p>
 
 
 SVG_STYLE = """
+.paper { fill: #ffffff; } .box { fill: none; stroke: #dcdcdc; } .gates { stroke: #0072b2; }
 text { font: 12px system-ui, sans-serif; fill: #5c5c5c; } .letter { fill: #1a1a1a; }
-.box { fill: none; stroke: #dcdcdc; } .gates { stroke: #0072b2; }
 @media (prefers-color-scheme: dark) {
-  text { fill: #a6a6a6; } .letter { fill: #ececec; } .box { stroke: #3a3d41; }
-  .gates { stroke: #56b4e9; }
+  .paper { fill: #16181b; } .box { stroke: #3a3d41; } .gates { stroke: #56b4e9; }
+  text { fill: #a6a6a6; } .letter { fill: #ececec; }
 }
 """
 
@@ -359,7 +359,8 @@ def gates_svg(run, panels=4):
                    f'x="{right + 2}" y="14">step {frame["step"]}: {label}</text>')
         right, height = right + max(w, 160) + 14, 24 + h
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{right}" height="{height}" '
-            f'viewBox="0 0 {right} {height}"><style>{SVG_STYLE}</style>{"".join(out)}</svg>\n')
+            f'viewBox="0 0 {right} {height}"><style>{SVG_STYLE}</style>'
+            f'<rect class="paper" width="{right}" height="{height}"/>{"".join(out)}</svg>\n')
 
 
 # -------------------------------------------------------------------------------------------------
@@ -407,6 +408,7 @@ def charts_of(runs):
     charts, alone, scores, parts = Charts(), len(runs) == 1, {}, []
     windows = {window_of(run.result) for run in runs} - {None}
     budgets = {run.result["budget"] for run in runs} - {None}
+    steps = max(run.result["steps"] for run in runs)
     window = windows.pop() if len(windows) == 1 else None
     for run in runs:
         result = run.result
@@ -428,7 +430,7 @@ def charts_of(runs):
         if name in ("density", "lambda"):  # one that never moves is of a method without gates
             lines = {of: line for of, line in lines.items() if len({y for _, y in line}) > 1}
         if name == "density" and len(budgets) == 1:
-            lines["budget"] = [(x, *budgets) for x in (1, runs[0].result["steps"])]
+            lines["budget"] = [(x, *budgets) for x in (1, steps)]
         note += f" {more} The window is shaded." * bool(window)
         parts.append(charts.draw(title, note, lines, window=window, **axis))
     return f'<div class="grid">\n{"".join(parts)}</div>\n', charts.data
@@ -441,12 +443,10 @@ def answers_of(result):
         same = "✓ " if e["after"] == e["reference"] else ""
         cells = [f"{e['instruction']}\n{e['input']}".strip(), e["reference"], e["before"],
                  same + e["after"]]
-        cells = [text if len(text) <= 500 else text[:500] + " …" for text in cells]
-        rows.append("<tr>" + "".join(f'<td class="text">{escape(c)}</td>' for c in cells) + "</tr>")
-    head = "".join(f"<th>{name}</th>" for name in ("instruction", "reference", "before", "after"))
+        rows.append([text if len(text) <= 500 else text[:500] + " …" for text in cells])
     return ("<h2>Answers</h2>\n<p>To the first held-out instructions, in the order of the file, "
             "before training (of the model as it came) and after. ✓: equal to the reference.</p>\n"
-            f'<div class="scroll"><table><tr>{head}</tr>\n{chr(10).join(rows)}</table></div>\n')
+            + table(["instruction", "reference", "before", "after"], rows))
 
 
 def foot(runs):
@@ -485,8 +485,8 @@ def page_of(run):
     head = f", without {result['head_params']:,} of the head" * bool(result["head_params"])
     values = {words(result["metric"]): f"{result['score']:.4f}", f"parameters{head}": size}
     if result["budget"] is not None:
-        values[f"kept, budget {100 * result['budget']:g} %"] = \
-            f"{100 * result['kept_density']:.2f} %"
+        kept = f"kept, budget {100 * result['budget']:g} %"
+        values[kept] = f"{100 * result['kept_density']:.2f} %"
     values |= {"steps": f"{result['steps']:,}", "seconds": f"{result['seconds']:.0f}"}
     charts, data = charts_of([run])
     parts = [f"<h1>{escape(title)}</h1>\n", tiles(values), charts]
@@ -550,17 +550,17 @@ def comparison(runs, file):
     maps = [rank_map(run.result["ranks"], run.result["settings"]["r"], run.name,
                      f"Rank of each matrix, of {run.result['settings']['r']} at the start.", 270)
             for run in ranked]
-    words_on_it = ""
+    agreed = ""
     if len(learned) > 1 and len({tuple(run.result["ranks"]) for run in learned}) == 1:
-        words_on_it = f"<p>{agreement(learned)}</p>\n"
+        agreed = f"<p>{agreement(learned)}</p>\n"
         spread = {path: max(values) - min(values) for path, *values in zip(
             learned[0].result["ranks"], *(run.result["ranks"].values() for run in learned))}
         r = max(run.result["settings"]["r"] for run in learned)
         maps.append(rank_map(spread, r, "How far they differ", "The largest rank less the "
                              "smallest: 0 where all agree.", 270, unit="difference"))
     if maps:
-        parts.append(f'<h2>Ranks side by side</h2>\n{words_on_it}<div class="grid">\n'
-                     f'{"".join(maps)}</div>\n')
+        parts.append(f'<h2>Ranks side by side</h2>\n{agreed}<div class="grid">\n{"".join(maps)}'
+                     "</div>\n")
     return title, "".join([*parts, foot(runs)]), dict(charts=data, gates=None)
 
 
@@ -579,12 +579,13 @@ def last_page(args, root):
     """At the end of a command: the page over the seeds; the path of the page is the last line."""
     if RANK:
         return
-    file = root / "report.html"
+    folders = [root] if args.seeds is None else [root / f"seed{seed}" for seed in args.seeds]
+    for folder in folders:
+        if not (folder / "report.html").exists():  # the run was killed just before its page
+            write_page([folder], folder / "report.html")
     if args.seeds is not None:
-        write_page([root / f"seed{seed}" for seed in args.seeds], file)
-    elif not file.exists():  # the run had finished, but was killed before its page
-        write_page([root], file)
-    print(file)
+        write_page(folders, root / "report.html")
+    print(root / "report.html")
 
 
 def main(argv):
@@ -598,7 +599,8 @@ def main(argv):
     args = parser.parse_args(argv)
     folders = []
     for run in map(Path, args.runs):
-        seeds = sorted(file.parent for file in run.glob("seed*/result.json"))
+        seeds = [file.parent for file in run.glob("seed*/result.json")]
+        seeds.sort(key=lambda folder: (len(folder.name), folder.name))  # seed2 before seed10
         folders += [run] if (run / "result.json").exists() else seeds or [run]
     if args.svg:
         need(len(folders) == 1, "--svg", f"given with {len(folders)} runs", "one run")

@@ -1190,5 +1190,4 @@ def test_gates_cost_a_few_operators_a_layer_and_no_wait():
     salora = [operators(layers, window=(0.1, 0.9)) for layers in (2, 4)]
     assert not lora[1].waits and not salora[1].waits
     extra = [b.count - a.count for a, b in zip(lora, salora)]
-    print(extra, lora[0].count, lora[1].count)
     assert extra[1] - extra[0] <= 12 * 12 and extra[0] <= 200

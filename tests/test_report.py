@@ -104,6 +104,7 @@ def test_gates_are_logged_from_the_opening_of_the_window_to_the_choice(short):
     assert not any("kept" in line for line in gates[:-1])
 
 
+@pytest.mark.slow
 def test_a_long_window_has_some_fifty_lines(tmp_path):
     run(tmp_path, "--epochs", "15", "--limit-train", "8", "--batch-size", "1", "--window", "0.05",
         "0.95", "--limit-dev", "5")  # 120 steps, 108 of them in the window
@@ -111,6 +112,7 @@ def test_a_long_window_has_some_fifty_lines(tmp_path):
     assert steps == list(range(5, 114, 3))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_has_a_whole_page(short, tmp_path, monkeypatch):
     out = tmp_path / "run"
 
@@ -190,7 +192,9 @@ def test_the_gates_on_the_page_are_those_of_the_log(short):
     assert choice["density"] == pytest.approx(result["kept_density"], rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora", "lora-svd", "ft", "prompt"])
+@pytest.mark.parametrize("method", [
+    "lora", "adalora", *(pytest.param(name, marks=pytest.mark.slow)
+                         for name in ("lora-svd", "ft", "prompt"))])
 def test_methods_without_gates_have_a_page_without_them(method, tmp_path):
     result = run(tmp_path, "--method", method)
     page = Page(tmp_path / "report.html")
