@@ -152,7 +152,7 @@ def read_adapter(folder: str | Path) -> tuple:
     """(settings, {name in the model: tensor}) of a folder in PEFT's LoRA format. ValueError: it is
     damaged, or has a setting that is not implemented."""
     file = Path(folder) / "adapter_config.json"
-    settings = dict(r=8, lora_alpha=8, lora_dropout=0.0) | read_json(file)  # PEFT's defaults
+    settings = dict(lora_dropout=0.0) | read_json(file)
     for key, value in {"peft_type": None, **settings}.items():
         if key in IMPLEMENTED and value not in IMPLEMENTED[key]:
             raise ValueError(f"{file}: {key} is {value!r}, only {IMPLEMENTED[key][0]!r} is "
@@ -287,7 +287,9 @@ def match(folder, settings, tensors, linears, saved, weight):
     targets, whole = settings["target_modules"], settings.get("modules_to_save") or []
     targeted = chosen(settings, linears)
     if not targeted and targets:
-        raise ValueError(f"target_modules {targets!r} matches no nn.Linear of the model")
+        names = [targets] if isinstance(targets, str) else targets
+        raise ValueError(f"target_modules: {', '.join(map(repr, names))} matches no nn.Linear of "
+                         "the model")
 
     def values(name):
         """{module path: value}: the first pattern that fits counts."""

@@ -157,7 +157,7 @@ def test_settings_that_peft_reads_are_read(settings, paths, said, tmp_path, caps
 @pytest.mark.parametrize("settings,words", [
     (dict(target_modules=["query"], layers_to_transform=[0, "1"]), "layers_to_transform is"),
     (dict(target_modules=["query"], exclude_modules=3), "exclude_modules is 3"),
-    (dict(target_modules=["q_proj"]), r"\['q_proj'\] matches no nn.Linear"),
+    (dict(target_modules=["q_proj"]), "'q_proj' matches no nn.Linear"),
     (dict(target_modules=["query"], layers_to_transform=[0]), "layer.1.*expected nothing, found"),
     (dict(target_modules=["query", "key"]), r"self.key.*expected \[2, 32\], found nothing"),
     (dict(target_modules=["query"], modules_to_save=["LayerNorm"]), "LayerNorm.*found nothing"),
@@ -730,7 +730,7 @@ def test_gates_need_one_rank(tmp_path, capsys):
     with pytest.raises(ValueError, match="of one rank if gates are to be learned"):
         model = load_encoder(train_glue.HERE / "demo" / "model", 2)
         sl.SaLoRA(adapter.load(model, tmp_path / "a"), None, 10)
-    with pytest.raises(ValueError, match="no adapters to go on with"):
+    with pytest.raises(ValueError, match="needs adapters in the model"):
         sl.SaLoRA(load_encoder(train_glue.HERE / "demo" / "model", 2), None, 10)
 
 

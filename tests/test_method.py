@@ -1005,7 +1005,7 @@ def test_matrices_of_rank_zero_are_left_out_of_the_file(tmp_path):
     (lambda c, t: c.update(a_new_trick=3), "a_new_trick is 3"),
     (lambda c, t: c.update(rank_pattern={"[02]": -1}), "rank_pattern is"),
     (lambda c, t: c.clear(), "peft_type is None"),
-    (lambda c, t: c.update(target_modules=["7", "8"]), r"\['7', '8'\] matches no nn.Linear"),
+    (lambda c, t: c.update(target_modules=["7", "8"]), "'7', '8' matches no nn.Linear"),
 ])
 def test_loading_is_strict_and_names_what_is_wrong(tmp_path, change, words):
     save(trained(), tmp_path / "a")
