@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -23,13 +24,36 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data import InputError
-from model import HEADS, full_name, open_tensors, output_names, read_json, weight_files
-from salora import SaLoRALinear, adapters, find, rank_map, ranks, replace, updated
+from model import HEADS, TIED, full_name, open_tensors, output_names, read_json, weight_files
+from salora import SaLoRALinear, adapters, find, rank_map, updated
+
+WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch
+
+
+def plain(model: nn.Module, name: str) -> str:
+    """The name of a module or tensor without what torch.compile and DataParallel put into it."""
+    parts, module = [], model
+    for part in name.split("."):
+        parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        if part not in WRAPPED and not (parallel and part == "module"):
+            parts.append(part)
+        module = getattr(module, part, None)
+    return ".".join(parts)
 
 
 def within(name, modules):
-    """Is a parameter of that name inside one of the modules?"""
+    """Is a parameter of that name inside one of the modules? There PEFT puts no adapter."""
     return any(f".{m}." in f".{name}" for m in modules or ())
+
+
+def replaced(name, modules):
+    """Is a parameter of that name replaced whole? PEFT replaces every module whose path ends in
+    one of modules_to_save: "norm" stands for "input_layernorm" too."""
+    path, inside = name.rpartition(".")[0], False
+    while path and not inside:
+        inside = any(path.endswith(m) for m in modules or ())
+        path = path.rpartition(".")[0]
+    return inside
 
 
 def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float | None = None,
@@ -38,22 +62,40 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
     has no rank 0, so those matrices are left out. Two of them get a triplet of zeros instead: the
     smallest, if nothing else is left, and one whose path ends in the path of another ("b.q" beside
     "q", where naming q would adapt both). salora.json has for show() what PEFT's files do not:
-    `budget`, all ranks, and the first one, and for merge_folder() `labels`.
+    `budget`, all ranks, and the first one, and for merge_folder() `labels`. Names are those of the
+    model without torch.compile, DataParallel and DistributedDataParallel around it.
 
         modules_to_save    names of modules to save whole, such as a head: "classifier"
         labels             names of that head's outputs, in order
         config             more entries, such as base_model_name_or_path or task_type
 
-    ValueError: a module to save is not there, or has an adapter in it."""
-    layers, tensors, table = adapters(model), {}, {}
+    ValueError: nothing is adapted, a module to save is not there or has an adapter in it, or
+    something that is trained would be left behind."""
+    layers = {plain(model, path): m for path, m in adapters(model).items()}
+    state = {plain(model, name): t for name, t in model.state_dict(keep_vars=True).items()}
+    whole = [modules_to_save] if isinstance(modules_to_save, str) else list(modules_to_save)
+    tensors, table = {}, {}
+    if not layers:
+        raise ValueError("the model has no adapters to save")
     for path in layers:
-        if within(f"{path}.weight", modules_to_save):
+        if within(f"{path}.weight", whole) or replaced(f"{path}.weight", whole):
             raise ValueError(f"modules_to_save covers {path}, which has an adapter: merge it "
                              "first, or do not target it")
+    saved = {name: t for name, t in state.items() if replaced(name, whole)}
+    held = {id(t) for t in saved.values()}
+    held |= {id(p) for m in layers.values() for p in m.parameters(recurse=False)}
+    left = [name for name, t in state.items() if t.requires_grad and id(t) not in held]
+    if left:
+        raise ValueError(f"{left[0]} is trained ({len(left)} such in all), but is in no adapter: "
+                         f"give modules_to_save=[{left[0].rpartition('.')[0]!r}, ..] or freeze it")
+    if budget is not None and budget < 1 and all(m.rank == m.r for m in layers.values()):
+        warnings.warn(f"budget is {budget:g}, but nothing has been cut from the adapters, so no "
+                      "budget is recorded: has the window ended?", stacklevel=2)
+        budget = None
     live = [path for path, m in layers.items() if m.rank]
     zeros = [path for path in layers if path not in live
              and any(path.endswith("." + end) for end in live)]
-    if layers and not live:
+    if not live:
         zeros = [min(layers, key=lambda path: layers[path].base.weight.numel())]
     # the longest path first: PEFT takes the first pattern that fits the end of a path
     for path in sorted(live + zeros, key=len, reverse=True):
@@ -63,26 +105,26 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
         tensors[f"{path}.lora_A.weight"] = a
         tensors[f"{path}.lora_B.weight"] = layers[path].scale * b
         table[path] = a.shape[0]
-    for m in modules_to_save:
-        inside = {name: p for name, p in model.named_parameters() if within(name, [m])}
-        if not inside:
+    for m in whole:
+        if not any(replaced(name, [m]) for name in saved):
             raise ValueError(f"modules_to_save names {m!r}, and the model has no parameters in a "
                              "module of that name")
-        tensors |= inside
-    tensors = {f"base_model.model.{name}": t.detach().float().cpu().contiguous()
-               for name, t in tensors.items()}
+    tensors = {name: t.float() for name, t in tensors.items()}
+    tensors |= {name: t.float() if t.is_floating_point() else t for name, t in saved.items()}
+    tensors = {f"base_model.model.{name}": t.detach().cpu().contiguous().clone()
+               for name, t in tensors.items()}  # clones, for no two may share memory
     r = max(table.values(), default=1)
     pattern = table if set(table.values()) != {r} else {}
     settings = dict(
         peft_type="LORA", r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=pattern,
         target_modules=[path for path in layers if path in table],
-        modules_to_save=list(modules_to_save) or None, bias="none",
-        lora_dropout=max((m.dropout for m in layers.values()), default=0.0),
+        modules_to_save=whole or None, bias="none",
+        lora_dropout=max(m.dropout for m in layers.values()),
         fan_in_fan_out=False, inference_mode=True, **config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     r = max((m.r for m in layers.values()), default=0)
-    known = dict(r=r, budget=budget, ranks=ranks(model))
+    known = dict(r=r, budget=budget, ranks={path: m.rank for path, m in layers.items()})
     if labels:
         known["labels"] = list(labels)
     save_file(tensors, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
@@ -99,9 +141,10 @@ IMPLEMENTED = dict(  # what adapter_config.json may say
     # other ways to start change the base weights
     init_lora_weights=[True, False, "gaussian", "orthogonal", "eva"])
 READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules",
-        "modules_to_save"}
+        "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern",
+        "lora_dropout"}
 OF_NO_EFFECT = {"base_model_name_or_path", "task_type", "inference_mode", "auto_mapping",
-                "revision", "peft_version", "lora_dropout", "megatron_core", "qalora_group_size",
+                "revision", "peft_version", "megatron_core", "qalora_group_size",
                 "runtime_config", "eva_config"}
 
 
@@ -109,7 +152,7 @@ def read_adapter(folder: str | Path) -> tuple:
     """(settings, {name in the model: tensor}) of a folder in PEFT's LoRA format. ValueError: it is
     damaged, or has a setting that is not implemented."""
     file = Path(folder) / "adapter_config.json"
-    settings = read_json(file)
+    settings = dict(lora_dropout=0.0) | read_json(file)
     for key, value in {"peft_type": None, **settings}.items():
         if key in IMPLEMENTED and value not in IMPLEMENTED[key]:
             raise ValueError(f"{file}: {key} is {value!r}, only {IMPLEMENTED[key][0]!r} is "
@@ -124,37 +167,67 @@ def read_adapter(folder: str | Path) -> tuple:
     def alpha(n):
         return type(n) in (int, float) and 0 < n < math.inf
 
+    def dropout(p):
+        return type(p) in (int, float) and 0 <= p < 1
+
     def name(text):
         return isinstance(text, str)
+
+    def layer(n):
+        return type(n) is int and n >= 0
 
     for key, kind, good, expected in (
             ("r", int, rank, "positive numbers"),
             ("rank_pattern", dict, rank, "positive numbers"),
             ("lora_alpha", (int, float), alpha, "positive numbers"),
             ("alpha_pattern", dict, alpha, "positive numbers"),
+            ("lora_dropout", (int, float), dropout, "a share below 1"),
             ("target_modules", (list, str), name, "names"),
-            ("modules_to_save", list, name, "names")):
+            ("modules_to_save", list, name, "names"),
+            ("exclude_modules", (list, str), name, "names"),
+            ("layers_to_transform", (list, int), layer, "numbers of layers"),
+            ("layers_pattern", (list, str), name, "names")):
         value = settings.get(key)
-        if value is None and key in ("rank_pattern", "alpha_pattern", "modules_to_save"):
+        if value is None and key not in ("r", "lora_alpha", "lora_dropout", "target_modules"):
             continue
         parts = list(value.values()) if isinstance(value, dict) else value
         parts = parts if isinstance(parts, list) else [parts]
         if not isinstance(value, kind) or not all(map(good, parts)):
             raise ValueError(f"{file}: {key} is {repr(value)[:80]}, expected {expected}")
-    with open_tensors(Path(folder) / "adapter_model.safetensors") as f:
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.is_file() and file.with_suffix(".bin").is_file():
+        raise ValueError(f"{file}: not found; adapter_model.bin is a pickle, which is not read: "
+                         "save it with PEFT again")
+    with open_tensors(file) as f:
         tensors = {key.removeprefix("base_model.model."): f.get_tensor(key) for key in f.keys()}
     return settings, tensors
 
 
-def read_labels(folder: str | Path) -> list | None:
-    """The names of the outputs of the head in an adapter's folder, from salora.json, if it has
-    them. InputError: they are no names."""
+def read_own(folder: str | Path, tensors: dict | None = None) -> dict:
+    """salora.json of an adapter's folder, for what PEFT's files do not have: `r`, `budget`,
+    `ranks`, `labels`; {} without one, or if its ranks are not those of the tensors, which a
+    printed line says. InputError: it is damaged."""
     file = Path(folder) / "salora.json"
-    labels = read_json(file).get("labels") if file.is_file() else None
-    if labels is not None and not (isinstance(labels, list) and labels
-                                   and all(isinstance(name, str) for name in labels)):
-        raise InputError(f"{file}: labels is {repr(labels)[:80]}, expected a list of names")
-    return labels
+    own = read_json(file) if file.is_file() else {}
+
+    def number(n):
+        return type(n) is int and n >= 0
+
+    labels, table = own.get("labels"), own.get("ranks")
+    for key, good, expected in (
+            ("labels", isinstance(labels, list) and labels
+             and all(isinstance(name, str) for name in labels), "a list of names"),
+            ("ranks", isinstance(table, dict) and all(map(number, table.values())), "ranks"),
+            ("r", number(own.get("r")), "a rank"),
+            ("budget", type(own.get("budget")) in (int, float), "a number")):
+        if own.get(key) is not None and not good:
+            raise InputError(f"{file}: {key} is {repr(own[key])[:80]}, expected {expected}")
+    found = {key.removesuffix(".lora_A.weight"): len(t) for key, t in (tensors or {}).items()
+             if key.endswith(".lora_A.weight")}
+    if table and any(table.get(path) not in (0, rank) for path, rank in found.items()):
+        print(f"{file}: is left out, for its ranks are not those of the adapter")
+        return {}
+    return own
 
 
 def as_regex(pattern: str, end: bool = False) -> re.Pattern:
@@ -172,74 +245,146 @@ def as_regex(pattern: str, end: bool = False) -> re.Pattern:
         raise ValueError(f"the pattern {pattern[:60]!r} is no regular expression ({e})") from None
 
 
-def match(settings, tensors, linears, saved):
+def chosen(settings, linears) -> dict:
+    """The entries of {module path: ..} that an adapter's settings target, by PEFT's rules."""
+    targets, layers = settings["target_modules"], settings.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+
+    def named(path, names):
+        if isinstance(names, str):
+            return as_regex(names).fullmatch(path) is not None
+        return any(path == name or path.endswith("." + name) for name in names)
+
+    def in_layers(path):
+        patterns = settings.get("layers_pattern") or []
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        hits = [re.match(rf"(?:^|.*?\.){as_regex(pattern).pattern}\.(\d+)\.", path)
+                for pattern in patterns] or [re.match(r".*?\.[^.]*\.(\d+)\.", path)]
+        return any(hits) and int(next(filter(None, hits))[1]) in layers
+
+    free = {path: size for path, size in linears.items()
+            if not within(f"{path}.weight", settings.get("modules_to_save"))
+            and not named(path, settings.get("exclude_modules") or [])}
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return find(free | {"lm_head": None}, "all-linear")  # with a head to leave out
+    found = {path: size for path, size in free.items() if named(path, targets)}
+    if layers and not isinstance(targets, str):
+        found = {path: size for path, size in found.items() if path in targets or in_layers(path)}
+    return found
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Are these the same values, of which one may be stored in a narrower dtype?"""
+    return a.shape == b.shape and (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a))
+
+
+def match(folder, settings, tensors, linears, saved, weight):
     """{module path: (r, scale)} of the layers that an adapter changes, out of linears {module
-    path: (d, k)}. saved {name: shape}: the parameters that it replaces whole. ValueError names a
-    tensor that is missing, unexpected or misshapen, or a setting that fits nothing."""
-    targets = settings["target_modules"]
-    whole = settings.get("modules_to_save")  # no adapter in there, even if a target says so
-    free = {path: size for path, size in linears.items() if not within(f"{path}.weight", whole)}
-    if isinstance(targets, str):
-        regex = as_regex(targets)
-        chosen = {path: size for path, size in free.items() if regex.fullmatch(path)}
-        if not chosen:
-            raise ValueError(f"target_modules {targets!r} matches no nn.Linear of the model")
-    else:
-        chosen = find(free, [target for target in targets if not within(f"{target}.weight", whole)])
+    path: (d, k)}. saved {name: shape}: the parameters that it replaces whole. weight: the model's
+    own tensor of a name, or None. A name in the settings that fits nothing is left out, as in
+    PEFT, and a printed line says so. ValueError names a tensor that is missing, unexpected or
+    misshapen; one that only repeats the model's own is none of these."""
+    targets, whole = settings["target_modules"], settings.get("modules_to_save") or []
+    targeted = chosen(settings, linears)
+    if not targeted and targets:
+        names = [targets] if isinstance(targets, str) else targets
+        raise ValueError(f"target_modules: {', '.join(map(repr, names))} matches no nn.Linear of "
+                         "the model")
 
     def values(name):
         """{module path: value}: the first pattern that fits counts."""
         found = {}
         for pattern, value in (settings.get(name) or {}).items():
             regex = as_regex(pattern, end=True)
-            hits = [path for path in chosen if regex.fullmatch(path)]
+            hits = [path for path in targeted if regex.fullmatch(path)]
             if not hits:
-                raise ValueError(f"{name} names {pattern!r}, which is no target module")
+                unused.append(f"{pattern!r} in {name}")
             found = dict.fromkeys(hits, value) | found
         return found
 
+    unused = [f"{target!r} in target_modules" for target in targets if not isinstance(targets, str)
+              and not chosen(settings | dict(target_modules=[target]), linears)
+              and not within(f"{target}.weight", whole)]
+    # PEFT adds these to every classifier's
+    unused += [f"{m!r} in modules_to_save" for m in whole if m not in ("classifier", "score")
+               and not any(replaced(name, [m]) for name in saved)]
     ranks_of, alphas_of = values("rank_pattern"), values("alpha_pattern")
     wanted, layers = dict(saved), {}
-    for path, (d, k) in chosen.items():
+    for path, (d, k) in targeted.items():
         r, alpha = ranks_of.get(path, settings["r"]), alphas_of.get(path, settings["lora_alpha"])
         wanted[f"{path}.lora_A.weight"], wanted[f"{path}.lora_B.weight"] = (r, k), (d, r)
         layers[path] = r, alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
     found = {key: t.shape for key, t in tensors.items()}
     for key in wanted | found:
         expected, got = (list(t[key]) if key in t else "nothing" for t in (wanted, found))
+        if key not in wanted:  # PEFT saves an lm_head beside its adapter
+            own = weight(key.replace(".base_layer.", "."))
+            if own is not None and same(tensors[key], own):
+                continue
+            expected = expected if own is None else "the model's own values, or nothing"
         if expected != got:
             raise ValueError(f"adapter_model.safetensors: {key}: expected {expected}, found {got}")
+    if unused:
+        print(f"{folder}: {', '.join(unused)}: nothing in the model has that name, so it has no "
+              "effect, as in PEFT")
     return layers
 
 
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
     """Puts an adapter in PEFT's LoRA format into `model`, in place, and returns the model. A, B
-    and the saved modules are trainable, the rest is frozen. ValueError names a tensor that is
-    missing, unexpected or misshapen, or a setting that is not implemented; the model is then as
-    it was."""
+    and the saved modules are trainable, the rest is frozen. Matrices that were cut to rank 0 are
+    there with rank 0. A saved module that was tied to another is so no longer, as in PEFT.
+    ValueError: the model has adapters already, or names a tensor that is missing, unexpected or
+    misshapen, or a setting that is not implemented; the model is then as it was."""
+    if adapters(model):
+        raise ValueError(f"{folder}: the model has adapters already: merge() them first, or load "
+                         "into a fresh model")
     settings, tensors = read_adapter(folder)
-    linears, params = adapters(model, nn.Linear), dict(model.named_parameters())
+    own, whole = read_own(folder, tensors), settings.get("modules_to_save")
+    modules = {plain(model, path): m for path, m in model.named_modules()}
+    linears = {path: m for path, m in modules.items() if isinstance(m, nn.Linear)}
+    state = {plain(model, name): t for name, t in model.state_dict(keep_vars=True).items()}
     sizes = {path: (m.out_features, m.in_features) for path, m in linears.items()}
-    whole = settings.get("modules_to_save")
-    saved = {name: p.shape for name, p in params.items() if within(name, whole)}
-    tied = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    saved = {name: t.shape for name, t in state.items() if replaced(name, whole)}
+    everywhere = [id(m) for _, m in model.named_modules(remove_duplicate=False)]
     try:
-        for name in saved:
-            if tied.count(id(params[name])) > 1:
-                raise ValueError(f"modules_to_save has {name}, which is tied to another module: "
-                                 "not implemented")
-        layers = match(settings, tensors, sizes, saved)
+        layers = match(folder, settings, tensors, sizes, saved, state.get)
+        for path in [*layers, *(name.rpartition(".")[0] for name in saved)]:
+            if path not in modules or everywhere.count(id(modules[path])) > 1:
+                raise ValueError(f"{path} is in the model under two names: not implemented")
+            parent = modules[path.rpartition(".")[0]]
+            if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+                raise ValueError(f"{path} is inside a {type(parent).__name__}, which reads its "
+                                 "weight and goes past an adapter: not implemented")
     except ValueError as e:
         raise ValueError(f"{folder}: {e}") from None
+
+    # matrices without a rank, for the next save() and its rank map
+    empty = [path for path, rank in (own.get("ranks") or {}).items()
+             if rank == 0 and path in linears and path not in layers
+             and not within(f"{path}.weight", whole)]
     model.requires_grad_(False)
-    with torch.no_grad():
-        for path, (r, scale) in layers.items():
-            layer = SaLoRALinear(linears[path], r, scale)
-            layer.lora_A.copy_(tensors[f"{path}.lora_A.weight"])
-            layer.lora_B.copy_(tensors[f"{path}.lora_B.weight"])
-            replace(model, path, layer)
-        for name in saved:
-            params[name].requires_grad_(True).copy_(tensors[name])
+    for path, linear in linears.items():
+        if path in layers or path in empty:
+            r, scale = layers.get(path, (0, 1.0))
+            layer = SaLoRALinear(linear, r, scale, settings["lora_dropout"]).requires_grad_(r > 0)
+            linear.requires_grad_(False)
+            layer.r = max(r, own.get("r") or 0)
+            if r:
+                layer.lora_A.data.copy_(tensors[f"{path}.lora_A.weight"])
+                layer.lora_B.data.copy_(tensors[f"{path}.lora_B.weight"])
+            parent, _, name = path.rpartition(".")
+            setattr(modules[parent], name, layer)
+    for name in saved:
+        path, _, leaf = name.rpartition(".")
+        value = tensors[name].to(state[name].device, state[name].dtype)
+        if not isinstance(state[name], nn.Parameter):
+            state[name].copy_(value)  # a buffer
+            continue
+        twins = [other for other, t in state.items() if t is state[name] and other != name]
+        if twins:
+            print(f"{folder}: has a {name} of its own, which is no longer tied to {twins[0]}")
+        setattr(modules[path], leaf, nn.Parameter(value))
     return model
 
 
@@ -262,8 +407,9 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
     model.safetensors or its shards with their index, tokenizer) with an adapter in its weights.
     Each sum is taken in float32 and stored in the dtype of the weight. Modules that the adapter
     saved whole (a head) come along, and config.json then has their labels: those in salora.json,
-    else the model's own if there are as many. ValueError:
-    `out` is there already, or adapter and model do not fit together; nothing is left behind."""
+    else the model's own if there are as many. A head that was tied to the embedding is not tied
+    afterwards if the adapter changes one of them. ValueError: `out` is there already, or adapter
+    and model do not fit together; nothing is left behind."""
     model, out = Path(model), Path(out)
     if out.exists():
         raise ValueError(f"{out}: is there already, give another folder")
@@ -271,35 +417,62 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
     config, (files, index) = read_json(model / "config.json"), weight_files(model)
     if config.get("quantization_config"):
         raise ValueError(f"{model}: its weights are quantized; merge into the ones before")
-    shapes = {}
+    places, shapes = {}, {}
     for file in files:
         with open_tensors(file) as f:
-            shapes |= {full_name(key): f.get_slice(key).get_shape() for key in f.keys()}
+            for key in f.keys():
+                name = full_name(key)
+                if name in shapes:
+                    raise ValueError(f"{model}: two of its tensors are {name}, {key} is one")
+                places[name], shapes[name] = (file, key), f.get_slice(key).get_shape()
 
     whole = settings.get("modules_to_save")
-    saved = {name: t for name, t in tensors.items() if within(name, whole)}
+    own = re.compile(r"\.(lora_[AB]|base_layer|modules_to_save)\.")  # PEFT's own names
+    saved = {name: t for name, t in tensors.items()
+             if replaced(name, whole) and not own.search(name)}
     changed = [*saved, *(name.replace(".lora_A.", ".") for name in tensors if ".lora_A." in name)]
     parts = [name.partition(".") for name in changed if name not in shapes]
     body = next((first for first, _, rest in parts if rest in shapes), "")  # if the keys lack it
-    shapes = {full_name(key, body): shape for key, shape in shapes.items()}
-    linears = {}
+    places, shapes = ({full_name(name, body): x for name, x in table.items()}
+                      for table in (places, shapes))
+    tied = config.get("tie_word_embeddings") and [name for name in changed if name.endswith(
+        ("embed_tokens.weight", "lm_head.weight"))]
+    for one, other in (TIED, TIED[::-1]):
+        if tied and one in shapes and other not in shapes:
+            places[other], shapes[other] = places[one], shapes[one]
+
+    def optional(name):
+        """Heads and poolers that the adapter says nothing of are not in the model it is for."""
+        path = name.rpartition(".")[0]
+        return ((name.startswith(HEADS) or ".pooler." in name) and name not in saved
+                and f"{path}.lora_A.weight" not in tensors)
+
+    def weight_of(name):
+        if config.get("tie_word_embeddings") and name in TIED and name not in places:
+            name = TIED[1 - TIED.index(name)]
+        if name not in places:
+            return None
+        file, key = places[name]
+        with open_tensors(file) as f:
+            return f.get_tensor(key)
+
+    linears, wanted = {}, {}
     for name, shape in shapes.items():
         path, _, kind = name.rpartition(".")
-        # heads and poolers that the adapter says nothing about are not in the model it is for
-        optional = name.startswith(HEADS) or ".pooler." in name
-        there = not optional or f"{path}.lora_A.weight" in tensors
-        if kind == "weight" and len(shape) == 2 and there:
+        embedding = path.endswith(("embeddings", "embed_tokens"))
+        if kind == "weight" and len(shape) == 2 and not embedding and not optional(name):
             linears[path] = shape
-    wanted = {name: t.shape if name in CLASSIFIER else shapes.get(name, t.shape)
-              for name, t in saved.items()}
+        if replaced(name, whole) and not optional(name):
+            wanted[name] = shape
+    wanted |= {name: t.shape for name, t in saved.items()
+               if name in CLASSIFIER or name not in shapes}
     try:
-        if config.get("tie_word_embeddings") and any(
-                name.endswith(("embed_tokens.weight", "lm_head.weight")) for name in changed):
-            raise ValueError("it changes an embedding that is tied to the head: not implemented")
-        layers = match(settings, tensors, linears, wanted)
+        if tied and not set(tied) <= set(TIED):
+            raise ValueError(f"it changes {tied[0]}, which is tied to another: not implemented")
+        layers = match(adapter, settings, tensors, linears, wanted, weight_of)
         outputs, labels = [len(tensors[name]) for name in saved if name in CLASSIFIER], None
         if outputs:
-            labels = read_labels(adapter) or output_names(config, outputs[0])
+            labels = read_own(adapter).get("labels") or output_names(config, outputs[0])
             if len(labels) != outputs[0]:
                 raise ValueError(f"salora.json: has {len(labels)} labels, but the head has "
                                  f"{outputs[0]} outputs")
@@ -314,9 +487,9 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
         for file in files:
             merged = {}
             with open_tensors(file) as f:
-                for key in f.keys():
-                    weight, name = f.get_tensor(key), full_name(key, body)
-                    path = name.removesuffix(".weight")
+                for name in [name for name, place in places.items() if place[0] == file]:
+                    key = places[name][1]
+                    weight, path = f.get_tensor(key), name.removesuffix(".weight")
                     if weight.is_floating_point():
                         dtype = weight.dtype
                     elif path in layers:
@@ -330,6 +503,8 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
                 merged |= {name: t.to(dtype) for name, t in saved.items()}
             save_file(merged, beside / file.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(merged, file.name)
+        if tied:
+            config = config | dict(tie_word_embeddings=False)
         if labels:
             config = with_labels(config, labels)
         if labels and settings.get("task_type") == "SEQ_CLS":
@@ -343,11 +518,15 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
             (beside / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         for file in files:
             shutil.copymode(beside / "config.json", beside / file.name)
-        own = {*written, "model.safetensors.index.json", "adapter_config.json", "salora.json"}
+        own = {*written, "adapter_config.json", "salora.json"}
         for file in model.iterdir():  # the tokenizer, and what else is text
-            if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name not in own:
+            text = file.suffix in (".json", ".txt", ".model", ".jinja")
+            if text and file.name not in own and not file.name.endswith(".index.json"):
                 shutil.copy(file, beside)
         os.replace(beside, out)
+        if tied:
+            print(f"{out}: head and embedding are two tensors there, and tie_word_embeddings is "
+                  f"false, for {adapter} changes {' and '.join(tied)}")
     finally:  # of an attempt that failed
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -356,8 +535,7 @@ def show(adapter: str | Path) -> str:
     """What an adapter folder in PEFT's LoRA format holds, as text: parameters, budget and the rank
     of each matrix. ValueError: as in read_adapter."""
     settings, tensors = read_adapter(adapter)
-    own = Path(adapter) / "salora.json"
-    known = read_json(own) if own.is_file() else {}
+    known = read_own(adapter, tensors)
     found = {name.removesuffix(".lora_A.weight"): len(t) for name, t in tensors.items()
              if name.endswith(".lora_A.weight")}
     table = known.get("ranks") or found

@@ -7,7 +7,6 @@ a checkpoint and the module paths in an adapter need no translation.
 """
 
 import contextlib
-import json
 import math
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError
+from data import InputError, read_json
 
 # the paper's W^Q W^K W^V W^O W^U W^D inside a layer; g is LLaMA's gate projection
 LINEARS = {
@@ -267,6 +266,7 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    attention_dropout: float = 0.0
     initializer_range: float = 0.02
 
     def __post_init__(self):
@@ -329,7 +329,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
         d, h, inner, bias = c.hidden_size, c.head_dim, c.intermediate_size, c.attention_bias
-        self.head_dim = h
+        self.head_dim, self.p_attention = h, c.attention_dropout
         self.self_attn = nn.ModuleDict(dict(
             q_proj=nn.Linear(d, c.num_attention_heads * h, bias=bias),
             k_proj=nn.Linear(d, c.num_key_value_heads * h, bias=bias),
@@ -358,7 +358,8 @@ class DecoderLayer(nn.Module):
             k, v = cache[:, :, :, :start + t]
         if k.shape[1] < q.shape[1]:  # grouped-query attention: query heads share keys and values
             k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and t > 1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and t > 1,
+                                           dropout_p=self.p_attention if self.training else 0.0)
         x = x + attn.o_proj(y.transpose(1, 2).flatten(2))
         y, mlp = self.post_attention_layernorm(x), self.mlp
         return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
@@ -464,31 +465,23 @@ def run(model, layer, *args):
 # reading a Hugging Face folder; adapter.py reads with the same functions
 
 
-def read_json(file: str | Path, hint: str = "") -> dict:
-    """The object in a JSON file. InputError: there is none; `hint` is added if the file is not
-    found."""
-    try:
-        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: not found{hint}") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{file}: cannot be read as JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: holds a {type(value).__name__}, expected a JSON object")
-    return value
-
-
 def weight_files(folder: str | Path) -> tuple:
     """(paths of the safetensors files of a model folder, the object in their index or None). A
     single file wins over an index, as in transformers. InputError: none are there."""
     folder = Path(folder)
     single, listed = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
+        if listed.is_file():
+            print(f"{folder}: {single.name} is read, not the shards in {listed.name}")
         return [single], None
     if not listed.is_file():
-        pickle = (folder / "pytorch_model.bin").is_file()
-        hint = " (pytorch_model.bin is a pickle, which is not read: save as safetensors)"
-        raise InputError(f"{folder}: found neither {single.name} nor {listed.name}{hint * pickle}")
+        others = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors")
+        files = (file for file in folder.glob("*") if file.suffix in others)
+        found = [file.name for file in sorted(files, key=lambda file: others.index(file.suffix))]
+        hint = f" ({found[0]} is not read: save as safetensors)" if found else ""
+        if ".bin" in hint:
+            hint = hint.replace("is not", "is a pickle, which is not")
+        raise InputError(f"{folder}: found neither {single.name} nor {listed.name}{hint}")
     index = read_json(listed)
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards:
@@ -556,10 +549,13 @@ def read_config(folder: str | Path, kind: type = EncoderConfig):
         raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected {expected}")
     only = dict(hidden_act="gelu", position_embedding_type="absolute", is_decoder=False)
     if decoder:
-        only = dict(hidden_act="silu")
+        only = dict(hidden_act="silu", partial_rotary_factor=1.0, is_causal=True)
     for key, value in only.items():
         if raw.get(key, value) != value:
             raise InputError(f"{file}: {key} is {raw[key]!r}, only {value!r} is implemented")
+    if raw.get("quantization_config"):
+        raise InputError(f"{file}: has a quantization_config, and quantized weights are not read; "
+                         "take the model before quantization")
     if decoder:
         raw |= read_rope(raw, file)
     known = {}
@@ -593,7 +589,9 @@ def read_config(folder: str | Path, kind: type = EncoderConfig):
 
 def read_rope(raw, file):
     """rope_theta and rope_scaling of a LLaMA's config; newer files keep both in rope_parameters."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # in transformers' order
+    if raw.get("rope_parameters") not in (None, {}, rope):
+        print(f"{file}: rope_scaling counts, not rope_parameters")
     if not isinstance(rope, dict):
         raise InputError(f"{file}: rope_scaling is {rope!r}, expected an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -601,6 +599,11 @@ def read_rope(raw, file):
     needed = dict(default=(), linear=("factor",), llama3=("factor", *llama3)).get(kind)
     if needed is None:
         raise InputError(f"{file}: rope_type is {kind!r}, expected default, linear or llama3")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise InputError(f"{file}: partial_rotary_factor is {rope['partial_rotary_factor']!r}, "
+                         "only 1.0 is implemented")
+    original = "original_max_position_embeddings"  # the one outside comes first
+    rope |= {original: raw.get(original, rope.get(original, raw.get("max_position_embeddings")))}
     for name in needed:
         value = rope.get(name)
         if not isinstance(value, (int, float)) or value <= 0:
@@ -610,11 +613,13 @@ def read_rope(raw, file):
     return dict(rope_theta=theta, rope_scaling=rope | dict(rope_type=kind) if needed else None)
 
 
-def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="cpu") -> list:
+def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="cpu",
+                 tied=()) -> list:
     """Fills a model on the meta device from a folder, tensor by tensor, in `dtype`, on `device`.
     spelling: from a key of the file to one of the model, or None for what is not needed. Keys in
-    `new` may be missing or of another shape: they are returned, still on meta. InputError names
-    any other key that is missing, unexpected or misshapen."""
+    `new` may be missing or of another shape, and of two in `tied` one may be missing: they are
+    returned, still on meta. InputError names any other key that is missing, unexpected, there
+    twice or misshapen."""
     wanted, state, unexpected = model.state_dict(), {}, []
     for file in weight_files(folder)[0]:
         with open_tensors(file, dtype) as f:
@@ -624,12 +629,19 @@ def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="c
                     unexpected += [raw_key] if key else []
                     continue
                 tensor, shape = f.get_tensor(raw_key), wanted[key].shape
+                if key in state:
+                    raise InputError(f"{folder}: two of its tensors are {key}, {raw_key} is one")
+                if not tensor.is_floating_point():
+                    raise InputError(f"{folder}: {raw_key} is {tensor.dtype}, quantized; take the "
+                                     "model before quantization")
                 if tensor.shape == shape:
                     state[key] = tensor.to(device, dtype)
                 elif key not in new:
                     raise InputError(f"{folder}: {raw_key} has shape {list(tensor.shape)}, "
                                      f"config.json asks for {list(shape)}")
     missing = [key for key in wanted if key not in state and key not in new]
+    if sum(key in state for key in tied) == 1:
+        missing = [key for key in missing if key not in tied]
     if missing or unexpected:
         kind, keys = ("lacks", missing) if missing else ("has unexpected", unexpected)
         some = ", ".join(keys[:3]) + (" .." if len(keys) > 3 else "")
@@ -656,11 +668,12 @@ def load_encoder(folder: str | Path, num_labels: int, dtype=torch.float32) -> En
     config = read_config(folder)
     with torch.device("meta"):  # shapes only: no random weights that are overwritten at once
         model = Encoder(config, num_labels)
-    unused = ("lm_head.", "cls.", "roberta.pooler.")  # of checkpoints for language modeling
+    unused = ("lm_head.", "cls.", "qa_outputs.", "roberta.pooler.")  # of other tasks
 
     def spelling(key):
         key = full_name(key, config.model_type)
-        return None if key.startswith(unused) or key.endswith("position_ids") else key
+        buffer = key.endswith(("position_ids", "token_type_ids"))
+        return None if key.startswith(unused) or buffer else key
 
     head = {key for key in model.state_dict() if key.startswith("classifier.") or ".pooler." in key}
     new = load_weights(model, folder, spelling, head, dtype)
@@ -691,19 +704,28 @@ def stop_ids(folder: str | Path) -> set:
                      "end a text")
 
 
+TIED = ("model.embed_tokens.weight", "lm_head.weight")  # a file may have either, or both
+
+
 def load_decoder(folder: str | Path, dtype=torch.float32, device="cpu") -> Decoder:
     """The pretrained Decoder of a Hugging Face folder, in `dtype` on `device`. InputError: as in
     load_weights."""
     config = read_config(folder, DecoderConfig)
     with torch.device("meta"):
         model = Decoder(config)
-    tied = config.tie_word_embeddings
 
     def spelling(key):
-        unused = key.endswith("rotary_emb.inv_freq") or tied and key == "lm_head.weight"
-        return None if unused else full_name(key, "model")
+        return None if key.endswith("rotary_emb.inv_freq") else full_name(key, "model")
 
-    load_weights(model, folder, spelling, {"lm_head.weight"} if tied else (), dtype, device)
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    tied = TIED if config.tie_word_embeddings else ()
+    absent = load_weights(model, folder, spelling, (), dtype, device, tied)
+    embedding, head = model.model.embed_tokens, model.lm_head
+    if TIED[0] in absent:
+        embedding.weight = head.weight
+    elif tied and (absent or torch.equal(head.weight, embedding.weight)):
+        head.weight = embedding.weight
+    elif tied:
+        config.tie_word_embeddings = False
+        print(f"{folder}: the lm_head.weight there is not the embedding, so the two are not tied, "
+              "though tie_word_embeddings in config.json is true")
     return model

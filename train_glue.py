@@ -113,7 +113,8 @@ def order_head(args, model, names):
     and stand elsewhere, others are not."""
     found, where = model.labels, args.model
     if args.adapter and any(p.requires_grad for p in model.classifier.parameters()):  # its own head
-        found = adapter.read_labels(args.adapter) or found or output_names({}, model.num_labels)
+        found = (adapter.read_own(args.adapter).get("labels") or found
+                 or output_names({}, model.num_labels))
         where = f"--adapter {args.adapter}"
     if found is None or names is None:
         return

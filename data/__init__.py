@@ -5,6 +5,7 @@ style transfer (style.py), downloads (download.py), batches (batching.py), score
 
 import contextlib
 import fcntl
+import json
 import os
 from pathlib import Path
 
@@ -43,6 +44,20 @@ def read_text(file, hint=""):
         line = text.count("\n", 0, text.index("\0")) + 1
         raise InputError(f"{file}: line {line} holds a NUL byte: it is not a text file, or damaged")
     return text
+
+
+def read_json(file: str | Path, hint: str = "") -> dict:
+    """The object in a JSON file. InputError: there is none; `hint` is added if the file is not
+    found."""
+    try:
+        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: not found{hint}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{file}: cannot be read as JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: holds a {type(value).__name__}, expected a JSON object")
+    return value
 
 
 def draw_rows(n, count):

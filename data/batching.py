@@ -1,37 +1,182 @@
 """Text to tensors: tokenized once, batched by length so that next to nothing is padding."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, processors
 
-from data import InputError
+from data import InputError, read_json
 
 LARGEST = 64 << 20  # bytes of a tokenizer.json; those of known models have 1 to 35 MB
+NEVER = 1 << 40  # a length in tokens that no text has
+
+# the tokenizers of transformers that take only the vocabulary from tokenizer.json, and their
+# special tokens
+CLASSES = {
+    "BertTokenizer": dict(unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]",
+                          cls_token="[CLS]", mask_token="[MASK]"),
+    "RobertaTokenizer": dict(bos_token="<s>", eos_token="</s>", sep_token="</s>", cls_token="<s>",
+                             unk_token="<unk>", pad_token="<pad>", mask_token="<mask>"),
+    "LlamaTokenizer": dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>"),
+    "GPT2Tokenizer": dict(unk_token="<|endoftext|>", bos_token="<|endoftext|>",
+                          eos_token="<|endoftext|>"),
+}
+OF_MODEL = {"bert": "BertTokenizer", "roberta": "RobertaTokenizer"}  # where no file names one
+WHOLE = ("", "PreTrainedTokenizer", "TokenizersBackend")  # these take all of tokenizer.json
+
+PLAIN = json.loads(processors.TemplateProcessing(  # what no post-processor does
+    single="$A", pair="$A $B:1", special_tokens=[]).__getstate__())
 
 
-def load_tokenizer(folder):
-    """The Tokenizer of folder/tokenizer.json, without the padding that the file may ask for."""
-    file = Path(folder) / "tokenizer.json"
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder as transformers makes it of tokenizer.json and
+    tokenizer_config.json; a printed line says where that is not what tokenizer.json holds. It
+    does not pad or cut, whatever the files ask for. InputError: a file is missing or damaged."""
+    folder = Path(folder)
+    file = folder / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"{file}: not found; save the model's fast tokenizer there (vocab.txt or "
                          "vocab.json and merges.txt are not read)")
     if file.stat().st_size > LARGEST:
         raise InputError(f"{file}: has {file.stat().st_size >> 20} MiB, and no tokenizer needs "
                          f"more than {LARGEST >> 20}")
+    parts, config = read_json(file), tokenizer_config(folder)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        kind = tokenizer_class(parts, config, file)
+        config = CLASSES.get(kind, {}) | config
+        rebuild(parts, kind, config, file)
+        side = config.get("truncation_side") or (parts.get("truncation") or {}).get("direction")
+        parts["truncation"] = parts["padding"] = parts["model"]["dropout"] = None
+        tokenizer = Tokenizer.from_str(json.dumps(parts))
+        add_tokens(tokenizer, config, folder)
+        if kind in OF_MODEL.values():
+            cls, sep = ((name, tokenizer.token_to_id(name)) for name in (
+                text_of(config["cls_token"]), text_of(config["sep_token"])))
+            b = 0 if kind == "RobertaTokenizer" or typeless(config) else 1
+            ends = f"{cls[0]} $A {sep[0]}"
+            between = f" {sep[0]}" if kind == "RobertaTokenizer" else ""
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=ends, pair=f"{ends}{between} $B:{b} {sep[0]}:{b}", special_tokens=[cls, sep])
+        tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
+        if str(side).lower() == "left":
+            tokenizer.enable_truncation(NEVER, direction="left")  # tokenize() sets the length
+    except InputError:
+        raise
     except Exception as e:  # the binding raises a bare Exception
-        raise InputError(f"{file}: not a readable tokenizer ({e})") from None
-    tokenizer.no_padding()
+        raise InputError(f"{file}: not a readable tokenizer ({e!r})") from None
     return tokenizer
+
+
+def tokenizer_config(folder):
+    """tokenizer_config.json, with what older folders have in files of their own."""
+    def read(name):
+        return read_json(folder / name) if (folder / name).is_file() else {}
+
+    config = read("tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config |= read("special_tokens_map.json")
+        config["added_tokens"] = read("added_tokens.json")
+    config.setdefault("tokenizer_class", read("config.json").get("tokenizer_class"))
+    config["model_type"] = read("config.json").get("model_type")
+    return config
+
+
+def tokenizer_class(parts, config, file):
+    """The class in transformers, or "" where all of tokenizer.json counts."""
+    kind = config["tokenizer_class"] or OF_MODEL.get(config["model_type"], "")
+    kind = kind.removesuffix("Fast")
+    stored = parts["model"].get("type") or ("BPE" if "merges" in parts["model"] else "WordPiece")
+    byte_level = "ByteLevel" in json.dumps([parts.get("pre_tokenizer"), parts.get("decoder")])
+    if kind in WHOLE or kind == "LlamaTokenizer" and byte_level:
+        return ""
+    if kind in CLASSES and stored == ("WordPiece" if kind == "BertTokenizer" else "BPE"):
+        return kind
+    print(f"{file}: its {stored} is used as it is, without what a {kind} would change")
+    return ""
+
+
+def rebuild(parts, kind, config, file):
+    """Changes the parts of a tokenizer.json into those of its class."""
+    new, space = {}, config.get("add_prefix_space")
+    if kind == "BertTokenizer":
+        new = dict(normalizer=dict(
+            type="BertNormalizer", clean_text=True, lowercase=config.get("do_lower_case", True),
+            handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+            strip_accents=config.get("strip_accents")), pre_tokenizer=dict(type="BertPreTokenizer"))
+        parts["model"]["unk_token"] = text_of(config["unk_token"])
+    elif kind == "LlamaTokenizer":
+        scheme = "never" if space is False else "always" if config.get("legacy") else "first"
+        new = dict(normalizer=None, pre_tokenizer=dict(
+            type="Metaspace", replacement="▁", prepend_scheme=scheme, split=False))
+        parts["model"] |= dict(fuse_unk=True, byte_fallback=True, unk_token=None)
+    elif kind:
+        new = dict(normalizer=None, pre_tokenizer=dict(
+            type="ByteLevel", add_prefix_space=bool(space), trim_offsets=True, use_regex=True))
+        parts["model"] |= dict(fuse_unk=False, byte_fallback=False, unk_token=None)
+    for name, value in new.items():
+        if parts.get(name) != value:
+            print(f"{file}: its {name} {json.dumps(parts.get(name))[:160]} becomes "
+                  f"{json.dumps(value, ensure_ascii=False)}: that is what tokenizer_config.json or "
+                  f"the defaults of a {kind} say, and they count")
+    parts |= new
+    encoder = config["model_type"] in OF_MODEL
+    if not kind and encoder and not parts.get("post_processor"):
+        print(f"{file}: has no post-processor, so texts get no first and last token")
+    post = json.dumps(parts.get("post_processor") or PLAIN)
+    if not kind and typeless(config) and '"type_id": 1' in post:
+        parts["post_processor"] = json.loads(post.replace('"type_id": 1', '"type_id": 0'))
+        if config["model_type"] == "bert":
+            print(f"{file}: the second of two sentences has token type 0, since model_input_names "
+                  "in tokenizer_config.json is without token_type_ids, as it is by default in a "
+                  f"{config['tokenizer_class']}")
+
+
+def typeless(config):
+    """Does the model get no token types, even of two sentences?"""
+    whole = (config["tokenizer_class"] or "-").removesuffix("Fast") in WHOLE
+    default = [] if whole else ["token_type_ids"]
+    return "token_type_ids" not in (config.get("model_input_names") or default)
+
+
+def text_of(token):
+    return token["content"] if isinstance(token, dict) else token
+
+
+def add_tokens(tokenizer, config, folder):
+    """Adds the tokens that only tokenizer_config.json and the older files know."""
+    def added(token):
+        flags = {k: v for k, v in token.items() if k != "__type"} if isinstance(token, dict) else {}
+        return AddedToken(**dict(content=text_of(token), special=True) | flags)
+
+    by_id = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+    tokens = [added(token) for _, token in sorted(by_id.items())]
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    more = list(more.values() if isinstance(more, dict) else more)
+    named = [token for name, token in config.items() if name.endswith("_token")]
+    special = [token for token in named + more if token and isinstance(token, (str, dict))]
+    older = {text: i for text, i in config.get("added_tokens", {}).items() if text not in known}
+    for text, _ in sorted(older.items(), key=lambda item: item[1]):
+        is_special = text in map(text_of, special)
+        tokens.append(AddedToken(text, special=is_special, normalized=not is_special))
+    known |= {token.content for token in tokens}
+    tokens += [added(token) for token in special if text_of(token) not in known]
+    tokenizer.add_tokens(tokens)
+    for i, text in [*((i, text_of(token)) for i, token in by_id.items()),
+                    *((i, text) for text, i in older.items())]:
+        if tokenizer.token_to_id(text) != i:
+            raise InputError(f"{folder}: its added token {text!r} should have the id {i}, and is "
+                             f"{tokenizer.token_to_id(text)} in tokenizer.json: save the "
+                             "tokenizer anew")
 
 
 def tokenize(tokenizer, texts, max_length, vocab_size):
     """[(ids, type ids)] of one or two sentences each, special tokens included. Of two sentences
     the longer is truncated first."""
-    tokenizer.enable_truncation(max_length)
+    before = tokenizer.truncation or dict(direction="right")
+    tokenizer.enable_truncation(max_length, direction=before["direction"])
     encodings = tokenizer.encode_batch([t if len(t) == 2 else t[0] for t in texts])
     check_ids([e.ids for e in encodings], vocab_size)
     for text, encoding in zip(texts, encodings):

@@ -97,6 +97,227 @@ def test_patterns_are_read_as_peft_reads_them(pattern, fitting):
     assert (regex.fullmatch("model.layers.1.self_attn.q_proj") is not None) == fitting
 
 
+def peft_folder(folder, paths, **settings):
+    """An adapter of rank 2 for bert/ with tensors for these modules, as PEFT writes it, and
+    {path: the update of its weight}."""
+    g, tensors, updates = torch.Generator().manual_seed(0), {}, {}
+    sizes = {path: m.weight.shape for path, m in
+             sl.adapters(load_encoder(FIXTURES / "bert", 3), torch.nn.Linear).items()}
+    for path in paths:
+        d, k = sizes[path]
+        a, b = torch.randn(2, k, generator=g), torch.randn(d, 2, generator=g)
+        tensors |= {f"base_model.model.{path}.lora_A.weight": a,
+                    f"base_model.model.{path}.lora_B.weight": b}
+        updates[path] = b @ a
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = dict(peft_type="LORA", r=2, lora_alpha=2, bias="none") | settings
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return updates
+
+
+LAYER = "bert.encoder.layer."
+QUERIES = [f"{LAYER}{i}.attention.self.query" for i in (0, 1)]
+DENSE = [f"{LAYER}{i}.{end}.dense" for i in (0, 1)
+         for end in ("attention.output", "intermediate", "output")]
+
+
+@pytest.mark.parametrize("settings,paths,said", [  # what PEFT 0.21.2 adapts for these settings
+    (dict(target_modules=["query", "q_proj"]), QUERIES, "'q_proj' in target_modules"),
+    (dict(target_modules=["query"], rank_pattern={"q_proj": 3}), QUERIES,
+     "'q_proj' in rank_pattern"),
+    (dict(target_modules=["query"], alpha_pattern={"q_proj": 3}), QUERIES,
+     "'q_proj' in alpha_pattern"),
+    (dict(target_modules=["query"], modules_to_save=["norm", "score"]), QUERIES,
+     "'norm' in modules_to_save"),
+    (dict(target_modules=["query"], layers_to_transform=1), QUERIES[1:], ""),
+    (dict(target_modules=["query"], layers_to_transform=[0], layers_pattern="layer"), QUERIES[:1],
+     ""),
+    (dict(target_modules=["query", "key"], layers_to_transform=[1], layers_pattern=["x", "layer"],
+          exclude_modules=["key"]), QUERIES[1:], "'key' in target_modules"),
+    (dict(target_modules=[QUERIES[0]], layers_to_transform=[1]), QUERIES[:1], ""),
+    (dict(target_modules=["query", "dense"], exclude_modules=r".*(output|pooler)\.dense"),
+     [QUERIES[0], DENSE[1], QUERIES[1], DENSE[4]], ""),
+    (dict(target_modules=r".*\.1\..*query"), QUERIES[1:], "")])
+def test_settings_that_peft_reads_are_read(settings, paths, said, tmp_path, capsys):
+    updates = peft_folder(tmp_path / "a", paths, **settings)
+    plain, merged = load_encoder(FIXTURES / "bert", 3), tmp_path / "m"
+    tuned = adapter.load(load_encoder(FIXTURES / "bert", 3), tmp_path / "a")
+    assert list(sl.ranks(tuned)) == [path for path in sl.adapters(plain, torch.nn.Linear) if path in paths]
+    printed = capsys.readouterr().out
+    assert said in printed and printed.count("\n") == bool(said)
+    adapter.merge_folder(FIXTURES / "bert", tmp_path / "a", merged)
+    merged, tuned = load_encoder(merged, 3), sl.merge(tuned)
+    for path, update in updates.items():
+        wanted = plain.get_submodule(path).weight + update
+        for model in (tuned, merged):
+            assert torch.allclose(model.get_submodule(path).weight, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings,words", [
+    (dict(target_modules=["query"], layers_to_transform=[0, "1"]), "layers_to_transform is"),
+    (dict(target_modules=["query"], exclude_modules=3), "exclude_modules is 3"),
+    (dict(target_modules=["q_proj"]), "'q_proj' matches no nn.Linear"),
+    (dict(target_modules=["query"], layers_to_transform=[0]), "layer.1.*expected nothing, found"),
+    (dict(target_modules=["query", "key"]), r"self.key.*expected \[2, 32\], found nothing"),
+    (dict(target_modules=["query"], modules_to_save=["LayerNorm"]), "LayerNorm.*found nothing"),
+    (dict(target_modules=["query"], trainable_token_indices=[1]), "trainable_token_indices is"),
+    (dict(target_modules=["query"], ensure_weight_tying=True), "ensure_weight_tying is True")])
+def test_an_adapter_is_refused_by_the_name_of_what_does_not_fit(settings, words, tmp_path):
+    peft_folder(tmp_path / "a", QUERIES, **settings)
+    for use in (lambda: adapter.load(load_encoder(FIXTURES / "bert", 3), tmp_path / "a"),
+                lambda: adapter.merge_folder(FIXTURES / "bert", tmp_path / "a", tmp_path / "m")):
+        with pytest.raises(ValueError, match=words):
+            use()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_pickled_adapter_is_not_read(tmp_path):
+    peft_folder(tmp_path / "a", QUERIES, target_modules=["query"])
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(ValueError, match="adapter_model.bin is a pickle, which is not read"):
+        adapter.load(load_encoder(FIXTURES / "bert", 3), tmp_path / "a")
+
+
+def test_a_saved_name_stands_for_every_module_that_ends_in_it_as_in_peft(tmp_path):
+    model = scattered(load_decoder(FIXTURES / "llama3"), "qk")
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(p)
+    adapter.save(model, tmp_path / "a", ["norm"])
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert sum(name.endswith("norm.weight") for name in tensors) == 5  # two a layer, one at the end
+    base = Path(shutil.copytree(FIXTURES / "llama3", tmp_path / "base"))
+    assert merged_equals(model, load_decoder, tmp_path) and base.is_dir()
+    again = adapter.load(load_decoder(base), tmp_path / "a")
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters()
+               if "norm" in name)
+
+
+# ---- what is saved
+
+
+def small():
+    torch.manual_seed(3)
+    block = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8))
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), block, torch.nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("wrap", [
+    torch.nn.DataParallel,
+    lambda model: torch.compile(model, backend="eager"),
+    lambda model: torch.compile(torch.nn.DataParallel(model), backend="eager")])
+def test_wrappers_leave_no_trace_in_the_files(wrap, tmp_path):
+    model, x = small(), torch.randn(5, 8)
+    sl.SaLoRA(model, ["0", "1.0"], 1, r=2, window=None)
+    for layer in sl.adapters(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    model[1][1].running_mean.normal_()
+    adapter.save(wrap(model), tmp_path / "a", ["1.1"])
+    assert json.loads((tmp_path / "a" / "salora.json").read_text())["ranks"] == {"0": 2, "1.0": 2}
+    wanted = model.eval()(x)
+    assert torch.equal(adapter.load(small(), tmp_path / "a").eval()(x), wanted)
+    assert torch.equal(adapter.load(wrap(small()), tmp_path / "a").eval()(x), wanted)
+
+
+def test_a_module_compiled_inside_leaves_no_trace_in_the_files(tmp_path):
+    model, x = small(), torch.randn(5, 8)
+    model[1] = torch.compile(model[1], backend="eager")
+    sl.SaLoRA(model, ["1.0"], 1, r=2, window=None)
+    for layer in sl.adapters(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    adapter.save(model, tmp_path / "a")
+    assert torch.equal(adapter.load(small(), tmp_path / "a").eval()(x), model.eval()(x))
+
+
+def test_nothing_that_is_trained_is_left_behind(tmp_path):
+    model = small()
+    with pytest.raises(ValueError, match="the model has no adapters to save"):
+        adapter.save(model, tmp_path / "a")
+    sl.SaLoRA(model, ["0"], 10, r=2)
+    model[2].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"2.weight is trained \(2 such .*modules_to_save=\['2'"):
+        adapter.save(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    adapter.save(model, tmp_path / "a", ["2"])
+    with pytest.raises(ValueError, match=r"has adapters already: merge\(\) them first"):
+        adapter.load(model, tmp_path / "a")
+
+
+def test_a_budget_is_not_recorded_before_anything_was_cut(tmp_path):
+    model = small()
+    method = sl.SaLoRA(model, ["0", "1.0"], 10, r=4)
+    with pytest.warns(UserWarning, match="budget is 0.5, but nothing has been cut"):
+        adapter.save(model, tmp_path / "a", budget=method.budget)
+    assert json.loads((tmp_path / "a" / "salora.json").read_text())["budget"] is None
+    assert "no budget recorded" in adapter.show(tmp_path / "a")
+    sl.merge(adapter.load(small(), tmp_path / "a"))
+    method.prune()
+    adapter.save(model, tmp_path / "b", budget=method.budget)
+    again = adapter.load(small(), tmp_path / "b")
+    adapter.save(again, tmp_path / "c", budget=method.budget)  # it is known to have been cut
+    assert "budget 0.5; rank 4 at the start" in adapter.show(tmp_path / "c")
+
+
+def test_the_rank_map_of_an_adapter_that_was_gone_on_with_is_as_before(tmp_path):
+    model = scattered(load_encoder(FIXTURES / "bert", 3), "dukq")
+    table = sl.ranks(model)
+    assert 0 in table.values() and max(table.values()) < 8
+    adapter.save(model, tmp_path / "a")
+    again = adapter.load(load_encoder(FIXTURES / "bert", 3), tmp_path / "a")
+    assert list(sl.ranks(again).items()) == list(table.items())
+    sl.SaLoRA(again, None, 3, window=None)
+    adapter.save(again, tmp_path / "b", "classifier")
+    shown = [adapter.show(tmp_path / name).split("\n", 2) for name in "ab"]
+    assert shown[0][2] == shown[1][2] and "99 in classifier" in shown[1][1]
+
+
+def test_ranks_of_another_adapter_are_left_out_and_that_is_said(tmp_path, capsys):
+    adapter.save(scattered(load_encoder(FIXTURES / "bert", 3), "qk"), tmp_path / "a")
+    peft_folder(tmp_path / "b", QUERIES, target_modules=["query"])
+    shutil.copy(tmp_path / "a" / "salora.json", tmp_path / "b")
+    alone, _, _ = adapter.show(tmp_path / "b").partition("at the start")
+    assert "rank 2 to 2" in alone and "salora.json: is left out" in capsys.readouterr().out
+    model = adapter.load(load_encoder(FIXTURES / "bert", 3), tmp_path / "b")
+    assert sl.ranks(model) == dict.fromkeys(QUERIES, 2)
+    assert "salora.json: is left out" in capsys.readouterr().out
+
+
+def test_an_adapted_model_can_be_stored_and_flattened_before_and_after_the_cut(tmp_path):
+    model = small()
+    method = sl.SaLoRA(model, ["0", "1.0"], 10, r=4)
+    for _ in range(2):
+        save_file(model.state_dict(), tmp_path / "x.safetensors")
+        torch.nn.utils.parameters_to_vector(model.parameters())
+        method.prune()
+
+
+def test_a_module_under_two_names_and_one_weight_in_two_modules(tmp_path):
+    def shared(one_module):
+        model = small()
+        model.add_module("twin", model[0] if one_module else torch.nn.Linear(8, 8))
+        model.twin.weight = model[0].weight
+        return model
+
+    model = shared(one_module=False)
+    sl.SaLoRA(model, ["twin"], 1, r=2, window=None)
+    torch.nn.init.normal_(model.twin.lora_B)
+    adapter.save(model, tmp_path / "a")
+    x, again = torch.randn(5, 8), adapter.load(shared(one_module=False), tmp_path / "a")
+    wanted = model.twin(x)
+    assert torch.equal(again.twin(x), wanted) and again[0].weight is again.twin.base.weight
+    assert torch.allclose(sl.merge(again).twin(x), wanted, atol=1e-6)
+    assert torch.equal(again[0].weight, small()[0].weight)  # its twin's update is not in there
+    edit(tmp_path / "a" / "adapter_config.json", target_modules=["0"],
+         exclude_modules=["1.0"])
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    save_file({key.replace("twin", "0"): t for key, t in tensors.items()},
+              tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="0 is in the model under two names"):
+        adapter.load(shared(one_module=True), tmp_path / "a")
+
+
 # ---- merging into a folder
 
 
@@ -192,12 +413,13 @@ def test_gamma_and_beta_of_older_files_are_known(tmp_path):
     assert keys == set(load_file(FIXTURES / "bert" / "model.safetensors"))
 
 
-def test_a_bare_llama_with_its_head_and_an_index_beside_a_single_file(tmp_path):
+def test_a_bare_llama_with_its_head_and_an_index_beside_a_single_file(tmp_path, capsys):
     base = renamed("llama", tmp_path / "base", lambda key: key.removeprefix("model."))
     assert "lm_head.weight" in load_file(base / "model.safetensors")
     for file in base.glob("model-*"):  # the index is a left-over: the single file counts
         save_file({"x": torch.zeros(1)}, file)
     model = scattered(load_decoder(base), "qkvoudg")
+    assert "model.safetensors is read, not the shards" in capsys.readouterr().out
     adapter.save(model, tmp_path / "a")
     assert merged_equals(model, load_decoder, tmp_path)
     assert [file.name for file in (tmp_path / "m").glob("model*")] == ["model.safetensors"]
@@ -235,14 +457,54 @@ def test_labels_follow_the_head_and_files_of_an_adapter_stay_behind(tmp_path):
     assert not {"adapter_config.json", "salora.json"} & {p.name for p in (tmp_path / "m").iterdir()}
 
 
-def test_a_tied_head_in_the_file_is_not_merged_into(tmp_path):
-    head = {"lm_head.weight": torch.zeros(60, 32)}
-    base = renamed("llama3", tmp_path / "base", str, head)
-    model = load_decoder(base)
-    sl.SaLoRA(model, ["lm_head"], 1, r=2, window=None)
-    adapter.save(model, tmp_path / "a")
-    with pytest.raises(ValueError, match="an embedding that is tied to the head"):
-        adapter.merge_folder(base, tmp_path / "a", tmp_path / "m")
+@pytest.mark.parametrize("stored", ["the embedding alone", "twice", "the head alone", "a head"])
+@pytest.mark.parametrize("changed", ["adapted head", "saved head", "saved embedding"])
+def test_a_tied_head_that_an_adapter_changes_becomes_a_tensor_of_its_own(
+        stored, changed, tmp_path, capsys):
+    embedding = load_file(FIXTURES / "llama3" / "model.safetensors")["model.embed_tokens.weight"]
+    head = torch.randn(60, 32) / 10 if stored == "a head" else embedding.clone()
+    base = renamed(
+        "llama3", tmp_path / "base",
+        lambda key: "lm_head.weight" if stored == "the head alone" and "embed" in key else key,
+        {} if "alone" in stored else {"lm_head.weight": head})
+    model, saved = load_decoder(base), []
+    sl.SaLoRA(model, ["lm_head" if changed == "adapted head" else "q_proj"], 1, r=2, window=None)
+    for layer in sl.adapters(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    if changed != "adapted head":
+        saved = ["lm_head" if changed == "saved head" else "embed_tokens"]
+        parent = model if changed == "saved head" else model.model
+        new = torch.nn.Parameter(torch.randn(60, 32) / 10)
+        parent.get_submodule(saved[0]).weight = new
+    adapter.save(model, tmp_path / "a", saved)
+    capsys.readouterr()
+    assert merged_equals(model, load_decoder, tmp_path)
+    assert "head and embedding are two tensors there" in capsys.readouterr().out
+    assert not json.loads((tmp_path / "m" / "config.json").read_text())["tie_word_embeddings"]
+    ids, fresh = torch.randint(5, 60, (2, 9)), adapter.load(load_decoder(base), tmp_path / "a")
+    with torch.no_grad():
+        assert torch.allclose(fresh.eval()(ids), model.eval()(ids), atol=1e-5)
+    said = capsys.readouterr().out
+    assert ("no longer tied" in said) == (bool(saved) and stored != "a head")
+
+
+def test_what_only_repeats_the_tied_embedding_is_no_change(tmp_path):
+    """PEFT's save_embedding_layers=True."""
+    a = Path(shutil.copytree(FIXTURES / "peft-llama3", tmp_path / "a"))
+    file = a / "adapter_model.safetensors"
+    embedding = load_file(FIXTURES / "llama3" / "model.safetensors")["model.embed_tokens.weight"]
+    more = {"base_model.model.model.embed_tokens.weight": embedding,
+            "base_model.model.lm_head.weight": embedding.half().float()}
+    save_file(load_file(file) | more, file)
+    with pytest.raises(ValueError, match="lm_head.weight: expected the model's own values"):
+        adapter.load(load_decoder(FIXTURES / "llama3"), a)
+    more["base_model.model.lm_head.weight"] = embedding.half()  # the same, in a narrower dtype
+    save_file(load_file(file) | more, file)
+    adapter.load(load_decoder(FIXTURES / "llama3"), a)
+    adapter.merge_folder(FIXTURES / "llama3", a, tmp_path / "m")
+    merged = load_file(tmp_path / "m" / "model.safetensors")
+    assert torch.equal(merged["model.embed_tokens.weight"], embedding)
+    assert "lm_head.weight" not in merged
 
 
 @pytest.mark.parametrize("weight_map", [
@@ -291,18 +553,6 @@ def test_merging_a_tied_head_leaves_the_embedding_alone():
         before = model(ids)
         assert (sl.merge(model)(ids) - before).abs().max() < 1e-4
     assert torch.equal(model.model.embed_tokens.weight, embedding)
-
-
-def test_a_tied_embedding_is_not_replaced_unnoticed(tmp_path):
-    shutil.copytree(FIXTURES / "peft-llama3", tmp_path / "a")
-    edit(tmp_path / "a" / "adapter_config.json", modules_to_save=["embed_tokens"])
-    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    embedding = {"base_model.model.model.embed_tokens.weight": torch.zeros(60, 32)}
-    save_file(tensors | embedding, tmp_path / "a" / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="embed_tokens.weight, which is tied to another module"):
-        adapter.load(load_decoder(FIXTURES / "llama3"), tmp_path / "a")
-    with pytest.raises(ValueError, match="an embedding that is tied to the head"):
-        adapter.merge_folder(FIXTURES / "llama3", tmp_path / "a", tmp_path / "m")
 
 
 def test_quantized_weights_and_other_shapes_are_refused(tmp_path):
@@ -477,10 +727,10 @@ def test_gates_need_one_rank(tmp_path, capsys):
                             "--out", str(tmp_path / "r")])
     assert "--method lora goes on from it" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
-    with pytest.raises(ValueError, match="ranks 1 to .*one for all"):
+    with pytest.raises(ValueError, match="of one rank if gates are to be learned"):
         model = load_encoder(train_glue.HERE / "demo" / "model", 2)
         sl.SaLoRA(adapter.load(model, tmp_path / "a"), None, 10)
-    with pytest.raises(ValueError, match="no adapters to go on with"):
+    with pytest.raises(ValueError, match="needs adapters in the model"):
         sl.SaLoRA(load_encoder(train_glue.HERE / "demo" / "model", 2), None, 10)
 
 

@@ -183,7 +183,7 @@ CASES = [  # what is changed, the command, what its line says
      "pytorch_model.bin is a pickle"),
     (write(T, None), GLUE, "model/tokenizer.json: not found"),
     (write(T, "{}"), GLUE, "model/tokenizer.json: not a readable tokenizer"),
-    (write(T, "[" * 200_000), GLUE, "model/tokenizer.json: not a readable tokenizer"),
+    (write(T, "[" * 200_000), GLUE, "model/tokenizer.json: cannot be read as JSON"),
     (lambda here: (here / T).write_bytes(b" " * (65 << 20)), GLUE,
      "model/tokenizer.json: has 65 MiB"),
     (folder_instead(T), GLUE, "model/tokenizer.json: not found"),

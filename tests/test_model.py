@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from data import InputError
-from model import LINEARS, Encoder, attention, dropout, load_encoder, read_config
+from model import (
+    LINEARS,
+    DecoderConfig,
+    Encoder,
+    attention,
+    dropout,
+    load_decoder,
+    load_encoder,
+    read_config,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -331,4 +340,102 @@ def test_files_that_are_missing_or_broken(folder, name, content, words):
 def test_a_pickle_is_not_read(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="pytorch_model.bin is a pickle, which is not read"):
+        load_encoder(folder, 3)
+
+
+# ---- LLaMA's folders; the right values are those of transformers 5.23.0
+
+
+IDS = torch.arange(3, 21).view(2, 9)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.fixture
+def tied(tmp_path):
+    """A LLaMA whose config.json ties head and embedding; its file has one tensor for both."""
+    return Path(shutil.copytree(FIXTURES / "llama3", tmp_path / "llama3"))
+
+
+def test_a_head_of_its_own_is_read_though_the_config_says_tied(tied, capsys):
+    head = torch.randn(60, 32)
+    edit_weights(tied, lambda t: t | {HEAD: head})
+    model = load_decoder(tied).eval()
+    with torch.no_grad():
+        assert torch.equal(model(IDS), F.linear(model.hidden(IDS), head))
+    assert not model.config.tie_word_embeddings
+    assert "lm_head.weight there is not the embedding" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: t | {HEAD: t[EMBEDDING].clone()},
+    lambda t: {HEAD if key == EMBEDDING else key: x for key, x in t.items()}])
+def test_a_tied_head_may_be_stored_twice_or_alone(tied, change, capsys):
+    with torch.no_grad():
+        before = load_decoder(tied)(IDS)
+        edit_weights(tied, change)
+        model = load_decoder(tied)
+        assert torch.equal(model(IDS), before) and capsys.readouterr().out == ""
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_tied_model_without_its_tensor_is_refused(tied):
+    edit_weights(tied, lambda t: {key: x for key, x in t.items() if key != EMBEDDING})
+    with pytest.raises(InputError, match="lacks model.embed_tokens.weight, lm_head.weight"):
+        load_decoder(tied)
+
+
+@pytest.mark.parametrize("changes,theta,scaling", [
+    (dict(rope_parameters=..., rope_theta=77.0), 77.0, None),
+    (dict(rope_parameters=...), 10000.0, None),
+    (dict(rope_scaling=dict(type="linear", factor=2.0), rope_theta=700.0,
+          rope_parameters=dict(rope_type="default", rope_theta=90.0)), 700.0, ("linear", 64)),
+    (dict(rope_parameters=dict(rope_type="llama3", rope_theta=500.0, factor=4.0,
+                               low_freq_factor=1.0, high_freq_factor=4.0)), 500.0, ("llama3", 64)),
+    (dict(original_max_position_embeddings=32), 500.0, ("llama3", 32))])
+def test_rotary_settings_are_found_where_transformers_finds_them(tied, changes, theta, scaling):
+    edit_config(tied, **changes)
+    c = read_config(tied, DecoderConfig)
+    found = c.rope_scaling and (c.rope_scaling["rope_type"],
+                                c.rope_scaling["original_max_position_embeddings"])
+    assert c.rope_theta == theta and found == scaling
+
+
+def test_attention_dropout_is_as_configured(tied):
+    edit_config(tied, attention_dropout=0.5)
+    model = load_decoder(tied)
+    assert torch.equal(model.eval()(IDS), model(IDS))
+    assert not torch.allclose(model.train()(IDS), model(IDS), atol=1e-3)
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(rope_parameters=dict(rope_type="yarn", factor=2.0)), "rope_type is 'yarn'"),
+    (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+    (dict(rope_parameters=dict(rope_theta=9.0, partial_rotary_factor=0.5)), "rotary_factor is 0.5"),
+    (dict(is_causal=False), "is_causal is False"),
+    (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
+    (dict(attention_bias=True), "lacks .*proj.bias"),
+    (dict(quantization_config=dict(bits=4)), "quantized weights are not read"),
+    (dict(head_dim=8), "has shape")])
+def test_llama_configs_that_are_not_computed_are_refused(tied, changes, words):
+    edit_config(tied, **changes)
+    with pytest.raises(InputError, match=words):
+        load_decoder(tied)
+
+
+@pytest.mark.parametrize("more,words", [
+    ({"norm.weight": torch.ones(32)}, "two of its tensors are model.norm.weight"),
+    ({"model.layers.0.mlp.up_proj.weight": torch.ones(48, 32, dtype=torch.int8)},
+     "up_proj.weight is torch.int8, quantized")])
+def test_weights_that_could_be_read_in_two_ways_are_refused(tied, more, words):
+    edit_weights(tied, lambda t: t | more)
+    with pytest.raises(InputError, match=words):
+        load_decoder(tied)
+
+
+@pytest.mark.parametrize("name", [
+    "pytorch_model-00001-of-00002.bin", "tf_model.h5", "adapter_model.safetensors"])
+def test_weights_in_another_format_are_named(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    (folder / "expected.safetensors").unlink()
+    with pytest.raises(InputError, match=f"{name} is "):
         load_encoder(folder, 3)

@@ -139,13 +139,43 @@ def test_oracle_we_load_pefts_adapter(folder, name, tmp_path):
         1e-4 if exact else 0.05)
 
 
+@pytest.mark.parametrize("name,config", [
+    ("bert", dict(target_modules=["query", "q_proj"])),
+    ("bert", dict(target_modules=["query"], rank_pattern={"q_proj": 2}, alpha_pattern={"k": 2})),
+    ("bert", dict(target_modules=["query", "dense"], layers_to_transform=[1])),
+    ("bert", dict(target_modules=["query", "dense"], exclude_modules=["output.dense"])),
+    ("bert", dict(target_modules=["query"], modules_to_save=["Norm", "word_embeddings"])),
+    ("llama3", dict(target_modules=["q_proj"], modules_to_save=["norm"])),
+    ("llama3", dict(target_modules=["q_proj"], modules_to_save=["lm_head"])),
+    ("llama3", dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"])),
+    ("llama3", dict(target_modules=["q_proj", "lm_head"])),
+    ("llama", dict(target_modules=["q_proj", "lm_head"]))])
+def test_oracle_what_peft_saves_and_reloads_is_loaded_and_merged(name, config, tmp_path):
+    folder = FIXTURES / name
+    model, _, task = ours(folder)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(**dict(r=4, task_type=task) | config)
+    tuned = peft.get_peft_model(theirs(folder, task), config).eval()
+    for p in tuned.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    tuned.save_pretrained(tmp_path / "a")
+    again = peft.PeftModel.from_pretrained(theirs(folder, task), tmp_path / "a").eval()
+    wanted = logits_of(again, model.config)
+    adapter.load(model, tmp_path / "a")
+    assert difference(logits_of(model.eval(), model.config), wanted) < 1e-5
+    adapter.merge_folder(folder, tmp_path / "a", tmp_path / "m")
+    for merged in (theirs(tmp_path / "m", task), ours(tmp_path / "m")[0].eval()):
+        assert difference(logits_of(merged, model.config), wanted) < 1e-4
+
+
 @pytest.mark.parametrize("config,words", [
     (lambda: peft.LoraConfig(target_modules=["query"], use_dora=True), "use_dora is True"),
     (lambda: peft.LoraConfig(target_modules=["query"], bias="all"), "bias is 'all'"),
     (lambda: peft.LoHaConfig(target_modules=["query"]), "peft_type is 'LOHA'"),
     (lambda: peft.LoraConfig(target_modules=["word_embeddings"]), "matches no nn.Linear"),
-    (lambda: peft.LoraConfig(target_modules=["query"], layers_to_transform=[0]),
-     "layers_to_transform is"),
+    (lambda: peft.LoraConfig(target_modules=["query"], trainable_token_indices=[0]),
+     "trainable_token_indices is"),
     (lambda: peft.IA3Config(target_modules=["query"], feedforward_modules=[]),
      "peft_type is 'IA3'"),
     (lambda: peft.LoraConfig(target_modules=["query"], init_lora_weights="pissa"),
