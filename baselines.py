@@ -139,8 +139,8 @@ class AdaLoRALinear(sl.SaLoRALinear):
 
     triplet_dim = sl.SaLoRALinear.triplet_dim | dict(lora_E=0)
 
-    def __init__(self, base, r, scale, dropout=0.0):
-        super().__init__(base, r, scale, dropout)
+    def __init__(self, base, r, scale):
+        super().__init__(base, r, scale)
         nn.init.normal_(self.lora_A, std=0.02)
         nn.init.normal_(self.lora_B, std=0.02)
         self.lora_E = nn.Parameter(torch.zeros(r, device=self.lora_A.device))
@@ -166,7 +166,9 @@ class AdaLoRA:
     def __init__(self, model, targets, steps, r=8, alpha=None, budget=0.5, beta=0.1,
                  window=(0.2, 0.5), lora_dropout=0.0):
         alpha = self.SCALE * r if alpha is None else alpha
-        self.layers = sl.adapt(model, targets, r, alpha, lora_dropout, AdaLoRALinear)
+        self.layers = sl.adapt(model, targets, r, alpha, AdaLoRALinear)
+        for layer in self.layers:
+            layer.dropout = lora_dropout
         self.steps, self.beta = steps, beta
         self.start, self.end = sl.window_steps(window, steps)
         self.interval = max(1, (self.end - self.start) // 100)  # steps between choices of triplets

@@ -163,7 +163,7 @@ def find(linears: dict, targets) -> dict:
         found |= hits
     return {path: m for path, m in linears.items() if path in found}
 
-def adapt(model, targets, r, alpha=None, dropout=0.0, kind=SaLoRALinear) -> list:
+def adapt(model, targets, r, alpha=None, kind=SaLoRALinear) -> list:
     """Freezes the model, puts a `kind` layer around every target, returns these layers."""
     if adapters(model):
         raise ValueError("the model has adapters already: merge() them, or go on with targets=None")
@@ -182,7 +182,7 @@ def adapt(model, targets, r, alpha=None, dropout=0.0, kind=SaLoRALinear) -> list
             raise ValueError(f"r is {r}, expected 1 to {most}: {path} is {tuple(m.weight.shape)}")
     model.requires_grad_(False)
     for path, m in linears.items():
-        replace(model, path, kind(m, r, (r if alpha is None else alpha) / r, dropout))
+        replace(model, path, kind(m, r, (r if alpha is None else alpha) / r))
     return list(adapters(model).values())
 
 # ---- the method ---------------------------------------------------------------------------------
@@ -212,11 +212,14 @@ def turn(layers: list, optimizer) -> torch.Tensor:
 def largest(scores: torch.Tensor, size: torch.Tensor, budget: float) -> torch.Tensor:
     """(K, r) bool: the triplets of largest score (K, r) that fit into `budget` of all parameters.
     size (K,): the parameters of one triplet of each layer."""
-    sizes = size.unsqueeze(1).expand_as(scores).flatten()
+    keep = torch.zeros(scores.numel(), dtype=torch.bool)
+    sizes = size.repeat_interleave(scores.shape[1])
+    room = int(budget * sizes.sum().item() + 1e-6)  # 0.29 * 100 is 28.999..
     order = scores.flatten().argsort(descending=True, stable=True)
-    keep = torch.zeros_like(sizes, dtype=torch.bool)
-    keep[order] = sizes[order].cumsum(0) <= int(budget * sizes.sum().item() + 1e-6)  # 28.999..
-    return keep.view_as(scores)
+    for i, n in zip(order.tolist(), sizes[order].tolist()):
+        if n <= room:  # a triplet too large for what is left makes way for a smaller one
+            keep[i], room = True, room - n
+    return keep.view_as(scores).to(scores.device)
 
 def window_steps(window, steps: int) -> tuple:
     """(first step of the window, first step after it): a step at least, and never the very first,
@@ -262,13 +265,16 @@ class SaLoRA:
                 ("price", price, price is None or 0 <= price < math.inf, "a number from 0"),
                 ("alpha", alpha, alpha is None or 0 < alpha < math.inf, "a positive number"),
                 ("gate_lr", gate_lr, gate_lr is None or 0 < gate_lr, "a positive number"),
+                ("lora_dropout", lora_dropout, 0 <= lora_dropout < 1, "a share in [0, 1)"),
                 ("orth_reduction", orth_reduction, orth_reduction in ("mean", "sum"), "mean, sum"),
                 ("selection", selection, selection in (None, "budget", "paper"), "budget, paper")):
             if not ok:
                 raise ValueError(f"{name} is {value!r}, expected {expected}")
         if targets is not None:
-            adapt(model, targets, r, alpha, lora_dropout)
-        self.layers = list(adapters(model).values())
+            adapt(model, targets, r, alpha)
+        self.layers = [m for m in adapters(model).values() if m.rank]
+        for layer in self.layers:
+            layer.dropout = lora_dropout
         ranks = {m.rank for m in self.layers}
         if not ranks or window and len(ranks) > 1:
             raise ValueError("targets=None needs adapters in the model, of one rank if gates are "
@@ -309,7 +315,7 @@ class SaLoRA:
         if self.step >= self.steps:
             raise RuntimeError(f"step {self.step + 1} of {self.steps}: give SaLoRA(steps=..) the "
                                "number of optimizer steps of the whole run")
-        b = self.layers[0].lora_B
+        b = max(self.layers, key=lambda m: m.rank).lora_B
         stepped = b._version != self.version or self.penalized and b.grad is None and self.step == 0
         if self.begun and stepped:  # a fused optimizer shows in zeroed gradients alone
             raise RuntimeError("the optimizer has stepped since the last begin_step(): call "

@@ -197,7 +197,7 @@ def test_when_the_window_opens_theta_starts_as_the_singular_values_and_the_funct
     salora.begin_step()
     salora.end_step(optimizer)  # of step 3: the window is steps 4 to 9
     sigma = torch.stack([torch.linalg.svdvals(m.lora_B @ m.lora_A)[:4] for m in salora.layers])
-    assert torch.allclose(salora.log_theta.exp(), sigma / sigma.median(), rtol=1e-2)
+    assert torch.allclose(salora.log_theta.exp(), sigma / sigma.quantile(0.5), rtol=1e-2)
     assert not optimizer.state[salora.layers[0].lora_A]
     salora.set_gates(None)
     assert torch.allclose(model(x), before, atol=1e-5)
@@ -1091,14 +1091,12 @@ def test_an_unfrozen_head_is_among_the_weights():
     assert any(p is model[4].weight for p in salora.param_groups(lr=1e-3)[0]["params"])
 
 
-def test_the_order_of_log_theta_decides_where_triplets_differ_in_size():
+def test_a_triplet_too_large_for_what_is_left_makes_way_for_a_smaller_one():
     model = nn.Sequential(nn.Linear(4, 12), nn.Linear(4, 4))  # triplets of 16 and of 8
     salora = SaLoRA(model, ["0", "1"], 10, r=2, budget=0.5)  # room for 24 of 48
-    for theta, keep in (([[4.0, 3], [2, 1]], [[True, False], [False, False]]),
-                        ([[3.0, 2], [4, 1]], [[True, False], [True, False]])):
-        with torch.no_grad():
-            salora.log_theta.copy_(torch.tensor(theta))
-        assert salora.select().tolist() == keep
+    with torch.no_grad():
+        salora.log_theta.copy_(torch.tensor([[4.0, 3], [2, 1]]))
+    assert salora.select().tolist() == [[True, False], [True, False]]
 
 
 def test_an_optimiser_with_moments_of_another_shape_is_refused_at_the_first_step():

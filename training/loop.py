@@ -95,7 +95,7 @@ def own_device(args):
 def start_from(args, model, steps):
     """Loads the adapter of --adapter; refuses one that the run cannot go on with."""
     load_adapter(model, args.adapter)
-    name, ranks = f"--adapter {args.adapter}", set(sl.ranks(model).values())
+    name, ranks = f"--adapter {args.adapter}", set(sl.ranks(model).values()) - {0}
     need(ranks, f"{name}: its target_modules", "empty", "at least one matrix to go on with")
     need(len(ranks) == 1 or args.method == "lora" or not steps, f"{name}: its rank",
          f"{min(ranks)} to {max(ranks)}",
@@ -108,8 +108,6 @@ def start_from(args, model, steps):
               if p.requires_grad and id(p) not in adapted]
     need(not others, f"{name}: its modules_to_save", f"with {', '.join(others)}",
          "nothing but the head")
-    for layer in sl.adapters(model).values():
-        layer.dropout = args.lora_dropout
 
 
 def install(args, model, steps, seed):
