@@ -239,8 +239,8 @@ class SaLoRA:
     beta, orth_reduction: weight of R_orth, of its "mean" over the 2K matrices or of its "sum"
     window: the part of the run, as fractions, in which gates are learned; None: plain LoRA
     seed: of the gates' own random generator
-    gate_lr: of log theta and lambda; by default 12 / and 24 / steps of the window, 1 and 2 at most,
-        so that AdamW lets them travel far in a window of any length
+    gate_lr: of log theta and lambda; by default 8 and 24 over the steps of the window, with which
+        AdamW lets them travel as far in a short window as in a long one
     lora_dropout: share of A's inputs that are zeroed in training
     turn: turn A and B when the window opens, and start theta as the singular values; else at 1
     selection: "budget" keeps the triplets of largest log theta that fit into b; "paper" keeps
@@ -283,7 +283,7 @@ class SaLoRA:
         self.first, self.last = window_steps(window, steps) if window else (0, 0)
         self.budget, self.beta, self.price = budget, beta, price
         travel = 1 / max(self.last - self.first, 12)
-        self.gate_lr, self.lam_lr = gate_lr or 12 * travel, gate_lr or 24 * travel
+        self.gate_lr, self.lam_lr = gate_lr or 8 * travel, gate_lr or 24 * travel
         self.turn, self.orth_reduction, self.fold_gates = turn, orth_reduction, fold_gates
         self.selection = selection or ("budget" if price is None else "paper")
         self.step, self.pruned, self.final_density = 0, False, None  # C before the cut

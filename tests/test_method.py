@@ -420,7 +420,7 @@ def test_groups_are_weights_gates_and_a_maximised_lambda_without_decay():
 
 
 def test_the_gates_rate_lets_theta_travel_in_a_window_of_any_length():
-    for steps, expected in ((20, 1.0), (1000, 0.04), (100_000, 0.0004)):
+    for steps, expected in ((20, 8 / 12), (1000, 8 / 300), (100_000, 8 / 30_000)):
         assert wrapped(steps=steps)[1].gate_lr == pytest.approx(expected)
 
 

@@ -89,7 +89,7 @@ def method_flags(parser, letters):
     arg("--fold-gates", action=argparse.BooleanOptionalAction,
         help="multiply kept gates into B instead of setting them to 1 (default: no)")
     arg("--gate-lr", type=float, help="learning rate of log theta and lambda (default: "
-        "12 / steps of the window, up to 1; lambda twice that)")
+        "8 / steps of the window; lambda three times that)")
     arg("--price", type=float, metavar="LAMBDA",
         help="eq. 10: a constant price per open gate instead of a budget (default: off)")
 
