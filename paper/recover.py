@@ -325,10 +325,12 @@ def tables(results):
         text.append(f"{teacher}, budget {room:g}, noise {noise:g}: {sum(true)} of "
                     f"{r * len(true)} ranks to find\n")
         text.append(markdown(
-            ["method", "relative error", "rank error", "parameters kept"],
+            ["method", "relative error", "rank error", "parameters kept", "C before the cut"],
             [[method, mean_each([r["relative_error"] for r in runs], "{:.4f}"),
               mean_each([r["rank_error"] for r in runs], "{:.0f}"),
-              f"{max(r['kept_params'] for r in runs):,}"] for method, runs in rows.items()]))
+              f"{max(r['kept_params'] for r in runs):,}",
+              mean_each([r["density"] for r in runs], "{:.2f}") if "SaLoRA" in method else ""]
+             for method, runs in rows.items()]))
     return "\n".join(text)
 
 
