@@ -25,20 +25,7 @@ from torch import nn
 
 from data import InputError
 from model import HEADS, TIED, full_name, open_tensors, output_names, read_json, weight_files
-from salora import SaLoRALinear, adapters, find, rank_map, updated
-
-WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch
-
-
-def plain(model: nn.Module, name: str) -> str:
-    """The name of a module or tensor without what torch.compile and DataParallel put into it."""
-    parts, module = [], model
-    for part in name.split("."):
-        parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-        if part not in WRAPPED and not (parallel and part == "module"):
-            parts.append(part)
-        module = getattr(module, part, None)
-    return ".".join(parts)
+from salora import SaLoRALinear, adapters, find, plain, rank_map, unwrap, updated
 
 
 def within(name, modules):
@@ -71,8 +58,8 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
 
     ValueError: nothing is adapted, a module to save is not there or has an adapter in it, or
     something that is trained would be left behind."""
-    layers = {plain(model, path): m for path, m in adapters(model).items()}
-    state = {plain(model, name): t for name, t in model.state_dict(keep_vars=True).items()}
+    model, layers = unwrap(model), adapters(model)
+    state = {plain(name): t for name, t in model.state_dict(keep_vars=True).items()}
     whole = [modules_to_save] if isinstance(modules_to_save, str) else list(modules_to_save)
     tensors, table = {}, {}
     if not layers:
@@ -341,9 +328,10 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
                          "into a fresh model")
     settings, tensors = read_adapter(folder)
     own, whole = read_own(folder, tensors), settings.get("modules_to_save")
-    modules = {plain(model, path): m for path, m in model.named_modules()}
+    outer, model = model, unwrap(model)
+    modules = {plain(path): m for path, m in model.named_modules()}
     linears = {path: m for path, m in modules.items() if isinstance(m, nn.Linear)}
-    state = {plain(model, name): t for name, t in model.state_dict(keep_vars=True).items()}
+    state = {plain(name): t for name, t in model.state_dict(keep_vars=True).items()}
     sizes = {path: (m.out_features, m.in_features) for path, m in linears.items()}
     saved = {name: t.shape for name, t in state.items() if replaced(name, whole)}
     everywhere = [id(m) for _, m in model.named_modules(remove_duplicate=False)]
@@ -385,7 +373,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
         if twins:
             print(f"{folder}: has a {name} of its own, which is no longer tied to {twins[0]}")
         setattr(modules[path], leaf, nn.Parameter(value))
-    return model
+    return outer
 
 
 # -------------------------------------------------------------------------------------------------

@@ -137,10 +137,15 @@ def unwrap(model: nn.Module) -> nn.Module:
     parallel = isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     return unwrap(inner.module) if parallel else inner
 
+def plain(name: str) -> str:
+    """A name without what torch.compile and torch's other wrappers of a module put into it."""
+    inner = r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)"
+    return re.sub(inner, "", name).lstrip(".")
+
 def adapters(model: nn.Module, kind=SaLoRALinear) -> dict:
     """{path: module of this kind} in the model's order."""
     named = unwrap(model).named_modules(remove_duplicate=False)
-    return {path.replace("_orig_mod.", ""): m for path, m in named if isinstance(m, kind)}
+    return {plain(path): m for path, m in named if isinstance(m, kind)}
 
 def replace(model: nn.Module, path: str, module: nn.Module):
     parent, _, name = path.rpartition(".")
