@@ -10,7 +10,7 @@ exactly 0 and still has a gradient:
     g = min(1, max(0, s)),  u ~ U(0, 1)                                                     (7)
         s = sigmoid((log u - log(1-u) + log theta) / tau) (zeta - gamma) + gamma
     P(g > 0) = sigmoid(log theta - tau log(-gamma/zeta)),  summed: E|G|_0                   (8)
-    R_orth = |B'B - I|^2 + |AA' - I|^2: the triplets of a matrix learn different things     (9)
+    R_orth = |B'B - I|^2 + |AA' - I|^2: keeps triplets from learning the same              (9)
     loss + lambda sum_i E|G_i|_0 + beta R_orth: lambda is a constant price per open gate   (10)
     C = sum_i E|G_i|_0 (d_i + k_i) / sum_i (#A_i + #B_i): share of parameters to stay      (11)
     max_lambda min_{A,B,theta} loss + beta R_orth + lambda (C - b)^2: C is driven to b     (12)
@@ -19,10 +19,10 @@ A' is A transposed, #A its number of elements; tau = 1, gamma = -0.1, zeta = 1.1
 the default; pass `price` for equation 10. Gates are drawn and learned in a window of the run. When
 it ends, the triplets that lost are cut out. Outside of it the layer is plain LoRA.
 
-One step is ours. Any invertible matrix fits between B and A without changing BA, so the triplets
-of a LoRA mean nothing by themselves. When the window opens, A and B are turned into the singular
-directions of BA, which makes them orthogonal exactly, and theta starts as the singular values, with
-b of them at 1 or above. `SaLoRA(.., **PAPER)` is the letter of the paper, without this.
+One step is ours. BA = (BM)(M^-1 A) for any invertible M, so the triplets of a LoRA mean nothing by
+themselves. When the window opens, A and B are turned into the singular directions of BA, and theta
+starts as the singular values, scaled so that a fraction b of them is at least 1. This makes rows
+and columns orthogonal, so beta is 0 by default. `SaLoRA(.., **PAPER)` is the method as published.
 
     salora = SaLoRA(model, targets=["up", "down"], steps=steps, r=8, budget=0.5)
     optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-3))
@@ -58,7 +58,8 @@ def open_probability(log_theta: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(log_theta - TAU * math.log(-GAMMA / ZETA))  # eq. 8
 
 def deterministic_gates(log_theta: torch.Tensor) -> torch.Tensor:
-    """The gates without noise, elementwise in [0, 1]: what evaluation in the window uses."""
+    """The gates without noise (and without tau, as in Louizos et al.), elementwise in [0, 1]: what
+    evaluation in the window uses."""
     return (torch.sigmoid(log_theta) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 # ---- the layer, and where it goes ---------------------------------------------------------------
@@ -116,7 +117,8 @@ class SaLoRALinear(nn.Module):
             for key, value in optimizer.state[p].items() if optimizer else ():
                 if torch.is_tensor(value) and value.dim():  # a moment; the rest is AdamW's step
                     optimizer.state[p][key] = value.index_select(dim, index)
-            # the graph of an old loss may be alive and remembers p's shape, but not beyond a dtype
+            # While the graph of an old loss is alive, autograd expects gradients of the old shape.
+            # It forgets the shape when p changes its dtype.
             p.grad, p.data = None, p.new_empty(0, dtype=torch.half)
             p.data = small
 
@@ -192,7 +194,7 @@ def adapt(model, targets, r, alpha=None, kind=SaLoRALinear) -> list:
 
 # ---- the method ---------------------------------------------------------------------------------
 
-PAPER = dict(  # the letter of the paper: SaLoRA(.., **PAPER)
+PAPER = dict(  # the method as published: SaLoRA(.., **PAPER)
     beta=0.1, orth_reduction="sum", window=(0.2, 0.5), gate_lr=0.01, turn=False,
     selection="paper", fold_gates=True)
 
@@ -234,18 +236,20 @@ def window_steps(window, steps: int) -> tuple:
 
 class SaLoRA:
     """Puts a SaLoRALinear around every target of `model`, freezes the rest, and trains the gates.
-    Move the model to its device and dtype first; unfreeze a new head afterwards.
+    Move the model to its device and dtype first. Unfreeze a new head afterwards, before
+    param_groups().
 
     targets: names of nn.Linear modules or their ends, as "query" or "output.dense"; "all-linear" is
         all but the head; None is the adapters that the model has already
     steps: optimizer steps of the whole run
     r, alpha: the rank at the start; the update is scaled by alpha / r (alpha = r by default)
     budget: b, the share of adapter parameters to keep, in (0, 1]
-    beta, orth_reduction: weight of R_orth, of its "mean" over the 2K matrices or of its "sum"
+    beta, orth_reduction: weight of R_orth, of its "mean" over the 2K matrices or of its "sum"; 0.1
+        and "sum" in the paper
     window: the part of the run, as fractions, in which gates are learned; None: plain LoRA
     seed: of the gates' own random generator
-    gate_lr: of log theta and lambda; by default 8 and 24 over the steps of the window, with which
-        AdamW lets them travel as far in a short window as in a long one
+    gate_lr: of log theta and lambda. By default 8/n and 24/n for a window of n steps (n = 12 if it
+        has less): with AdamW they travel as far in a short window as in a long one
     lora_dropout: share of A's inputs that are zeroed in training
     turn: turn A and B when the window opens, and start theta as the singular values; else at 1
     selection: "budget" keeps the triplets of largest log theta that fit into b; "paper" keeps
@@ -291,8 +295,9 @@ class SaLoRA:
         self.gate_lr, self.lam_lr = gate_lr or 8 * travel, gate_lr or 24 * travel
         self.turn, self.orth_reduction, self.fold_gates = turn, orth_reduction, fold_gates
         self.selection = selection or ("budget" if price is None else "paper")
-        self.step, self.pruned, self.final_density = 0, False, None  # C before the cut
-        self.begun, self.penalized, self.version = False, False, None  # in this step
+        self.step, self.pruned = 0, False
+        self.final_density = None  # C just before the cut
+        self.begun, self.penalized, self.version = False, False, None  # of the current step
         device = self.layers[0].lora_A.device
         self.log_theta = nn.Parameter(torch.zeros(len(self.layers), max(ranks), device=device))
         self.lam = nn.Parameter(torch.zeros((), device=device))  # lambda
@@ -302,7 +307,8 @@ class SaLoRA:
 
     def param_groups(self, lr: float, weight_decay: float = 0.01) -> list:
         """For a torch optimizer: the trainable weights; log theta; lambda, which climbs where the
-        others descend. Without a window there are only weights."""
+        others descend. A schedule of the learning rate is for the first group alone. Without a
+        window there is no other."""
         weights = [p for p in self.model.parameters() if p.requires_grad]
         groups = [dict(params=weights, lr=lr, weight_decay=weight_decay)]
         if self.gated:
@@ -315,17 +321,18 @@ class SaLoRA:
         return self.gated and self.first <= self.step < self.last and not self.pruned
 
     def begin_step(self):
-        """Before every forward pass. In the window it draws the gates, once a step, so that
-        accumulated batches share them."""
+        """Call it before every forward pass of training. In the window it draws the gates; within
+        one step, accumulated batches get the same ones."""
         if self.step >= self.steps:
             raise RuntimeError(f"step {self.step + 1} of {self.steps}: give SaLoRA(steps=..) the "
                                "number of optimizer steps of the whole run")
-        b = max(self.layers, key=lambda m: m.rank).lora_B
-        stepped = b._version != self.version or self.penalized and b.grad is None and self.step == 0
-        if self.begun and stepped:  # a fused optimizer shows in zeroed gradients alone
+        probe = max(self.layers, key=lambda m: m.rank).lora_B
+        stepped = probe._version != self.version  # counts changes in place, but not a fused step
+        stepped |= self.step == 0 and self.penalized and probe.grad is None
+        if self.begun and stepped:
             raise RuntimeError("the optimizer has stepped since the last begin_step(): call "
                                "salora.end_step(optimizer) after every optimizer.step()")
-        self.begun, self.version = True, b._version
+        self.begun, self.version = True, probe._version
         if not self.in_window:
             return
         if not all(layer.training for layer in self.layers):
@@ -352,11 +359,13 @@ class SaLoRA:
 
     def penalty(self) -> torch.Tensor:
         """What is added to the task loss, once a step: a scalar."""
-        self.penalized, total = True, self.lam.new_zeros((), requires_grad=True)  # see check()
+        self.penalized = True
+        # so that a loss without a gradient gets as far as check(), which says what is wrong
+        total = self.lam.new_zeros((), requires_grad=True)
         if self.beta:
-            live = sum(m.rank > 0 for m in self.layers)
+            live = sum(m.rank > 0 for m in self.layers)  # mean over 2K matrices, or sum
             orth = sum(self.orthogonality()) * (0.5 if self.orth_reduction == "mean" else live)
-            total = total + self.beta * orth  # eq. 9
+            total = total + self.beta * orth
         if self.in_window and self.price is not None:
             total = total + self.price * open_probability(self.log_theta).sum()  # eq. 10
         elif self.in_window:
@@ -412,8 +421,8 @@ class SaLoRA:
                 raise RuntimeError(words)
 
     def density(self) -> torch.Tensor:
-        """C, the share of adapter parameters expected to stay, or without gates that is there: a
-        scalar."""
+        """C, the share of adapter parameters expected to stay; after the cut, the share that did:
+        a scalar."""
         if self.pruned or not self.gated:
             return self.lam.new_tensor(self.kept_params() / self.initial_params)
         expected = open_probability(self.log_theta).sum(1)  # (K,)
@@ -422,7 +431,7 @@ class SaLoRA:
     def orthogonality(self) -> tuple:
         """|AA' - I|^2 and |B'B - I|^2, each the mean over the matrices with a rank left."""
         def mean(matrices):  # (r, n) each
-            errors = [(m @ m.mT - torch.eye(len(m), device=m.device)).square().sum()
+            errors = [(m @ m.mT - torch.eye(len(m), device=m.device)).square().sum()  # eq. 9
                       for m in matrices if len(m)]
             return torch.stack(errors).mean() if errors else torch.zeros(())
         return mean([m.lora_A for m in self.layers]), mean([m.lora_B.mT for m in self.layers])
@@ -432,7 +441,7 @@ class SaLoRA:
         return sum(p.numel() for m in self.layers for p in m.parameters(recurse=False))
 
     def select(self, optimizer=None) -> torch.Tensor:
-        """(K, r) bool: the triplets that stay."""
+        """(K, r) bool: the triplets that stay. LoRA-SVD has its own."""
         if self.selection == "paper":
             return deterministic_gates(self.log_theta) > 0
         return largest(self.log_theta, self.size, self.budget)
@@ -444,8 +453,8 @@ class SaLoRA:
         missed = self.gated and abs(self.final_density - self.budget) > 0.1
         if missed and self.selection == "budget":
             warnings.warn(f"the gates came to a density of {self.final_density:.2f}, and the "
-                          f"budget is {self.budget:g}: the cut decides more than they do, so "
-                          "widen the window", stacklevel=5)
+                          f"budget is {self.budget:g}: the cut decides more than they do; widen "
+                          "the window, and keep the gates' rate out of schedules", stacklevel=5)
         gates = deterministic_gates(self.log_theta)
         for layer, keep, g in zip(self.layers, self.select(optimizer), gates):
             if self.fold_gates:
