@@ -296,16 +296,16 @@ def paper_memory(m, batch, length, size, recompute):
 
 
 def bench_memory(args):
-    gb, table = 2**30, []
+    gib, table = 2**30, []
     sizes = [(name, m, batch) for name, m in MODELS.items() for batch in m["batches"]]
     options = product((("float32", 4), ("bfloat16", 2)), (False, True))
     for (name, m, (batch, length)), ((dtype, size), recompute) in product(sizes, options):
         parts = paper_memory(m, batch, length, size, recompute)
-        total = sum(parts.values()) / gb
+        total = sum(parts.values()) / gib
         row = {"model": name, "batch": f"{batch} x {length}", "dtype": dtype,
                "recompute": "yes" if recompute else "no"}
-        row |= {f"{key} GB": round(value / gb, 2) for key, value in parts.items()}
-        row |= {"total GB": round(total, 1)}
+        row |= {f"{key} GiB": round(value / gib, 2) for key, value in parts.items()}
+        row |= {"total GiB": round(total, 1)}
         row |= {f"{card} GB card": "fits" if total < 0.9 * card else "no" for card in (24, 80)}
         table.append(row)
     return table
