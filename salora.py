@@ -97,14 +97,19 @@ class SaLoRALinear(nn.Module):
             return h
         a, b = self.matrices()
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        z = F.linear(x, a.to(x.dtype)).flatten(0, -2)  # (n, r)
-        h2 = torch.addmm(h.flatten(0, -2), z, b.mT.to(z.dtype), alpha=self.scale)  # eq. 3, 5
+        z = F.linear(x, a.to(x.dtype)).reshape(-1, self.rank)  # (n, r)
+        h2 = h.reshape(-1, h.shape[-1])  # (n, d)
+        h2 = torch.addmm(h2, z, b.mT.to(z.dtype), alpha=self.scale)  # eq. 3, 5
         return h2.view_as(h)
 
     @property
     def weight(self) -> torch.Tensor:
         """W + scale * B diag(g) A (d, k), for a parent that asks for it, as T5's does."""
         return updated(self.base.weight, self.scale, *self.matrices())
+
+    @property
+    def bias(self):
+        return self.base.bias
 
     @torch.no_grad()
     def prune(self, keep: torch.Tensor, optimizer=None):
@@ -206,6 +211,8 @@ def turn(layers: list, optimizer) -> torch.Tensor:
     decomposed; in float64, since the last bits of LAPACK vary from call to call."""
     sigma = []
     for m in layers:
+        if not (m.lora_A.isfinite().all() and m.lora_B.isfinite().all()):
+            raise RuntimeError("training diverged, A or B is not finite: lower the learning rate")
         qa, ra = torch.linalg.qr(m.lora_A.mT.double())  # A' = Qa Ra
         qb, rb = torch.linalg.qr(m.lora_B.double())  # B = Qb Rb
         u, s, vh = torch.linalg.svd(rb @ ra.mT)  # BA = Qb (Rb Ra') Qa' = (Qb U) S (V' Qa'); r x r
@@ -265,7 +272,7 @@ class SaLoRA:
                  *, gate_lr: float = None, lora_dropout: float = 0.0, turn: bool = True,
                  orth_reduction: str = "mean", selection: str = None, fold_gates: bool = False,
                  price: float = None):
-        start, end = window or (0.0, 1.0)
+        start, end = (0.0, 1.0) if window is None else window
         for name, value, ok, expected in (
                 ("steps", steps, steps > (window is not None), "2 or more, 1 without a window"),
                 ("budget", budget, 0 < budget <= 1, "a share in (0, 1]"),
@@ -297,13 +304,16 @@ class SaLoRA:
         self.selection = selection or ("budget" if price is None else "paper")
         self.step, self.pruned = 0, False
         self.final_density = None  # C just before the cut
-        self.begun, self.penalized, self.version = False, False, None  # of the current step
+        self.start = 0  # the first step, or the first after a resume
+        self.begun = self.penalized = self.learned = False  # in this step
+        self.version = None
         device = self.layers[0].lora_A.device
         self.log_theta = nn.Parameter(torch.zeros(len(self.layers), max(ranks), device=device))
         self.lam = nn.Parameter(torch.zeros((), device=device))  # lambda
         self.size = torch.tensor([sum(m.base.weight.shape) for m in self.layers], device=device)
         self.initial_params = self.kept_params()
         self.generator = torch.Generator("cpu" if device.type == "meta" else device)
+        self.set_gates(None)
 
     def param_groups(self, lr: float, weight_decay: float = 0.01) -> list:
         """For a torch optimizer: the trainable weights; log theta; lambda, which climbs where the
@@ -353,6 +363,7 @@ class SaLoRA:
 
     def learn(self, gates, grad):
         """In the backward pass: from the gates' gradient (K, r) to that of log theta."""
+        self.learned = True
         gates.backward(grad, retain_graph=True)
         for layer in self.layers:
             layer.spent = True
@@ -378,9 +389,10 @@ class SaLoRA:
         window opens, and cuts them when it closes."""
         if not self.begun:
             raise RuntimeError("end_step() without a begin_step() before the forward pass")
-        if self.step in (0, self.first, self.last - 1):
+        if self.step in (self.start, self.first, self.last - 1):
             self.check(optimizer)
-        self.begun, self.penalized, self.step = False, False, self.step + 1
+        self.begun = self.penalized = self.learned = False
+        self.step += 1
         self.log_theta.grad = self.lam.grad = None  # a loop may zero the model's gradients alone
         self.lam.clamp_(min=0)  # its gradient (C - b)^2 is never negative, so it does not fall
         if self.in_window and self.step == self.first and self.turn:
@@ -388,7 +400,7 @@ class SaLoRA:
             theta = sigma / sigma.quantile(1 - self.budget)  # b of them start at 1 or above
             theta = theta.nan_to_num(1.0)  # 0 / 0: nothing has been learned yet
             self.log_theta.copy_(theta.clamp(1e-3, 1e3).log())
-        if self.step == self.last and not self.pruned:
+        if self.last and self.step >= self.last and not self.pruned:
             self.prune(optimizer)
         self.set_gates(deterministic_gates(self.log_theta) if self.in_window else None)
 
@@ -407,9 +419,14 @@ class SaLoRA:
                 (not all(id(p) in held for p in params + gates),
                  "the optimizer does not hold all of SaLoRA's parameters: make it of "
                  "salora.param_groups(lr)"),
-                (gates and not held.get(id(self.lam), {}).get("maximize"),
+                (gates and (self.lam < 0 or not held.get(id(self.lam), {}).get("maximize")),
                  "the optimizer would minimize lambda: it needs the groups of "
                  "salora.param_groups(lr) and an option `maximize`, as AdamW has"),
+                (self.in_window and self.lam.grad is None and self.price is None,
+                 "the task loss lacks `+ salora.penalty()`"),
+                (self.in_window and any(learns) and not self.learned,
+                 "the task loss does not reach the gates: call salora.begin_step() before the "
+                 "forward pass, and loss.backward() after it"),
                 (any(v.dim() and v.shape != p.shape for p in params if id(p) in held
                      for v in optimizer.state.get(p, {}).values() if torch.is_tensor(v)),
                  f"{type(optimizer).__name__} keeps a state of another shape than its weights: it "
@@ -450,11 +467,11 @@ class SaLoRA:
     def prune(self, optimizer=None):
         """Ends the window: cuts the triplets that lost out of A, B and the optimizer's state."""
         self.final_density, self.pruned = self.density().item(), True
-        missed = self.gated and abs(self.final_density - self.budget) > 0.1
-        if missed and self.selection == "budget":
+        met = abs(self.final_density - self.budget) <= 0.1
+        if self.gated and self.price is None and not met:
             warnings.warn(f"the gates came to a density of {self.final_density:.2f}, and the "
-                          f"budget is {self.budget:g}: the cut decides more than they do; widen "
-                          "the window, and keep the gates' rate out of schedules", stacklevel=5)
+                          f"budget is {self.budget:g}: widen the window, raise gate_lr, or keep "
+                          "the gates' groups out of the learning rate's schedule", stacklevel=5)
         gates = deterministic_gates(self.log_theta)
         for layer, keep, g in zip(self.layers, self.select(optimizer), gates):
             if self.fold_gates:
@@ -475,7 +492,8 @@ class SaLoRA:
         self.lam.copy_(state["lam"])
         self.seed, self.step, self.final_density = (
             state[name] for name in ("seed", "step", "final_density"))
-        self.pruned, self.begun, self.penalized = self.final_density is not None, False, False
+        self.pruned, self.start = self.final_density is not None, self.step
+        self.begun = self.penalized = self.learned = False
         self.set_gates(deterministic_gates(self.log_theta) if self.in_window else None)
 
 def average_gradients(optimizer):
@@ -517,7 +535,16 @@ def rank_map(table: dict, r: int) -> str:
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Adds every update to its weight and puts the plain nn.Linear back. Returns the model."""
-    for path, layer in adapters(model).items():
+    layers = adapters(model)
+    for path, layer in layers.items():
+        plain_weight = "weight" in dict(layer.base.named_parameters())
+        if type(layer.base).forward is not nn.Linear.forward or not plain_weight:
+            raise ValueError(f"{path} is a {type(layer.base).__name__} with a forward or a weight "
+                             "of its own, which cannot be merged: use adapter.save()")
+    if any(layer.gates is not None for layer in layers.values()):
+        warnings.warn("the window has not ended, nothing was cut: SaLoRA(steps=..) wants the "
+                      "number of optimizer steps of the run", stacklevel=3)
+    for path, layer in layers.items():
         trains = layer.base.weight.requires_grad
         layer.base.weight = nn.Parameter(layer.weight, trains)  # new: the old one may be tied
         replace(model, path, layer.base)

@@ -1,5 +1,6 @@
 """salora.py on small models: equations 5 and 9 to 12, the window, pruning, merging, saving."""
 
+import contextlib
 import copy
 import json
 import math
@@ -268,6 +269,7 @@ def test_only_adapters_are_trainable_and_full_paths_and_tails_both_name_them():
     (dict(steps=1), "steps is 1, expected 2 or more"),
     (dict(gate_lr=0), "gate_lr is 0"),
     (dict(window=(0.3, 0.3)), "window is (0.3, 0.3)"),
+    (dict(lora_dropout=1.0), "lora_dropout is 1.0"),
     (dict(budget=1.1), "budget is 1.1"),
 ])
 def test_bad_settings_are_refused_and_the_model_left_alone(kw, words):
@@ -670,6 +672,111 @@ def test_a_model_that_is_cast_afterwards_is_told(move):
         (model(x).float().sum() + salora.penalty()).backward()
         optimizer.step()
         salora.end_step(optimizer)
+
+
+def forgets_penalty(model, salora, optimizer, x):
+    salora.begin_step()
+    return model(x).square().mean()
+
+
+def forwards_first(model, salora, optimizer, x):
+    loss = model(x).square().mean()
+    salora.begin_step()
+    return loss + salora.penalty()
+
+
+def as_it_should(model, salora, optimizer, x):
+    salora.begin_step()
+    return model(x).square().mean() + salora.penalty()
+
+
+class Deaf(torch.optim.AdamW):
+    """Has `maximize` in its groups, as every optimizer has that is given one, and ignores it."""
+
+    def step(self):
+        self.param_groups[2]["maximize"] = False
+        super().step()
+        self.param_groups[2]["maximize"] = True
+
+
+@pytest.mark.parametrize("forward,make,words", [
+    (forgets_penalty, torch.optim.AdamW, "the task loss lacks .* salora.penalty"),
+    (forwards_first, torch.optim.AdamW, "does not reach the gates: call salora.begin_step"),
+    (as_it_should, Deaf, "would minimize lambda"),
+    (as_it_should, torch.optim.AdamW, None),
+])
+def test_gates_that_learn_nothing_are_told_at_the_first_step_of_the_window(forward, make, words):
+    model, salora = wrapped(steps=20)  # the window is steps 4 to 9
+    optimizer = train(model, salora, 4, make=make)
+    told = pytest.raises(RuntimeError, match=words) if words else contextlib.nullcontext()
+    with told:
+        forward(model, salora, optimizer, torch.randn(5, 10)).backward()
+        optimizer.step()
+        salora.end_step(optimizer)
+
+
+def test_after_a_resume_the_optimizer_is_checked_again():
+    model, salora = wrapped(steps=20)
+    train(model, salora, 12)
+    model2, salora2 = wrapped(steps=20)
+    salora2.load_state_dict(salora.state_dict())
+    model2.load_state_dict(model.state_dict(), assign=True)  # other Parameters
+    with pytest.raises(RuntimeError, match="does not hold all"):
+        train(model2, salora2, 1, optimizer=torch.optim.AdamW(wrapped()[1].param_groups(1e-3)))
+
+
+def test_a_window_that_a_resumed_run_has_behind_it_still_cuts():
+    model, salora = wrapped(steps=20, window=(0.5, 0.9))
+    train(model, salora, 8)
+    model2, salora2 = wrapped(steps=20, window=(0.1, 0.3))
+    salora2.load_state_dict(salora.state_dict())
+    model2.load_state_dict(model.state_dict())
+    train(model2, salora2, 1)
+    assert salora2.pruned and salora2.kept_params() <= 0.5 * salora2.initial_params
+
+
+@pytest.mark.filterwarnings("ignore:the gates came to")
+def test_training_that_diverged_is_told_when_the_window_opens():
+    model, salora = wrapped(steps=20)
+    optimizer = train(model, salora, 3)
+    with torch.no_grad():
+        salora.layers[1].lora_B[0, 0] = math.nan
+    with pytest.raises(RuntimeError, match="training diverged"):
+        salora.begin_step()
+        (model(torch.randn(5, 10)).sum() + salora.penalty()).backward()
+        optimizer.step()
+        salora.end_step(optimizer)
+
+
+def test_merging_in_the_window_is_told():
+    model, salora = wrapped(steps=20)
+    train(model, salora, 6)
+    with pytest.warns(UserWarning, match="the window has not ended"):
+        merge(model)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: Doubled(10, 10), lambda: nn.utils.parametrizations.weight_norm(nn.Linear(10, 10))])
+def test_layers_that_cannot_be_merged_are_refused_before_any_is(make):
+    model = nn.Sequential(nn.Linear(10, 10), make(), nn.Linear(10, 3))
+    salora = SaLoRA(model, ["0", "1"], 20, r=4, window=None)
+    train(model, salora, 3)  # training works, and so does saving the adapter
+    with pytest.raises(ValueError, match="^1 is a .* use adapter.save"):
+        merge(model)
+    assert list(adapters(model)) == ["0", "1"]
+
+
+def test_inputs_of_any_shape():
+    model, salora = wrapped()
+    scatter(salora)
+    layer, x = salora.layers[0], torch.randn(2, 3, 10)
+    assert torch.allclose(layer(x)[1, 2], layer(x[1, 2]), atol=1e-6)
+    assert layer(x[:0]).shape == (0, 3, 24)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
