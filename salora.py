@@ -422,6 +422,9 @@ class SaLoRA:
                 (gates and (self.lam < 0 or not held.get(id(self.lam), {}).get("maximize")),
                  "the optimizer would minimize lambda: it needs the groups of "
                  "salora.param_groups(lr) and an option `maximize`, as AdamW has"),
+                (self.in_window and processes() > 1 and not hasattr(optimizer, "averaged"),
+                 "each process would learn gates of its own: call average_gradients(optimizer) "
+                 "before optimizer.step()"),
                 (self.in_window and self.lam.grad is None and self.price is None,
                  "the task loss lacks `+ salora.penalty()`"),
                 (self.in_window and any(learns) and not self.learned,
@@ -496,14 +499,19 @@ class SaLoRA:
         self.begun = self.penalized = self.learned = False
         self.set_gates(deterministic_gates(self.log_theta) if self.in_window else None)
 
+def processes() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
 def average_gradients(optimizer):
     """Between backward() and optimizer.step(), with several processes: every gradient becomes its
     mean over them, those of the gates too, which DistributedDataParallel does not know. With one
     seed everywhere all processes keep the same triplets. Does nothing in a single process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if processes() == 1:
         return
+    optimizer.averaged = True  # for check()
     grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads]) / torch.distributed.get_world_size()
+    flat = torch.cat([grad.flatten() for grad in grads]) / processes()
     torch.distributed.all_reduce(flat)
     for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
         grad.copy_(mean.view_as(grad))

@@ -79,3 +79,14 @@ def test_oracle_trainer_goes_on_from_its_own_checkpoints_before_and_after_the_cu
         shutil.rmtree(tmp_path / "folder" / f"checkpoint-{last}")
         shutil.rmtree(tmp_path / "folder" / "checkpoint-200", ignore_errors=True)
         assert run() == whole
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_average_their_gradients_are_told(tmp_path):
+    text = (ROOT / "examples" / "distributed.py").read_text()
+    assert "    average_gradients(optimizer)" in text
+    (tmp_path / "alone.py").write_text(text.replace("    average_gradients(optimizer)", "    #"))
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, *TORCHRUN, "alone.py"], cwd=tmp_path, env=env,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode and "call average_gradients(optimizer)" in done.stderr
