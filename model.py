@@ -360,8 +360,10 @@ class DecoderLayer(nn.Module):
             k, v = cache[:, :, :, :start + t]
         if k.shape[1] < q.shape[1]:  # grouped-query attention: query heads share keys and values
             k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
-        # is_causal instead of a mask: FlashAttention in bfloat16, on a GPU, takes no mask
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and t > 1,
+        # not a mask: FlashAttention in bfloat16, on a GPU, takes none. A token of its own after a
+        # cache sees all. In training no size is asked, at which torch.compile would break its graph
+        causal = mask is None and (cache is None or t > 1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
                                            dropout_p=self.p_attention if self.training else 0.0)
         x = x + attn.o_proj(y.transpose(1, 2).flatten(2))
         y, mlp = self.post_attention_layernorm(x), self.mlp

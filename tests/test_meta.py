@@ -1,6 +1,7 @@
 """
-Whole runs on torch's meta device, which has shapes and no numbers: there a step that reads a value
-back, for which a host would wait for its GPU, is an error, and so is a tensor left on the CPU.
+What can be shown of a GPU without one. Whole runs are on torch's meta device, which has shapes and
+no numbers: there a step that reads a value back, for which a host would wait for its GPU, is an
+error, and so is a tensor left on the CPU. torch.compile's graphs are counted.
 """
 
 import json
@@ -56,6 +57,10 @@ def one_layer(tmp_path_factory):
     return folders
 
 
+def evaluate(*args):
+    raise Trained
+
+
 @pytest.fixture
 def meta(monkeypatch):
     """Runs are on meta, and go past what may read back: the log, the choice at the cut (half of the
@@ -71,9 +76,6 @@ def meta(monkeypatch):
             m.setattr(torch.Tensor, "item", lambda density: salora.budget)
             m.setattr(sl, "largest", lambda scores, *rest: scores > 0)
             prune(salora, optimizer)
-
-    def evaluate(*args):
-        raise Trained
 
     def fit(*args, fit=loop.fit):
         with OneDevice():
@@ -91,26 +93,49 @@ def meta(monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **kw: adamw(*args, **kw))
 
 
-@pytest.mark.parametrize("dtype, more", [
-    ("float32", []), ("bfloat16", ["--checkpoint-activations"])], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("script, method", METHODS)
-def test_steps_stay_on_the_device(meta, one_layer, tmp_path, script, method, dtype, more):
+def train(script, one_layer, out, *flags):
     """Three steps of two forward passes: before the window, in it with the cut at its end, after
     it."""
-    if method == "ft" and dtype == "bfloat16":
-        pytest.skip("there is no autocast on meta")
     source = ["--model", str(one_layer["model"])]
     if script is train_instruct:
         source = ["--model", str(one_layer["llama"]), "--data", str(DEMO / "instruct.jsonl"),
                   "--generate", "0"]
     args = script.parse_args([
-        *source, "--method", method, "--dtype", dtype, "--accumulate", "2", "--batch-size", "4",
-        "--max-steps", "3", "--window", "0.3", "0.6", "--limit-train", "24", "--limit-dev", "8",
-        "--targets", "q", "d",
-        *more])
+        *source, "--accumulate", "2", "--batch-size", "4", "--max-steps", "3", "--targets", "q",
+        "d", "--window", "0.3", "0.6", "--limit-train", "24", "--limit-dev", "8", *flags])
     args.command = ""
     with pytest.raises(Trained):
-        script.train(args, 0, tmp_path)
+        script.train(args, 0, out)
+
+
+@pytest.mark.parametrize("dtype, more", [
+    ("float32", []), ("bfloat16", ["--checkpoint-activations"])], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("script, method", METHODS)
+def test_steps_stay_on_the_device(meta, one_layer, tmp_path, script, method, dtype, more):
+    if method == "ft" and dtype == "bfloat16":
+        pytest.skip("there is no autocast on meta")
+    train(script, one_layer, tmp_path, "--method", method, "--dtype", dtype, *more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, expected", [("lora", 1), ("salora", 3)])
+@pytest.mark.parametrize("script", [train_glue, train_instruct])
+def test_compiled_graphs_are_whole_and_few(monkeypatch, one_layer, tmp_path, script, method,
+                                           expected):
+    """One before the window, one in it, one after the cut; none for a length or a rank."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **kw: compiled(
+        function, backend=backend, fullgraph=True, **kw))
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    torch._dynamo.reset()
+    train(script, one_layer, tmp_path, "--method", method, "--compile", "--threads", "1")
+    assert len(graphs) == expected
 
 
 @pytest.mark.parametrize("flags, processes, number, precision", [
