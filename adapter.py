@@ -306,7 +306,7 @@ def match(folder, settings, tensors, linears, saved, weight):
         expected, got = (list(t[key]) if key in t else "nothing" for t in (wanted, found))
         if key not in wanted:  # PEFT saves an lm_head beside its adapter
             own = weight(key.replace(".base_layer.", "."))
-            if own is not None and same(tensors[key], own):
+            if own is not None and same(tensors[key], own.cpu()):
                 continue
             expected = expected if own is None else "the model's own values, or nothing"
         if expected != got:

@@ -93,7 +93,9 @@ def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
 def attention(q, k, v, mask, p: float, training: bool) -> torch.Tensor:
     """softmax(q k' / sqrt(d)) v for q, k, v (b, heads, t, d), with dropout on the softmax. mask
     (b, 1, 1, t) is True where a token may be read. With dropout on a CPU it is written out, which
-    is faster there than PyTorch's own, above all in bfloat16."""
+    is faster there than PyTorch's own, above all in bfloat16. On a GPU PyTorch has fused kernels:
+    FlashAttention for bfloat16 without a mask, and the memory-efficient one for the rest, float32
+    and masks of this shape."""
     if not training or p == 0 or q.device.type != "cpu" or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p if training else 0.0)
     scores = q / math.sqrt(q.shape[-1]) @ k.mT  # (b, heads, t, t)
@@ -358,7 +360,10 @@ class DecoderLayer(nn.Module):
             k, v = cache[:, :, :, :start + t]
         if k.shape[1] < q.shape[1]:  # grouped-query attention: query heads share keys and values
             k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and t > 1,
+        # not a mask: FlashAttention in bfloat16, on a GPU, takes none. A token of its own after a
+        # cache sees all. In training no size is asked, at which torch.compile would break its graph
+        causal = mask is None and (cache is None or t > 1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
                                            dropout_p=self.p_attention if self.training else 0.0)
         x = x + attn.o_proj(y.transpose(1, 2).flatten(2))
         y, mlp = self.post_attention_layernorm(x), self.mlp

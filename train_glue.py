@@ -25,13 +25,13 @@ import torch.nn.functional as F
 import adapter
 import baselines
 from data import InputError
-from data.batching import collate, load_tokenizer, tokenize
+from data.batching import collate, load_tokenizer, send, tokenize
 from data.download import model_folder
 from data.glue import HERE, TASKS, load_task, read_texts, score
 from model import LINEARS, load_encoder, output_names, read_config
 from training import loop, runs
+from training.device import RANK, own_device
 from training.flags import (
-    RANK,
     at_least,
     check_sizes,
     fill_in,
@@ -163,7 +163,7 @@ def train(args, seed, out):
 
     # ---- model and method
     torch.manual_seed(seed)
-    device = loop.own_device(args)
+    device = own_device(args)
     # full fine-tuning in bfloat16: autocast, since what is trained stays float32
     mixed = args.method == "ft" and args.dtype == "bfloat16"
     dtype = torch.float32 if mixed else getattr(torch, args.dtype)
@@ -192,7 +192,7 @@ def train(args, seed, out):
         part = [tokens[j] for j in rows]
         inputs = collate(part, pad_id, device, always_mask=args.compile)  # one graph, not two
         logits = forward(*inputs)  # (b, num_labels)
-        label = labels[rows].to(device, non_blocking=True)  # (b,)
+        label = send(labels[rows], device)  # (b,)
         if task.labels:
             return F.cross_entropy(logits, label, reduction="sum")
         return F.mse_loss(logits[:, 0], label, reduction="sum")

@@ -25,14 +25,13 @@ from torch.utils.checkpoint import checkpoint
 
 import adapter
 from data import InputError
-from data.batching import batch_order, load_tokenizer
+from data.batching import batch_order, load_tokenizer, send
 from data.download import model_folder
 from data.instruct import DEMO, TEMPLATES, encode, fill, load_instructions, split
 from model import DECODER_LINEARS, DecoderConfig, load_decoder, read_config, stop_ids
 from training import loop, runs
+from training.device import PROCESSES, RANK, own_device
 from training.flags import (
-    PROCESSES,
-    RANK,
     at_least,
     check_sizes,
     fill_in,
@@ -99,22 +98,25 @@ def parse_args(argv=None):
 
 
 def collate(examples, device, on_prompt=False):
-    """input_ids and targets (b, t), padded on the right; a target is the next token, or -100."""
+    """input_ids and targets (b, t), padded on the right; a target is the next token, or -100. The
+    targets stay on the CPU, where token_losses counts them without waiting for a GPU."""
     t = max(map(len, examples))
     ids = torch.tensor([e.prompt + e.response + [0] * (t - len(e)) for e in examples])
     targets = torch.full_like(ids, -100)
     for i, e in enumerate(examples):
         start = 0 if on_prompt else len(e.prompt) - 1
         targets[i, start:len(e) - 1] = ids[i, start + 1:len(e)]
-    return ids.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    return send(ids, device), targets
 
 
 def token_losses(model, x, targets, chunk=1024):
     """Cross-entropy in float32 of the positions of x (b, t, d) that have a target: (n,). The
     vocabulary is large: only `chunk` positions have their logits in memory at a time, in the
     backward pass too, which computes them again."""
-    asked = targets != -100
-    x, targets = x[asked], targets[asked]  # (n, d), (n,)
+    targets = targets.flatten()
+    asked = (targets != -100).nonzero().squeeze(1)  # (n,), numbers of positions
+    targets = send(targets[asked], x.device)  # (n,)
+    x = x.flatten(0, 1).index_select(0, send(asked, x.device))  # (n, d)
 
     def losses(x, targets):
         return F.cross_entropy(model.lm_head(x).float(), targets, reduction="none")
@@ -134,9 +136,10 @@ def evaluate(model, examples, device, batch_size=32):
     sums = torch.zeros(len(examples), 2, device=device)
     for batch in batch_order([len(e) for e in examples], batch_size)[RANK::PROCESSES]:
         ids, targets = collate([examples[i] for i in batch], device)
-        count = (targets != -100).sum(1)
+        count = (targets != -100).sum(1)  # (b,)
         losses = token_losses(model, model.hidden(ids), targets).split(count.tolist())
-        sums[batch] = torch.stack([torch.stack([part.sum() for part in losses]), count.float()], 1)
+        losses = torch.stack([part.sum() for part in losses])  # (b,)
+        sums[batch] = torch.stack([losses, count.to(losses)], 1)
     if PROCESSES > 1:
         dist.all_reduce(sums)
     model.train(training_mode)
@@ -170,7 +173,7 @@ def train(args, seed, out):
 
     # ---- model and method
     torch.manual_seed(seed)
-    device = loop.own_device(args)
+    device = own_device(args)
     model = load_decoder(folder, getattr(torch, args.dtype), device)
     model.checkpoint_activations = args.checkpoint_activations
     lowrank = loop.install(args, model, plan.steps, seed)

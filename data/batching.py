@@ -213,6 +213,13 @@ def batch_order(lengths, batch_size, rng=None):
     return batches
 
 
+def send(x, device):
+    """x on the device. Only a copy of pinned memory to a GPU runs beside the host."""
+    if torch.device(device).type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def collate(rows, pad_id, device, always_mask=False):
     """input_ids, attention_mask, token_type_ids: (b, t) each. The mask is None if nothing is
     padded, unless always_mask."""
@@ -223,4 +230,4 @@ def collate(rows, pad_id, device, always_mask=False):
     if always_mask or any(len(ids) < t for ids, _ in rows):
         attention_mask = torch.tensor([[1] * len(ids) + [0] * (t - len(ids)) for ids, _ in rows])
     tensors = input_ids, attention_mask, token_type_ids
-    return [x if x is None else x.to(device, non_blocking=True) for x in tensors]
+    return [x if x is None else send(x, device) for x in tensors]

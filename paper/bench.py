@@ -54,7 +54,7 @@ from model import (
 )
 from salora import GAMMA, ZETA, SaLoRA
 from train_instruct import token_losses
-from training.loop import peak_memory_mb
+from training.device import peak_memory_mb
 from training.runs import markdown
 
 # -------------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from urllib.parse import quote
 from data import InputError, read_text
 from model import DECODER_LINEARS, LINEARS
 from salora import window_steps
-from training.flags import RANK, need, new_parser
+from training.device import RANK
+from training.flags import need, new_parser
 from training.runs import read_result, run_command, write_text
 
 TEMPLATE = Path(__file__).with_name("report.html")

@@ -15,7 +15,7 @@ from pathlib import Path
 from data import InputError, metrics
 from data.instruct import fill
 from data.style import PROMPTS, read_beside, read_lines, read_task, task_files, tidy
-from training.flags import at_least, find_device, machine_flags, need, use_machine
+from training.flags import at_least, machine_flags, need, use_machine
 from training.inference import (
     answer,
     encode_prompts,
@@ -148,7 +148,7 @@ def open_scorers(args, targets):
             if not labels or target not in labels:
                 raise InputError(f"--classifier {run}: its labels are {labels}, expected "
                                  f"{target!r} among them")
-        logits = open_classifier("--classifier", run, result, find_device(args))
+        logits = open_classifier("--classifier", run, result, use_machine(args))
 
         def accuracy(outputs, target):
             chosen = logits([(text,) for text in outputs]).argmax(1)  # (n,)

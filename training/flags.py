@@ -3,7 +3,6 @@ Flags that train_glue.py and train_instruct.py share: their defaults, checks and
 """
 
 import argparse
-import os
 import sys
 
 import torch
@@ -11,9 +10,8 @@ import torch
 import baselines
 import salora as sl
 from data import InputError
+from training.device import LOCAL_RANK, find_device, own_device
 
-RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as is WORLD_SIZE
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 LARGEST = 2**31  # above any sensible number
 # not a setting of a single run
 NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid", "command")
@@ -98,6 +96,9 @@ def machine_flags(parser, dtype=None):
     """`dtype`: its default, in words; None: no such flag."""
     arg = flag_group(parser, "machine")
     arg("--device", default="auto", help="auto, cpu, cuda or cuda:i")
+    arg("--no-tf32", dest="tf32", action="store_false", help="on a GPU, compute products of "
+        "float32 matrices in full; by default they go through TensorFloat-32, which is several "
+        "times as fast and keeps 10 bits of each factor's mantissa")
     if dtype:
         arg("--dtype", choices=["float32", "bfloat16"],
             help=f"of the frozen weights; what is trained is float32 (default: {dtype})")
@@ -193,32 +194,15 @@ def check(args):
     need(not args.resume or args.out, "--resume", "given without --out",
          "the --out of the run to go on with")
     find_device(args)
-    need(PROCESSES == 1 or args.device in ("cpu", "cuda"), "--device", args.device,
-         "cpu or cuda under torchrun: each process takes a GPU of its own")
-
-
-def find_device(args):
-    """The torch.device of --device; "auto" is replaced by its name."""
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        device = None
-    need(device is not None and device.type in ("cpu", "cuda"), "--device", repr(args.device),
-         "auto, cpu, cuda or cuda:i")
-    count = torch.cuda.device_count()
-    need(device.type == "cpu" or (device.index or 0) < count, "--device", args.device,
-         f"a GPU that is there ({count} found); use --device cpu")
-    return device
 
 
 def use_machine(args):
-    """find_device(), after --threads is applied."""
+    """The device of a command that does not train; applies --threads."""
     at_least(args, 1, "threads")
     if args.threads:
         torch.set_num_threads(args.threads)
-    return find_device(args)
+    find_device(args)
+    return own_device(args)
 
 
 def need(ok, name, found, expected):
@@ -249,6 +233,6 @@ def check_sizes(args, config):
 
 
 def fail(message):
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once per machine
+    if LOCAL_RANK == 0:  # once per machine
         print(f"error: {message}", file=sys.stderr)
     return 2

@@ -16,9 +16,8 @@ from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.download import model_folder
 from data.instruct import DEMO, TEMPLATES, encode_prompt
 from model import load_decoder, load_encoder, read_json, stop_ids
+from training.device import PROCESSES, RANK
 from training.flags import (
-    PROCESSES,
-    RANK,
     at_least,
     fill_in,
     flag_group,

@@ -5,8 +5,6 @@ One run: learning rate schedule, the method put into the model, training loop an
 import contextlib
 import json
 import math
-import os
-import resource
 import signal
 import sys
 import threading
@@ -23,7 +21,8 @@ import baselines
 import salora as sl
 from data import InputError
 from data.batching import batch_order
-from training.flags import NOT_OF_A_RUN, PROCESSES, RANK, need
+from training.device import PROCESSES, RANK, peak_memory_mb
+from training.flags import NOT_OF_A_RUN, need
 from training.runs import (
     CHECKPOINT,
     Stopped,
@@ -80,16 +79,6 @@ def lr_factor(plan, step):
         return (plan.steps - step) / (plan.steps - plan.restart)
     fall = (plan.steps - step) / max(plan.steps - plan.warmup, 1)
     return min((step + 1) / max(plan.warmup, 1), fall)
-
-
-def own_device(args):
-    """The torch.device of this process, with its peak memory count reset."""
-    several = PROCESSES > 1 and args.device == "cuda"
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if several else args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    return device
 
 
 def start_from(args, model, steps):
@@ -409,11 +398,3 @@ def report_ranks(args, result, linears, at):
         r = result["settings"]["r"]
         print(f"\nrank of each matrix, from {r} at the start: layers left to right\n\n"
               f"{sl.rank_map(table, r)}")
-
-
-def peak_memory_mb(device):
-    """Of the GPU, or of the whole process, since the run began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

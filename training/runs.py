@@ -22,11 +22,10 @@ from safetensors.torch import save_file
 
 from data import InputError, locked
 from model import read_json
+from training.device import PROCESSES, RANK, join_processes
 from training.flags import (
     MAY_CHANGE,
     NOT_OF_A_RUN,
-    PROCESSES,
-    RANK,
     RESOLVED_LATER,
     fail,
     flag,
@@ -255,8 +254,7 @@ def run_all(args, name, train, report):
     root = args.out = out_folder(args, f"{name}-{args.method}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    if PROCESSES > 1:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    join_processes(args)
     seeds = args.seeds
     runs = [(args.seed, root)] if seeds is None else [(s, root / f"seed{s}") for s in seeds]
     grid = getattr(args, "lr_grid", None) or []
