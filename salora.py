@@ -211,11 +211,12 @@ def turn(layers: list, optimizer) -> torch.Tensor:
     decomposed; in float64, since the last bits of LAPACK vary from call to call."""
     sigma = []
     for m in layers:
-        if not (m.lora_A.isfinite().all() and m.lora_B.isfinite().all()):
-            raise RuntimeError("training diverged, A or B is not finite: lower the learning rate")
         qa, ra = torch.linalg.qr(m.lora_A.mT.double())  # A' = Qa Ra
         qb, rb = torch.linalg.qr(m.lora_B.double())  # B = Qb Rb
-        u, s, vh = torch.linalg.svd(rb @ ra.mT)  # BA = Qb (Rb Ra') Qa' = (Qb U) S (V' Qa'); r x r
+        try:  # BA = Qb (Rb Ra') Qa' = (Qb U) S (V' Qa'); r x r
+            u, s, vh = torch.linalg.svd(rb @ ra.mT)
+        except torch.linalg.LinAlgError:
+            raise RuntimeError("training diverged: lower the learning rate") from None
         m.lora_A.copy_(vh @ qa.mT)
         m.lora_B.copy_(qb @ (u * s))
         sigma.append(s.float())
@@ -419,7 +420,8 @@ class SaLoRA:
                 (not all(id(p) in held for p in params + gates),
                  "the optimizer does not hold all of SaLoRA's parameters: make it of "
                  "salora.param_groups(lr)"),
-                (gates and (self.lam < 0 or not held.get(id(self.lam), {}).get("maximize")),
+                (gates and not held.get(id(self.lam), {}).get("maximize")
+                 or self.in_window and self.lam < 0,
                  "the optimizer would minimize lambda: it needs the groups of "
                  "salora.param_groups(lr) and an option `maximize`, as AdamW has"),
                 (self.in_window and processes() > 1 and not hasattr(optimizer, "averaged"),
