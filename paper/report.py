@@ -84,6 +84,7 @@ def readable(value):
     """A setting as text; a path in the project's own folder without that."""
     if value is None:
         return "–"
+    value = list(value.values()) if isinstance(value, dict) else value  # of --ranks
     text = " ".join(map(str, value)) if isinstance(value, list) else short(value)
     return text.removeprefix(f"{ROOT}/")
 
@@ -96,7 +97,7 @@ def name_runs(runs):
     """Gives each run a name: the settings that tell it from the others, or its folder."""
     settings = [dict(task=run.result["task"]) | run.result["settings"] for run in runs]
     first = ("task", "method", "budget", "r", "lr", "seed")
-    keys = [*first, *(key for key in settings[0] if key not in first)]
+    keys = [*first, *(key for key in settings[0] if key not in (*first, "ranks"))]
     chosen = []
 
     def different(keys):
@@ -498,8 +499,9 @@ def page_of(run):
         parts.append("<p>There is no gates.jsonl: an earlier version wrote this run.</p>\n")
     if result["ranks"]:
         r = result["settings"]["r"]
+        origin = "as given" if result["settings"].get("ranks") else f"of {r} at the start"
         parts.append("<h2>Ranks</h2>\n" + rank_map(
-            result["ranks"], r, f"Rank of each matrix, of {r} at the start",
+            result["ranks"], r, f"Rank of each matrix, {origin}",
             "Kinds of matrices by layers. The stronger the color, the more triplets are left."))
     if result.get("answers"):
         parts.append(answers_of(result))
