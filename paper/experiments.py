@@ -45,7 +45,7 @@ from data.batching import load_tokenizer, tokenize
 from data.download import model_folder
 from data.glue import load_task
 from model import LINEARS, Encoder, read_config
-from training.flags import new_parser
+from training.flags import need, new_parser
 from training.runs import finished, markdown, mean_std, write_json, write_text
 
 SCRIPT = Path(__file__).parents[1] / "train_glue.py"
@@ -425,22 +425,22 @@ def difference(one, other):
 def shuffle(args, common):
     """A run of LoRA has the seed, so the head, order of rows and start of A, of the SaLoRA whose
     ranks it is given."""
-    count = len(args.tasks) * len(args.seeds)
+    found, equal = [Cell(task, "salora", common, args) for task in args.tasks], {}
+    for cell in found:
+        r, budget = cell.settings.r, cell.settings.budget
+        equal[cell] = int(budget * r + 1e-6)  # 0.29 * 100 is 28.999..
+        need(equal[cell], "--budget", f"{budget:g}", f"at least 1 / {r}, or a larger --r: a LoRA "
+             "of equal ranks would have none")
+    count = len(found) * len(args.seeds)
     print(f"{count} runs of SaLoRA in all, and with the ranks of each 3 of LoRA", flush=True)
-    found = [Cell(task, "salora", common, args) for task in args.tasks]
     results, cells = run_all(found, args), []
     for cell in found:
-        s = cell.settings
-        equal = int(s.budget * s.r + 1e-6)
-        if equal < 1:
-            raise InputError(f"--budget is {s.budget:g}, expected at least 1 / {s.r}, or more --r: "
-                             "LoRA with equal ranks of that size would have none")
         with torch.device("meta"):
-            model = Encoder(read_config(model_folder(s.model)), 2)
+            model = Encoder(read_config(model_folder(cell.settings.model)), 2)
         for seed, result in zip(args.seeds, cell.results()):
             ranks = result["ranks"]
             for name, table in dict(found=ranks, shuffled=shuffled(ranks, model, seed),
-                                    equal=dict.fromkeys(ranks, equal)).items():
+                                    equal=dict.fromkeys(ranks, equal[cell])).items():
                 file = cell.folder.parent / "ranks" / f"{name}-seed{seed}.json"
                 file.parent.mkdir(exist_ok=True)
                 write_json(file, table)

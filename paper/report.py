@@ -25,7 +25,7 @@ from urllib.parse import quote
 from data import InputError, read_text
 from model import DECODER_LINEARS, LINEARS
 from salora import window_steps
-from training.flags import RANK, need, new_parser
+from training.flags import RANK, in_words, need, new_parser
 from training.runs import read_result, run_command, write_text
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -84,8 +84,7 @@ def readable(value):
     """A setting as text; a path in the project's own folder without that."""
     if value is None:
         return "–"
-    value = list(value.values()) if isinstance(value, dict) else value  # of --ranks
-    text = " ".join(map(str, value)) if isinstance(value, list) else short(value)
+    text = short(value) if isinstance(value, float) else in_words(value)
     return text.removeprefix(f"{ROOT}/")
 
 

@@ -262,6 +262,13 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def in_words(value):
+    """A setting as text; of --ranks the ranks alone."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def check_sizes(args, config):
     """Refuses ranks and layers that the model does not have."""
     if (args.r or 0) > config.narrowest and args.method in LOW_RANK:

@@ -24,7 +24,7 @@ import salora as sl
 from data import InputError
 from data.batching import batch_order
 from model import DECODER_LINEARS, LINEARS, Decoder
-from training.flags import NOT_OF_A_RUN, PROCESSES, RANK, need
+from training.flags import NOT_OF_A_RUN, PROCESSES, RANK, in_words, need
 from training.runs import (
     CHECKPOINT,
     Stopped,
@@ -145,9 +145,7 @@ def settings_of(args, seed, plan, lowrank):
 
 def announce(settings, line):
     """Prints the resolved settings and the line."""
-    lists = {k: list(v.values()) if isinstance(v, dict) else v for k, v in settings.items()}
-    words = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in lists.items()}
-    print("settings: " + " ".join(f"{k}={v}" for k, v in words.items()))
+    print("settings: " + " ".join(f"{k}={in_words(v)}" for k, v in settings.items()))
     print(line)
 
 
