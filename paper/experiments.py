@@ -151,11 +151,11 @@ class Cell:
 
 
 def run_cells(tasks, methods, common, args):
-    """{(task, name of the method): [result ..]}, after running what is missing."""
     return run_all([Cell(task, method, common, args) for task in tasks for method in methods], args)
 
 
 def run_all(cells, args):
+    """{(task, name of the method): [result ..]}, after running what is missing."""
     for i, cell in enumerate(cells):
         if cell.folder in [other.folder for other in cells[:i]]:
             raise InputError(f"{cell.task} with {cell.label} is asked for twice: give methods that "
@@ -434,7 +434,7 @@ def shuffle(args, common):
     count = len(found) * len(args.seeds)
     print(f"{count} runs of SaLoRA in all, and with the ranks of each 3 of LoRA", flush=True)
     results, cells = run_all(found, args), []
-    for cell in found:
+    for task, cell in zip(args.tasks, found):
         with torch.device("meta"):
             model = Encoder(read_config(model_folder(cell.settings.model)), 2)
         for seed, result in zip(args.seeds, cell.results()):
@@ -445,8 +445,8 @@ def shuffle(args, common):
                 file.parent.mkdir(exist_ok=True)
                 write_json(file, table)
                 one = argparse.Namespace(**vars(args) | dict(seeds=[seed]))
-                cells.append(Cell(cell.task, f"{name} {seed}=lora",
-                                  [*common, "--ranks", str(file)], one))
+                flags = [*common, "--ranks", str(file)]  # a path may have spaces
+                cells.append(Cell(task, f"{name} {seed}=lora", flags, one))
     for (task, label), runs in run_all(cells, args).items():
         results.setdefault((task, f"LoRA {label.split()[0]}"), []).extend(runs)
     tasks = names(args.tasks)
@@ -455,7 +455,7 @@ def shuffle(args, common):
             for one, other in (("found", "shuffled"), ("found", "equal"), ("shuffled", "equal"))]
     tables = {task: [list(r["ranks"].values()) for r in results[task, "SaLoRA"]] for task in tasks}
     if len(args.seeds) > 1:
-        rows.append(["Spearman correlation of the found ranks, mean of the pairs of seeds", *(
+        rows.append(["rank correlation of the found ranks, mean of the pairs of seeds", *(
             f"{np.mean([spearman(a, b) for a, b in itertools.combinations(tables[task], 2)]):.2f}"
             for task in tasks)])
     results = {key: results[key] for key in sorted(results, key=lambda key: tasks.index(key[0]))}

@@ -152,7 +152,8 @@ def test_spearman_is_scipys():
 @pytest.mark.slow
 def test_shuffle_gives_lora_found_shuffled_and_equal_ranks_seed_by_seed(tmp_path, here, capsys):
     out = tmp_path / "a folder"
-    rows = go("shuffle", out, "--seeds", "0", "3")
+    flags = ["--tasks", "demo --warmup 0.5", "--seeds", "0", "3"]
+    rows = go("shuffle", out, *flags)
     text = capsys.readouterr().out
     assert "2 runs of SaLoRA in all" in text and "6 runs to do, about " in text
     assert [(r["method"], r["seed"]) for r in rows] == [
@@ -164,13 +165,13 @@ def test_shuffle_gives_lora_found_shuffled_and_equal_ranks_seed_by_seed(tmp_path
             for name in ("SaLoRA", f"found_{seed}", f"shuffled_{seed}", f"equal_{seed}"))
         assert found["ranks"] == salora["ranks"] != mixed["ranks"]
         assert found["kept_params"] == mixed["kept_params"] == salora["kept_params"]
-        assert set(equal["ranks"].values()) == {4}
+        assert set(equal["ranks"].values()) == {4} and equal["settings"]["warmup"] == 0.5
     apart = [100 * (float(runs["LoRA found", s]["score"])
                     - float(runs["LoRA shuffled", s]["score"])) for s in "03"]
     cell = f"{sum(apart) / 2:+.2f} ± {abs(apart[0] - apart[1]) / 2:.2f}"
     assert f"| found - shuffled | {cell} |" in (out / "table.md").read_text()
     count = len(here)
-    go("shuffle", out, "--seeds", "0", "3")
+    go("shuffle", out, *flags)
     assert len(here) == count
 
 
