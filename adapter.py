@@ -190,6 +190,12 @@ def read_adapter(folder: str | Path) -> tuple:
     return settings, tensors
 
 
+def stored_ranks(tensors: dict) -> dict:
+    """{module path: rank} of an adapter's tensors."""
+    return {key.removesuffix(".lora_A.weight"): len(t) for key, t in tensors.items()
+            if key.endswith(".lora_A.weight")}
+
+
 def read_own(folder: str | Path, tensors: dict | None = None) -> dict:
     """salora.json of an adapter's folder, for what PEFT's files do not have: `r`, `budget`,
     `ranks`, `labels`; {} without one, or if its ranks are not those of the tensors, which a
@@ -209,12 +215,33 @@ def read_own(folder: str | Path, tensors: dict | None = None) -> dict:
             ("budget", type(own.get("budget")) in (int, float), "a number")):
         if own.get(key) is not None and not good:
             raise InputError(f"{file}: {key} is {repr(own[key])[:80]}, expected {expected}")
-    found = {key.removesuffix(".lora_A.weight"): len(t) for key, t in (tensors or {}).items()
-             if key.endswith(".lora_A.weight")}
+    found = stored_ranks(tensors or {})
     if table and any(table.get(path) not in (0, rank) for path, rank in found.items()):
         print(f"{file}: is left out, for its ranks are not those of the adapter")
         return {}
     return own
+
+
+def read_ranks(file: str | Path) -> dict:
+    """{module path: rank} from the folder of an adapter or its adapter_config.json; from the folder
+    of a run or its result.json; or from a JSON file that is such a table. ValueError: it is
+    damaged, or has no ranks."""
+    file = Path(file)
+    if file.name == "adapter_config.json":
+        file = file.parent
+    if (file / "result.json").is_file():
+        file = file / "result.json"
+    if file.is_dir():
+        _, tensors = read_adapter(file)
+        table = read_own(file, tensors).get("ranks") or stored_ranks(tensors)
+    else:
+        table = read_json(file)
+        table = table.get("ranks", table)
+    good = isinstance(table, dict) and all(type(n) is int and n >= 0 for n in table.values())
+    if not good or not any(table.values()):
+        raise InputError(f"{file}: its ranks are {repr(table)[:80]}, expected {{module path: rank}}"
+                         ", whole numbers from 0 that are not all 0")
+    return table
 
 
 def as_regex(pattern: str, end: bool = False) -> re.Pattern:
@@ -524,8 +551,7 @@ def show(adapter: str | Path) -> str:
     of each matrix. ValueError: as in read_adapter."""
     settings, tensors = read_adapter(adapter)
     known = read_own(adapter, tensors)
-    found = {name.removesuffix(".lora_A.weight"): len(t) for name, t in tensors.items()
-             if name.endswith(".lora_A.weight")}
+    found = stored_ranks(tensors)
     table = known.get("ranks") or found
     r = max(known.get("r") or 1, *table.values(), 1)
     adapter_params = sum(t.numel() for name, t in tensors.items() if ".lora_" in name)

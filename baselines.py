@@ -14,7 +14,8 @@ the other weights:
                the network's output divided by the root of its width
     prompt     Lester et al. 2021, arXiv 2104.08691: n input vectors that start as random words.
                They follow the first token, which the classifier reads
-    lora       Hu et al. 2022, arXiv 2106.09685: SaLoRA without gates and regularizer
+    lora       Hu et al. 2022, arXiv 2106.09685: SaLoRA without gates and regularizer; with
+               `ranks`, of a given rank for each matrix
     lora-svd   LoRA cut to the largest singular values of all its updates: below
     adalora    Zhang et al. 2023, arXiv 2303.10512: below
 """
@@ -73,10 +74,17 @@ class Prefix(nn.Module):
 
 
 def install(model, method, paths, steps, r=8, alpha=None, budget=0.5, beta=0.1, window=(0.2, 0.5),
-            bottleneck=32, virtual_tokens=20, lora_dropout=0.0):
+            bottleneck=32, virtual_tokens=20, lora_dropout=0.0, ranks=None):
     """Freezes what `method` does not train (the head too: unfreeze it afterwards) and puts the
     method in, in place. paths: the nn.Linear modules that low-rank methods adapt; steps: of the
-    run. Returns the SaLoRA or AdaLoRA of a low-rank method, else None."""
+    run. ranks: of lora, {path: rank from 0 to r} instead of paths; the scale is alpha / r for all,
+    as it is for what SaLoRA has cut. Returns the SaLoRA or AdaLoRA of a low-rank method, else
+    None."""
+    if method == "lora" and ranks:
+        sl.adapt(model, list(ranks), r, alpha)
+        for path, layer in sl.adapters(model).items():
+            layer.prune(torch.arange(r, device=layer.lora_A.device) < ranks[path])
+        paths = None  # those that are there
     if method == "lora":
         return sl.SaLoRA(
             model, paths, max(steps, 1), r, alpha, window=None, lora_dropout=lora_dropout)

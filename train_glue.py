@@ -51,7 +51,8 @@ METHODS = ("salora", *baselines.METHODS)
 LEARNING_RATES = dict(ft=3e-5, prefix=1e-3, prompt=1e-3)  # others: 3e-4
 DEMO_LEARNING_RATES = dict(ft=5e-4, prompt=1e-2)  # others: 3e-3
 TASK = f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv"
-EXPERIMENTS = ("table1", "ablation", "efficiency", "ranks", "sweep", "components")
+EXPERIMENTS = ("table1", "ablation", "efficiency", "ranks", "shuffle", "sweep",
+               "components")
 
 
 def parse_args(argv=None):

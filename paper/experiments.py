@@ -8,6 +8,9 @@ runs.csv, runs.jsonl (all results) and, with matplotlib, pictures.
     python train_glue.py efficiency  peak memory and time of a step, by batch size (Table 4)
     python train_glue.py ranks       the ranks that are left (Figure 7); one kind of matrix, or one
                                      group of layers, adapted alone (Figure 1)
+    python train_glue.py shuffle     LoRA with the ranks that SaLoRA found, with the same shuffled
+                                     over the matrices, and with equal ones: paired differences
+                                     (not in the paper)
     python train_glue.py sweep       score over the rank or the budget, with LoRA and, over the
                                      budget, LoRA-SVD beside it (Figures 4 and 5)
     python train_glue.py components  density, lambda and orthogonality over the steps (Figure 6)
@@ -23,6 +26,7 @@ import argparse
 import contextlib
 import csv
 import io
+import itertools
 import json
 import shlex
 import statistics
@@ -33,13 +37,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from data import InputError
 from data.batching import load_tokenizer, tokenize
 from data.download import model_folder
 from data.glue import load_task
-from model import LINEARS, read_config
-from training.flags import new_parser
-from training.runs import finished, markdown, mean_std, write_text
+from model import LINEARS, Encoder, read_config
+from training.flags import need, new_parser
+from training.runs import finished, markdown, mean_std, write_json, write_text
 
 SCRIPT = Path(__file__).parents[1] / "train_glue.py"
 TASKS = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
@@ -144,8 +151,11 @@ class Cell:
 
 
 def run_cells(tasks, methods, common, args):
+    return run_all([Cell(task, method, common, args) for task in tasks for method in methods], args)
+
+
+def run_all(cells, args):
     """{(task, name of the method): [result ..]}, after running what is missing."""
-    cells = [Cell(task, method, common, args) for task in tasks for method in methods]
     for i, cell in enumerate(cells):
         if cell.folder in [other.folder for other in cells[:i]]:
             raise InputError(f"{cell.task} with {cell.label} is asked for twice: give methods that "
@@ -387,6 +397,71 @@ def ranks(args, common):
                  + markdown(["", *layers], rows))
     alone = {key: runs for key, runs in results.items() if key[1] != "SaLoRA"}
     return results, text, {"ranks.png": (heat, maps, base.r), "alone.png": (dots, alone)}
+
+
+def shuffled(ranks, model, seed):
+    """{path: rank}, dealt out anew among the matrices of one shape: the size stays."""
+    rng, groups, table = np.random.default_rng(seed), {}, dict(ranks)
+    for path in ranks:
+        groups.setdefault(model.get_submodule(path).weight.shape, []).append(path)
+    for paths in groups.values():
+        table |= zip(paths, rng.permutation([ranks[path] for path in paths]).tolist())
+    return table
+
+
+def spearman(a, b):
+    """Rank correlation of two lists of numbers; ties share the mean of their places."""
+    a, b = ((x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2 for x in map(np.array, (a, b)))
+    with np.errstate(invalid="ignore"):  # nan: all of one list are equal
+        return np.corrcoef(a, b)[0, 1]
+
+
+def difference(one, other):
+    """Mean difference of paired scores with its standard error, times 100."""
+    mean, std = mean_std(100 * (a["score"] - b["score"]) for a, b in zip(one, other))
+    return f"{mean:+.2f} ± {std / len(one)**0.5:.2f}" if len(one) > 1 else f"{mean:+.2f}"
+
+
+def shuffle(args, common):
+    """A run of LoRA has the seed, so the head, order of rows and start of A, of the SaLoRA whose
+    ranks it is given."""
+    found, equal = [Cell(task, "salora", common, args) for task in args.tasks], {}
+    for cell in found:
+        r, budget = cell.settings.r, cell.settings.budget
+        equal[cell] = int(budget * r + 1e-6)  # 0.29 * 100 is 28.999..
+        need(equal[cell], "--budget", f"{budget:g}", f"at least 1 / {r}, or a larger --r: a LoRA "
+             "of equal ranks would have none")
+    count = len(found) * len(args.seeds)
+    print(f"{count} runs of SaLoRA in all, and with the ranks of each 3 of LoRA", flush=True)
+    results, cells = run_all(found, args), []
+    for task, cell in zip(args.tasks, found):
+        with torch.device("meta"):
+            model = Encoder(read_config(model_folder(cell.settings.model)), 2)
+        for seed, result in zip(args.seeds, cell.results()):
+            ranks = result["ranks"]
+            for name, table in dict(found=ranks, shuffled=shuffled(ranks, model, seed),
+                                    equal=dict.fromkeys(ranks, equal[cell])).items():
+                file = cell.folder.parent / "ranks" / f"{name}-seed{seed}.json"
+                file.parent.mkdir(exist_ok=True)
+                write_json(file, table)
+                one = argparse.Namespace(**vars(args) | dict(seeds=[seed]))
+                flags = [*common, "--ranks", str(file)]  # a path may have spaces
+                cells.append(Cell(task, f"{name} {seed}=lora", flags, one))
+    for (task, label), runs in run_all(cells, args).items():
+        results.setdefault((task, f"LoRA {label.split()[0]}"), []).extend(runs)
+    tasks = names(args.tasks)
+    rows = [[f"{one} - {other}", *(difference(results[task, f"LoRA {one}"],
+                                              results[task, f"LoRA {other}"]) for task in tasks)]
+            for one, other in (("found", "shuffled"), ("found", "equal"), ("shuffled", "equal"))]
+    tables = {task: [list(r["ranks"].values()) for r in results[task, "SaLoRA"]] for task in tasks}
+    if len(args.seeds) > 1:
+        rows.append(["rank correlation of the found ranks, mean of the pairs of seeds", *(
+            f"{np.mean([spearman(a, b) for a, b in itertools.combinations(tables[task], 2)]):.2f}"
+            for task in tasks)])
+    results = {key: results[key] for key in sorted(results, key=lambda key: tasks.index(key[0]))}
+    text = (f"{score_table(results)}\nPaired differences of LoRA's scores, x 100: mean of the "
+            f"seeds ± its standard error\n\n{markdown(['', *tasks], rows)}")
+    return results, text, {"scores.png": (dots, results)}
 
 
 def sweep(args, common):

@@ -18,6 +18,11 @@ A row of the table is a method. relative error: mean square error on new inputs 
 frozen network. rank error: sum of |found - true| over the matrices. All methods have one schedule:
 the learning rate warms up, falls linearly, and starts again at the end of the window. Finished runs
 are not repeated.
+
+More rows ask whether ranks matter, and those that SaLoRA finds: a LoRA with the true ranks or the
+found ones from the start, or with the same shuffled over the matrices of one shape:
+
+    python train_glue.py recover --methods "LoRA found ranks" "LoRA found shuffled"
 """
 
 import argparse
@@ -46,12 +51,14 @@ from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.download import model_folder
 from data.glue import HERE, load_task
 from model import load_encoder
+from paper.experiments import figure, shuffled
 from training.flags import WINDOWS, at_least, flag_group, need, new_parser
 from training.loop import lr_factor
 from training.runs import markdown, write_json, write_text
 
 TEACHERS = ("small", "scaled", "pretrained")
 METHODS = ("LoRA", "LoRA of the size", "AdaLoRA", "LoRA-SVD", "SaLoRA", "SaLoRA paper")
+GIVEN = ("LoRA true ranks", "LoRA true shuffled", "LoRA found ranks", "LoRA found shuffled")
 STEPS = dict(small=600, scaled=600, pretrained=500)
 LEARNING_RATES = dict(small=1e-2, scaled=1e-2, pretrained=6e-3)
 COLORS = {"true": "#000000", "AdaLoRA": "#56b4e9", "LoRA-SVD": "#e69f00", "SaLoRA": "#d55e00"}
@@ -72,7 +79,7 @@ def parse_args(argv):
     arg("--data", metavar="DIR",
         help="pretrained: folder in GLUE's layout, to read CoLA (default: the demo's)")
     arg = flag_group(parser, "student")
-    arg("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="the rows")
+    arg("--methods", nargs="+", choices=METHODS + GIVEN, default=list(METHODS), help="the rows")
     arg("--r", type=int, default=8, help="rank at the start")
     arg("--budgets", type=float, nargs="+", default=[0.5],
         help="shares of parameters to keep; a table for each (scaled: half of it)")
@@ -218,9 +225,9 @@ def make_teacher(name, args, budget, seed):
 # one run
 
 
-def install(problem, method, args, budget, seed):
+def install(problem, method, args, budget, seed, ranks=None):
     """The student of a row of the table, its SaLoRA or AdaLoRA, what an optimizer trains, and the
-    step at which the learning rate starts again."""
+    step at which the learning rate starts again. ranks: those of a LoRA with given ones."""
     torch.manual_seed(seed)
     model, paths = copy.deepcopy(problem.base), list(problem.ranks)
     if method in ("SaLoRA", "SaLoRA paper"):
@@ -231,7 +238,8 @@ def install(problem, method, args, budget, seed):
     r = max(1, round(budget * args.r)) if method == "LoRA of the size" else args.r
     name = {"AdaLoRA": "adalora", "LoRA-SVD": "lora-svd"}.get(method, "lora")
     window = args.window or WINDOWS.get(name, (0.4, 0.5))
-    low = baselines.install(model, name, paths, args.steps, r=r, budget=budget, window=window)
+    low = baselines.install(model, name, paths, args.steps, r=r, budget=budget, window=window,
+                             ranks=ranks)
     weights = [p for p in model.parameters() if p.requires_grad]
     return model, low, weights, sl.window_steps(window, args.steps)[1]
 
@@ -241,8 +249,14 @@ def run(teacher, method, args, budget, noise, seed):
     torch.set_num_threads(1)
     args = argparse.Namespace(**vars(args) | settings_of(teacher, args))
     start, problem = time.time(), make_teacher(teacher, args, budget, seed)
-    room = room_of(teacher, budget)
-    model, low, params, restart = install(problem, method, args, room, seed)
+    room, ranks = room_of(teacher, budget), None
+    if method in GIVEN:
+        ranks = problem.ranks
+        if "found" in method:
+            ranks = run(teacher, "SaLoRA", args, budget, noise, seed)["ranks"]
+        if "shuffled" in method:
+            ranks = shuffled(ranks, problem.base, seed)
+    model, low, params, restart = install(problem, method, args, room, seed, ranks)
     optimizer = torch.optim.AdamW(params, args.lr, weight_decay=0.0, fused=True)
     plan = SimpleNamespace(steps=args.steps, warmup=0.04 * args.steps, restart=restart)
     with torch.no_grad():
@@ -337,7 +351,6 @@ def tables(results):
 def picture(file, results):
     """True and found ranks side by side: a panel per table, a group of bars per matrix, the true
     rank and what each method found."""
-    from paper.experiments import figure
     with figure(file, len(results), width=4.4, height=3) as axes:
         for ax, ((teacher, budget, _), rows) in zip(axes, results.items()):
             bars = {"true": list(next(iter(rows.values()))[0]["true_ranks"].values())}

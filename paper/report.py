@@ -26,7 +26,7 @@ from data import InputError, read_text
 from model import DECODER_LINEARS, LINEARS
 from salora import window_steps
 from training.device import RANK
-from training.flags import need, new_parser
+from training.flags import in_words, need, new_parser
 from training.runs import read_result, run_command, write_text
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -85,7 +85,7 @@ def readable(value):
     """A setting as text; a path in the project's own folder without that."""
     if value is None:
         return "–"
-    text = " ".join(map(str, value)) if isinstance(value, list) else short(value)
+    text = short(value) if isinstance(value, float) else in_words(value)
     return text.removeprefix(f"{ROOT}/")
 
 
@@ -97,7 +97,7 @@ def name_runs(runs):
     """Gives each run a name: the settings that tell it from the others, or its folder."""
     settings = [dict(task=run.result["task"]) | run.result["settings"] for run in runs]
     first = ("task", "method", "budget", "r", "lr", "seed")
-    keys = [*first, *(key for key in settings[0] if key not in first)]
+    keys = [*first, *(key for key in settings[0] if key not in (*first, "ranks"))]
     chosen = []
 
     def different(keys):
@@ -499,8 +499,9 @@ def page_of(run):
         parts.append("<p>There is no gates.jsonl: an earlier version wrote this run.</p>\n")
     if result["ranks"]:
         r = result["settings"]["r"]
+        origin = "as given" if result["settings"].get("ranks") else f"of {r} at the start"
         parts.append("<h2>Ranks</h2>\n" + rank_map(
-            result["ranks"], r, f"Rank of each matrix, of {r} at the start",
+            result["ranks"], r, f"Rank of each matrix, {origin}",
             "Kinds of matrices by layers. The stronger the color, the more triplets are left."))
     if result.get("answers"):
         parts.append(answers_of(result))

@@ -46,6 +46,23 @@ def batch(padding=0):
 # ---- numbers of parameters
 
 
+def test_a_lora_of_given_ranks_is_one_whose_first_triplets_alone_are_there():
+    paths = demo("head")[0].target_paths(LETTERS)
+    table = dict.fromkeys(paths, 3) | {paths[0]: 0, paths[1]: 1}
+    model, low = demo("lora", r=4, alpha=8.0, ranks=table)
+    whole, _ = demo("lora", r=4, alpha=8.0)
+    assert sl.ranks(model) == table and low.density() == 1
+    assert low.kept_params() == sum(rank * sum(model.get_submodule(path).base.weight.shape)
+                                    for path, rank in table.items())
+    for path, layer in sl.adapters(whole).items():
+        g = torch.Generator().manual_seed(0)
+        layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=g)
+        given, rank = model.get_submodule(path), table[path]
+        given.lora_B.data = layer.lora_B.data[:, :rank].clone()
+        layer.lora_B.data[:, rank:] = 0
+    torch.testing.assert_close(model(*batch(2)), whole(*batch(2)))  # so the scale is one, 8 / 4
+
+
 @pytest.mark.parametrize("method,base,large", [
     ("lora", 1_327_104, 3_538_944),
     ("lora-svd", 1_327_104, 3_538_944),

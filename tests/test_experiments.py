@@ -7,6 +7,8 @@ import subprocess
 import pytest
 
 import train_glue
+from data.glue import HERE
+from model import load_encoder
 from paper import experiments
 from training import runs as training_runs
 
@@ -129,6 +131,50 @@ def test_sweep_has_lora_beside_it(tmp_path, here, over, values, pairs):
     assert {r["method"] for r in rows} == pairs
 
 
+def test_shuffled_ranks_stay_among_matrices_of_one_shape():
+    model = load_encoder(HERE / "demo" / "model", 2)
+    paths = model.target_paths("qkvoud")
+    table = {path: i for i, path in enumerate(paths)}
+    dealt = experiments.shuffled(table, model, 0)
+    shape = {path: model.get_submodule(path).weight.shape for path in paths}
+    assert [shape[paths[rank]] for rank in dealt.values()] == list(shape.values())
+    assert sorted(dealt.values()) == list(table.values()) and list(dealt) == paths
+    assert dealt != table and dealt != experiments.shuffled(table, model, 1)
+    assert dealt == experiments.shuffled(table, model, 0)
+
+
+def test_spearman_is_scipys():
+    """Right values: scipy.stats.spearmanr, 1.17.1."""
+    assert experiments.spearman([1, 2, 3], [9, 8, 7]) == pytest.approx(-1)
+    assert experiments.spearman([1, 2, 2, 5], [2, 1, 8, 9]) == pytest.approx(0.632455532)
+
+
+@pytest.mark.slow
+def test_shuffle_gives_lora_found_shuffled_and_equal_ranks_seed_by_seed(tmp_path, here, capsys):
+    out = tmp_path / "a folder"
+    flags = ["--tasks", "demo --warmup 0.5", "--seeds", "0", "3"]
+    rows = go("shuffle", out, *flags)
+    text = capsys.readouterr().out
+    assert "2 runs of SaLoRA in all" in text and "6 runs to do, about " in text
+    assert [(r["method"], r["seed"]) for r in rows] == [
+        (m, s) for m in ("SaLoRA", "LoRA found", "LoRA shuffled", "LoRA equal") for s in "03"]
+    runs = {(r["method"], r["seed"]): r for r in rows}
+    for seed in "03":
+        salora, found, mixed, equal = (
+            json.loads((out / "demo" / name / f"seed{seed}" / "result.json").read_text())
+            for name in ("SaLoRA", f"found_{seed}", f"shuffled_{seed}", f"equal_{seed}"))
+        assert found["ranks"] == salora["ranks"] != mixed["ranks"]
+        assert found["kept_params"] == mixed["kept_params"] == salora["kept_params"]
+        assert set(equal["ranks"].values()) == {4} and equal["settings"]["warmup"] == 0.5
+    apart = [100 * (float(runs["LoRA found", s]["score"])
+                    - float(runs["LoRA shuffled", s]["score"])) for s in "03"]
+    cell = f"{sum(apart) / 2:+.2f} ± {abs(apart[0] - apart[1]) / 2:.2f}"
+    assert f"| found - shuffled | {cell} |" in (out / "table.md").read_text()
+    count = len(here)
+    go("shuffle", out, *flags)
+    assert len(here) == count
+
+
 def test_components_are_those_of_the_log(tmp_path, here):
     go("components", tmp_path, "--log-every", "1")
     file = tmp_path / "demo" / "SaLoRA" / "seed0" / "log.jsonl"
@@ -175,6 +221,7 @@ def test_a_failed_cell_is_told_and_the_others_are_done(tmp_path, capsys):
     ("sweep", [], "--over"),
     ("sweep", ["--over", "alpha"], "invalid choice: 'alpha'"),
     ("ablation", ["--nonsense"], "unrecognized arguments: --nonsense"),
+    ("shuffle", ["--budget", "0.1"], "--budget is 0.1, expected at least 1 / 8"),
     ("components", ["--jobs", "0"], "--jobs is 0"),
     ("ranks", ["--targets", "x"], "invalid choice: 'x'"),
     ("efficiency", ["--window", "0.5", "0.2"], "--window is 0.5 0.2"),

@@ -26,6 +26,18 @@ def test_known_ranks_are_found_and_a_lora_of_the_size_is_far_behind():
     assert found["kept_params"] == lora["kept_params"] == 48 * 128
 
 
+@pytest.mark.slow
+def test_a_lora_with_the_true_ranks_is_ahead_of_one_with_the_same_shuffled():
+    true, mixed = (recover.run("small", f"LoRA true {how}", args(), 0.5, 0.0, seed=0)
+                   for how in ("ranks", "shuffled"))
+    assert true["ranks"] == true["true_ranks"] != mixed["ranks"]
+    assert true["kept_params"] == mixed["kept_params"] == 48 * 128
+    assert true["relative_error"] < mixed["relative_error"] / 3
+    found = recover.run("small", "LoRA found ranks", args("--steps", "20"), 0.5, 0.0, seed=0)
+    salora = recover.run("small", "SaLoRA", args("--steps", "20"), 0.5, 0.0, seed=0)
+    assert found["ranks"] == salora["ranks"]
+
+
 @pytest.mark.parametrize("teacher", recover.TEACHERS)
 def test_a_teacher_is_its_base_plus_updates_of_the_ranks_it_names(teacher):
     problem = recover.make_teacher(teacher, args("--spread", "3"), 0.5, seed=1)

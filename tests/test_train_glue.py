@@ -366,6 +366,73 @@ def test_lora_keeps_everything_and_has_no_gates(tmp_path):
     assert (tmp_path / "r" / "adapter").is_dir()
 
 
+LAYER = "roberta.encoder.layer"
+
+
+def test_lora_of_given_ranks_has_them_from_the_start_and_goes_on_with_them(
+        short, tmp_path, monkeypatch, capsys):
+    found = short[1]["ranks"]
+    flags = ["--method", "lora", "--ranks", short[0] / "result.json"]
+    whole = run(tmp_path / "whole", *flags)
+    assert whole["ranks"] == found == ranks(
+        load(load_encoder(HERE / "demo" / "model", 2), tmp_path / "whole" / "adapter"))
+    assert whole["trainable_params"] == whole["kept_params"] == short[1]["kept_params"]
+    assert {line["density"] for line in log(tmp_path / "whole")} == {1}
+    assert "rank of each matrix, as given by --ranks" in capsys.readouterr().out
+    assert "Rank of each matrix, as given" in (tmp_path / "whole" / "report.html").read_text()
+
+    evaluate = train_glue.evaluate
+    monkeypatch.setattr(train_glue, "evaluate", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "cut", *flags, "--save-every", 5)
+    monkeypatch.setattr(train_glue, "evaluate", evaluate)
+    (tmp_path / "other.json").write_text(json.dumps({path: 8 for path in found}))
+    with pytest.raises(InputError, match="--resume: --ranks is 8 8 8 .* was written with"):
+        run(tmp_path / "cut", *flags[:3], tmp_path / "other.json", "--resume")
+    run(tmp_path / "cut", *flags, "--resume")
+    for name in ("predictions.tsv", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_given_ranks_come_from_a_run_an_adapter_or_a_table(short, tmp_path):
+    def parsed(file, *flags):
+        return train_glue.parse_args(["--method", "lora", "--ranks", str(file), *flags]).ranks
+
+    found = short[1]["ranks"]
+    for name in ("", "result.json", "adapter", "adapter/adapter_config.json",
+                 "adapter/salora.json"):
+        assert parsed(short[0] / name) == found, name
+    shutil.copytree(short[0] / "adapter", tmp_path / "pefts")
+    (tmp_path / "pefts" / "salora.json").unlink()  # PEFT knows no rank 0
+    assert parsed(tmp_path / "pefts") == {path: rank for path, rank in found.items() if rank}
+    (tmp_path / "table.json").write_text(json.dumps({f"{LAYER}.0.output.dense": 12}))
+    assert parsed(tmp_path / "table.json", "--r", "12") == {f"{LAYER}.0.output.dense": 12}
+
+
+@pytest.mark.parametrize("table,flags,words", [
+    ({"a": 1}, ["--method", "salora"], "--ranks is given, expected none with --method salora"),
+    ({"a": 1}, ["--targets", "q"], "--targets is given, expected none with --ranks"),
+    ({"a": 1}, ["--adapter", "x"], "--adapter is given, expected none with --ranks"),
+    ({"a": 1}, ["--ranks", ""], "--ranks : "),
+    ({"a": 1}, ["--ranks", "nowhere"], "nowhere: not found"),
+    ({"a": 1}, [], "--ranks is for a matrix a too, expected the matrices of"),
+    ({f"{LAYER}.0.output.dense": 9}, [], "dense is 9, expected 0 to 8: give the --r that"),
+    ({f"{LAYER}.0.output.dense": 1.5}, [], "t.json: its ranks are {'"),
+    ({f"{LAYER}.0.output.dense": 0}, [], "whole numbers from 0 that are not all 0"),
+    ({"ranks": {}, "method": "ft"}, [], "its ranks are {}, expected {module path: rank}"),
+    ([1], [], "t.json: holds a list"),
+])
+def test_ranks_that_are_none_are_refused_in_one_line(table, flags, words, tmp_path, capsys):
+    file = tmp_path / "t.json"
+    file.write_text(json.dumps(table))
+    with pytest.raises(SystemExit) as e:
+        train_glue.command([*SHORT, "--method", "lora", "--ranks", str(file), "--out",
+                            str(tmp_path / "r"), *flags])
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and words in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [file]
+
+
 @pytest.mark.parametrize("method", ["salora", slow("lora"), slow("lora-svd"), "adalora"])
 def test_dropout_on_the_adapters_path_is_there_in_training_alone(method, tmp_path):
     flags = ["--method", method, "--max-steps", 6, "--lora-dropout"]

@@ -6,7 +6,9 @@ import argparse
 import sys
 
 import torch
+from safetensors import SafetensorError
 
+import adapter
 import baselines
 import salora as sl
 from data import InputError
@@ -63,6 +65,10 @@ def method_flags(parser, letters):
         "--alpha, --targets and --layers; --epochs 0 only scores it (default: start anew)")
     arg("--alpha", type=float, help="the update is scaled by alpha/r (default: r, a scale of 1; "
         f"adalora {baselines.AdaLoRA.SCALE} r)")
+    arg("--ranks", metavar="FILE",
+        help="of lora: a rank for each matrix, 0 leaves it alone, from a run's result.json, an "
+        "adapter's folder, or JSON of {module path: rank}. The scale stays alpha / r, with the --r "
+        "that the ranks were found from (default: the rank is --r for all)")
     more = ", and W^G if named" if "g" in letters else ""
     arg("--lora-dropout", type=float, default=0.0, metavar="P",
         help="share of the inputs of each adapter that are zeroed in training")
@@ -146,9 +152,23 @@ def settle(args):
     fill_in(args, **RECIPES[args.recipe])
     args.window = list(args.window)  # as JSON gives it back
     if args.adapter is None:
-        fill_in(args, r=8, targets=list("qkvoud"))
+        fill_in(args, r=8, targets=list("qkvoud") if args.ranks is None else None)
         fill_in(args, alpha=float(args.r * (baselines.AdaLoRA.SCALE if adalora else 1)))
     check(args)
+    if args.ranks is not None:  # by content: the file may change before a --resume
+        args.ranks = read_ranks(args.ranks, args.r)
+
+
+def read_ranks(file, r):
+    """adapter.read_ranks, where all is an InputError, a rank above r too."""
+    try:
+        ranks = adapter.read_ranks(file)
+    except (ValueError, SafetensorError) as e:
+        raise InputError(f"--ranks {file}: {str(e).removeprefix(f'{file}: ')}") from None
+    path = max(ranks, key=ranks.get)
+    need(ranks[path] <= r, f"--ranks {file}: the rank of {path}", ranks[path],
+         f"0 to {r}: give the --r that it was found from")
+    return ranks
 
 
 def fill_in(args, **values):
@@ -165,6 +185,11 @@ def check(args):
     for name in ("r", "alpha", "targets", "layers"):
         need(args.adapter is None or getattr(args, name) is None, flag(name), "given",
              "none with --adapter, which has its own")
+    for name in ("adapter", "targets", "layers"):
+        need(args.ranks is None or getattr(args, name) is None, flag(name), "given",
+             "none with --ranks, which says what to adapt")
+    need(args.ranks is None or args.method == "lora", "--ranks", "given",
+         f"none with --method {args.method}: they are those of lora")
 
     need(0 <= args.lora_dropout < 1, "--lora-dropout", args.lora_dropout, "a share in [0, 1)")
     need(not args.lora_dropout or args.method in LOW_RANK, "--lora-dropout", args.lora_dropout,
@@ -219,6 +244,13 @@ def at_least(args, least, *names):
 
 def flag(name):
     return "--" + name.replace("_", "-")
+
+
+def in_words(value):
+    """A setting as text; of --ranks the ranks alone."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def check_sizes(args, config):

@@ -21,8 +21,9 @@ import baselines
 import salora as sl
 from data import InputError
 from data.batching import batch_order
+from model import DECODER_LINEARS, LINEARS, Decoder
 from training.device import PROCESSES, RANK, peak_memory_mb
-from training.flags import NOT_OF_A_RUN, need
+from training.flags import NOT_OF_A_RUN, in_words, need
 from training.runs import (
     CHECKPOINT,
     Stopped,
@@ -103,7 +104,11 @@ def install(args, model, steps, seed):
     """Puts the method into the model. Returns its SaLoRA or AdaLoRA object, None if it has none."""
     if args.adapter:
         start_from(args, model, steps)
-    paths = None if args.adapter else model.target_paths(args.targets, args.layers)
+    letters = args.targets or (DECODER_LINEARS if isinstance(model, Decoder) else LINEARS)
+    paths = None if args.adapter else model.target_paths(letters, args.layers)
+    for path in args.ranks or ():
+        need(path in paths, "--ranks", f"for a matrix {path} too",
+             f"the matrices of {args.model}, such as {paths[0]}")
     if args.method == "salora":
         return sl.SaLoRA(
             model, paths, max(steps, 1), r=args.r, alpha=args.alpha, budget=args.budget,
@@ -113,7 +118,7 @@ def install(args, model, steps, seed):
     return baselines.install(
         model, args.method, paths, steps, args.r, args.alpha, args.budget, args.beta, args.window,
         getattr(args, "bottleneck", None), getattr(args, "virtual_tokens", None),
-        args.lora_dropout)
+        args.lora_dropout, args.ranks)
 
 
 def settings_of(args, seed, plan, lowrank):
@@ -129,8 +134,7 @@ def settings_of(args, seed, plan, lowrank):
 
 def announce(settings, line):
     """Prints the resolved settings and the line."""
-    words = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in settings.items()}
-    print("settings: " + " ".join(f"{k}={v}" for k, v in words.items()))
+    print("settings: " + " ".join(f"{k}={in_words(v)}" for k, v in settings.items()))
     print(line)
 
 
@@ -396,5 +400,6 @@ def report_ranks(args, result, linears, at):
             layer, name = path.split(".", at + 1)[at:]
             table[f"{layer}.W^{letters[name].upper()}"] = rank
         r = result["settings"]["r"]
-        print(f"\nrank of each matrix, from {r} at the start: layers left to right\n\n"
+        origin = "as given by --ranks" if args.ranks else f"from {r} at the start"
+        print(f"\nrank of each matrix, {origin}: layers left to right\n\n"
               f"{sl.rank_map(table, r)}")

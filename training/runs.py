@@ -29,6 +29,7 @@ from training.flags import (
     RESOLVED_LATER,
     fail,
     flag,
+    in_words,
     need,
 )
 
@@ -101,8 +102,8 @@ def load_checkpoint(file, optimizer, lowrank, settings):
     for name, value in settings.items():
         found = progress["settings"].get(name)
         if found != value and name not in MAY_CHANGE:
-            raise InputError(f"--resume: {flag(name)} is {value}, but {file} was written with "
-                             f"{found}: give the run's own flags")
+            raise InputError(f"--resume: {flag(name)} is {in_words(value)}, but {file} was written "
+                             f"with {in_words(found)}: give the run's own flags")
     if lowrank:
         state = {name.removeprefix("method."): value for name, value in tensors.items()
                  if name.startswith("method.")}
@@ -205,8 +206,8 @@ def finished(args, out):
         if value is None and name in RESOLVED_LATER:
             continue
         if found != value and name not in (*NOT_OF_A_RUN, *MAY_CHANGE, "seed"):
-            raise InputError(f"--out {out} holds a finished run with {flag(name)} {found}, not "
-                             f"{value}: give another folder")
+            raise InputError(f"--out {out} holds a finished run with {flag(name)} "
+                             f"{in_words(found)}, not {in_words(value)}: give another folder")
     return result
 
 
