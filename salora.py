@@ -87,7 +87,8 @@ class SaLoRALinear(nn.Module):
 
     def matrices(self):
         """A (r, k) and B diag(g) (d, r)."""
-        if self.spent and torch._C._current_graph_task_id() < 0:  # checkpointing may come again
+        # inside a backward pass, which has an id, checkpointing computes again
+        if self.spent and torch._C._current_graph_task_id() < 0:
             raise RuntimeError("a forward pass in the window needs its own salora.begin_step()")
         return self.lora_A, self.lora_B if self.gates is None else self.lora_B * self.gates
 
