@@ -626,6 +626,7 @@ def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(change, words, tmp
 # ---- training goes on from an adapter
 
 
+@pytest.mark.slow
 def test_glue_goes_on_from_an_adapter_scores_it_and_merges_it(tmp_path, capsys):
     def run(name, *flags):
         train_glue.main(["--threads", "1", "--limit-train", "160", "--limit-dev", "50",
@@ -734,6 +735,7 @@ def test_gates_need_one_rank(tmp_path, capsys):
         sl.SaLoRA(load_encoder(train_glue.HERE / "demo" / "model", 2), None, 10)
 
 
+@pytest.mark.slow
 def test_instructions_go_on_from_an_adapter_and_score_it(tmp_path):
     def run(name, *flags):
         train_instruct.main(["--threads", "1", "--limit-train", "64", "--limit-dev", "20",

@@ -175,6 +175,7 @@ def test_shuffle_gives_lora_found_shuffled_and_equal_ranks_seed_by_seed(tmp_path
     assert len(here) == count
 
 
+@pytest.mark.slow
 def test_components_are_those_of_the_log(tmp_path, here):
     go("components", tmp_path, "--log-every", "1")
     file = tmp_path / "demo" / "SaLoRA" / "seed0" / "log.jsonl"
@@ -196,6 +197,7 @@ def test_pictures_are_drawn_where_matplotlib_is(tmp_path, here, capsys):
         assert not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.slow
 def test_a_first_cell_that_cannot_run_stops_the_experiment_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         go("table1", tmp_path, "--methods", "lora --r 999", "--seeds", "0")

@@ -101,6 +101,7 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bytes(whole, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [2, 8, 14])  # before, in and after the window, steps 5 to 10
+@pytest.mark.slow
 def test_the_optimizer_goes_on_with_its_moments(stop, tmp_path, monkeypatch):
     flags = [*PLAIN, "--epochs", "1", "--limit-train", "672", "--save-every", "2"]
     save, states = loop.save_checkpoint, {}

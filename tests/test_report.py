@@ -223,6 +223,7 @@ def test_instructions_have_their_answers_before_and_after(tmp_path):
     assert page.data["gates"]["paths"] == list(result["ranks"])
 
 
+@pytest.mark.slow
 def test_seeds_are_compared_on_one_page(tmp_path, capsys):
     train_glue.main([*SHORT, "--seeds", "3", "5", "--out", str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "report.html")
