@@ -1028,6 +1028,11 @@ def test_rank_map_has_a_row_a_module_and_a_column_a_layer():
         ["0", "1"], ["q", "8█", "3▃"], ["v", "0"]]
 
 
+def test_rank_map_of_a_sequential_is_one_row():
+    lines = rank_map({"0": 8, "2": 4, "4": 0}, 8).splitlines()
+    assert [line.split() for line in lines] == [["0", "2", "4"], ["8█", "4▄", "0"]]
+
+
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_merged_model_is_plain_and_computes_the_same(dtype, tolerance):
     model = trained(alpha=2)
