@@ -229,3 +229,48 @@ def test_oracle_scores_are_those_of_scikit_learn_scipy_and_sacrebleu():
                             for _ in range(4))
     assert metrics.bleu(outputs, references) == pytest.approx(
         corpus_bleu(outputs, references).score, abs=1e-9)
+
+
+def test_oracle_layers_that_are_asked_for_a_weight_train():
+    """T5's feed-forward looks at wo.weight.dtype and casts its input to that."""
+    torch.manual_seed(0)
+    model = tr.T5ForConditionalGeneration(tr.T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0))
+    salora = sl.SaLoRA(model, ["wo"], steps=40, r=4)
+    optimizer = torch.optim.AdamW(salora.param_groups(lr=3e-2))
+    ids, losses = torch.arange(5, 23).view(2, 9), []
+    for _ in range(40):
+        salora.begin_step()
+        loss = model(input_ids=ids, labels=ids).loss
+        (loss + salora.penalty()).backward()
+        optimizer.step()
+        salora.end_step(optimizer)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert salora.pruned and losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_oracle_checkpointing_of_transformers_changes_no_number(reentrant):
+    ends = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = tr.LlamaForCausalLM(tr.LlamaConfig(
+            vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=64))
+        if recompute:
+            model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
+            model.enable_input_require_grads()  # or reentrant layers see no gradient
+        salora = sl.SaLoRA(model.train(), ["q_proj", "v_proj"], steps=12, r=4)
+        optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-2))
+        ids = torch.arange(5, 23).view(2, 9)
+        for _ in range(12):
+            salora.begin_step()
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss + salora.penalty()
+            loss.backward()
+            optimizer.step()
+            salora.end_step(optimizer)
+            optimizer.zero_grad()
+        ends.append([salora.log_theta, *(m.lora_B for m in salora.layers)])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*ends))
