@@ -446,7 +446,8 @@ def answers_of(result):
                  same + e["after"]]
         rows.append([text if len(text) <= 500 else text[:500] + " …" for text in cells])
     return ("<h2>Answers</h2>\n<p>To the first held-out instructions, in the order of the file, "
-            "before training (of the model as it came) and after. ✓: equal to the reference.</p>\n"
+            "before training (of the model as it came) and after. ✓: equal to the reference."
+            "</p>\n"
             + table(["instruction", "reference", "before", "after"], rows))
 
 

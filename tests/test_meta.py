@@ -63,8 +63,8 @@ def evaluate(*args):
 
 @pytest.fixture
 def meta(monkeypatch):
-    """Runs are on meta, and go past what may read back: the log, the check of a first step, the choice
-    at the cut (half of the triplets stay), evaluation, where the run ends."""
+    """Runs are on meta, and go past what may read back: the log, the check of a first step, the
+    choice at the cut (half of the triplets stay), evaluation, where the run ends."""
     def prune(layer, keep, optimizer, cut=sl.SaLoRALinear.prune):
         with monkeypatch.context() as m:
             index = torch.arange(len(keep) // 2, device="meta")
@@ -144,7 +144,8 @@ def test_compiled_graphs_are_whole_and_few(monkeypatch, one_layer, tmp_path, scr
 
 
 @pytest.mark.parametrize("flags, processes, number, precision", [
-    ([], 1, 0, "high"), (["--device", "cuda"], 1, 0, "high"), (["--device", "cuda:1"], 1, 1, "high"),
+    ([], 1, 0, "high"), (["--device", "cuda"], 1, 0, "high"),
+    (["--device", "cuda:1"], 1, 1, "high"),
     (["--no-tf32"], 1, 0, "highest"), ([], 2, 1, "high")])
 def test_a_gpu_that_is_there_is_used(monkeypatch, capsys, flags, processes, number, precision):
     """What is asked of torch.cuda, which is not there itself."""

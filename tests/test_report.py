@@ -332,7 +332,8 @@ def test_a_model_of_24_layers_stays_below_300_kb(short, tmp_path):
                   open=[[round(((7 * j + i) % 97) / 97, 3) for j in range(8)]] * 144)
              for i in range(51)]
     gates[-1]["kept"] = [[1, 0] * 4] * 144
-    log = [log[5] | dict(step=10 * i, task_loss=1 / (i + 3), orth_a=1 / (i + 7)) for i in range(900)]
+    log = [log[5] | dict(step=10 * i, task_loss=1 / (i + 3), orth_a=1 / (i + 7))
+           for i in range(900)]
     (tmp_path / "result.json").write_text(json.dumps(result))
     for name, lines in (("log", log), ("gates", gates)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -345,9 +346,11 @@ def test_a_model_of_24_layers_stays_below_300_kb(short, tmp_path):
 def test_the_picture_of_the_gates_is_svg(short, tmp_path):
     report.main([str(short[0]), "--svg", str(tmp_path / "gates.svg")])
     tree = ElementTree.parse(tmp_path / "gates.svg")
-    texts = ["".join(text.itertext()) for text in tree.iter("{http://www.w3.org/2000/svg}text")]
-    assert any(text.startswith("step 3: density") for text in texts) and "step 7: the choice" in texts
-    opacities = [float(path.get("opacity")) for path in tree.iter("{http://www.w3.org/2000/svg}path")]
+    svg = "{http://www.w3.org/2000/svg}"
+    texts = ["".join(text.itertext()) for text in tree.iter(f"{svg}text")]
+    assert any(text.startswith("step 3: density") for text in texts)
+    assert "step 7: the choice" in texts
+    opacities = [float(path.get("opacity")) for path in tree.iter(f"{svg}path")]
     kept = sum(lines_of(short[0] / "gates.jsonl")[-1]["kept"], [])
     assert len(opacities) == 4 * 192 and opacities[-192:] == kept
 
@@ -406,7 +409,8 @@ def test_browser_reads_out_a_curve_and_a_cell(short, tmp_path):
     script = """
     const chart = document.querySelector("#chart1 .chart"), box = chart.getBoundingClientRect();
     const at = (322 - 40) / 13 * 9 + 40;  // step 10 of 1 to 14
-    chart.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + at / 340 * box.width}));
+    const clientX = box.left + at / 340 * box.width;
+    chart.dispatchEvent(new PointerEvent("pointermove", {clientX}));
     const ranks = document.querySelectorAll(".map"), cell = ranks[1].querySelectorAll(".level")[5];
     cell.dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));"""
     document, console = open_page(short[0] / "report.html", tmp_path, script=script)

@@ -953,8 +953,8 @@ def test_every_flag_of_the_design_is_there_and_every_flag_has_a_help_sentence(mo
     flags = {option: action for action in parsers[0]._actions for option in action.option_strings}
     assert all(len(action.help.split()) >= 2 for action in flags.values())
     for flag in ("task model data method r alpha budget beta orth-reduction gate-lr window "
-                 "lora-dropout selection fold-gates recipe targets epochs max-steps batch-size accumulate lr "
-                 "warmup rewarm turn price weight-decay max-length seed seeds device dtype threads "
-                 "compile checkpoint-activations out resume overwrite limit-train "
-                 "limit-dev").split():
+                 "lora-dropout selection fold-gates recipe targets epochs max-steps batch-size "
+                 "accumulate lr warmup rewarm turn price weight-decay max-length seed seeds "
+                 "device dtype threads compile checkpoint-activations out resume overwrite "
+                 "limit-train limit-dev").split():
         assert f"--{flag}" in flags
