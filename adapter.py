@@ -25,7 +25,7 @@ from torch import nn
 
 from data import InputError
 from model import HEADS, TIED, full_name, open_tensors, output_names, read_json, weight_files
-from salora import SaLoRALinear, adapters, find, plain, rank_map, unwrap, updated
+from salora import GO_PAST, SaLoRALinear, adapters, find, plain, rank_map, unwrap, updated
 
 
 def within(name, modules):
@@ -368,7 +368,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
             if path not in modules or everywhere.count(id(modules[path])) > 1:
                 raise ValueError(f"{path} is in the model under two names: not implemented")
             parent = modules[path.rpartition(".")[0]]
-            if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            if isinstance(parent, GO_PAST):
                 raise ValueError(f"{path} is inside a {type(parent).__name__}, which reads its "
                                  "weight and goes past an adapter: not implemented")
     except ValueError as e:

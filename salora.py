@@ -176,6 +176,9 @@ def find(linears: dict, targets) -> dict:
         found |= hits
     return {path: m for path, m in linears.items() if path in found}
 
+# parents that read a Linear's weight themselves and go past its forward
+GO_PAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
 def adapt(model, targets, r, alpha=None, kind=SaLoRALinear) -> list:
     """Freezes the model, puts a `kind` layer around every target, returns these layers."""
     if adapters(model):
@@ -186,7 +189,7 @@ def adapt(model, targets, r, alpha=None, kind=SaLoRALinear) -> list:
         raise ValueError("targets is empty, or the model has no nn.Linear but its head")
     for path, m in linears.items():
         parent, most = unwrap(model).get_submodule(path.rpartition(".")[0]), min(m.weight.shape)
-        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        if isinstance(parent, GO_PAST):
             raise ValueError(f"{path} is inside a {type(parent).__name__}, which reads its weight "
                              "and goes past an adapter: do not target it")
         if list(everything.values()).count(m) > 1:
