@@ -28,6 +28,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import shlex
 import statistics
 import subprocess
@@ -260,7 +261,31 @@ def score_table(results):
 
 
 def tasks_and_labels(results):
-    return (list(dict.fromkeys(key[i] for key in results)) for i in range(2))
+    return [list(dict.fromkeys(key[i] for key in results)) for i in range(2)]
+
+
+def paired_table(results, pairs):
+    """Scores of one method minus those of another with the same seed, times 100: the mean and its
+    standard error, and in how many pairs the first is ahead. pairs: [(one, other) ..]."""
+    tasks, labels = tasks_and_labels(results)
+    rows = []
+    for one, other in pairs:
+        if one == other or not {one, other} <= {*labels}:
+            continue
+        cells, means, errors, wins = [], [], [], []
+        for task in tasks:
+            gaps = [100 * (a["score"] - b["score"])
+                    for a, b in zip(results[task, one], results[task, other])]
+            mean, std = mean_std(gaps)
+            means, errors = [*means, mean], [*errors, std / len(gaps)**0.5]
+            wins += [gap > 0 for gap in gaps]
+            cells.append(f"{mean:+.2f} ± {errors[-1]:.2f}")
+        cells.append(f"{statistics.mean(means):+.2f} ± {math.hypot(*errors) / len(errors):.2f}")
+        rows.append([f"{one} - {other}", *cells, f"{sum(wins)} of {len(wins)}"])
+    if not rows or len(results[tasks[0], labels[0]]) == 1:
+        return ""
+    return ("\nPaired differences, x 100: mean of the seeds ± its standard error\n\n"
+            + markdown(["", *tasks, "mean", "ahead in"], rows))
 
 
 def as_csv(results):
@@ -342,13 +367,19 @@ def heat(file, maps, r):
 
 def table1(args, common):
     results = run_cells(args.tasks, args.methods, common, args)
-    return results, score_table(results), {"scores.png": (dots, results)}
+    labels = tasks_and_labels(results)[1]
+    pairs = [(label, other) for label in labels
+             for other in ("LoRA", label.replace("SaLoRA", "LoRA-SVD"))]
+    text = score_table(results) + paired_table(results, pairs)
+    return results, text, {"scores.png": (dots, results)}
 
 
 def ablation(args, common):
     methods = ["salora", f"salora --price {args.price:g}", "salora --no-turn"]
     results = run_cells(args.tasks, methods, common, args)
-    return results, score_table(results), {"scores.png": (dots, results)}
+    pairs = [(name_of(method), "SaLoRA") for method in methods]
+    text = score_table(results) + paired_table(results, pairs)
+    return results, text, {"scores.png": (dots, results)}
 
 
 def efficiency(args, common):
@@ -416,12 +447,6 @@ def spearman(a, b):
         return np.corrcoef(a, b)[0, 1]
 
 
-def difference(one, other):
-    """Mean difference of paired scores with its standard error, times 100."""
-    mean, std = mean_std(100 * (a["score"] - b["score"]) for a, b in zip(one, other))
-    return f"{mean:+.2f} ± {std / len(one)**0.5:.2f}" if len(one) > 1 else f"{mean:+.2f}"
-
-
 def shuffle(args, common):
     """A run of LoRA has the seed, so the head, order of rows and start of A, of the SaLoRA whose
     ranks it is given."""
@@ -450,17 +475,16 @@ def shuffle(args, common):
     for (task, label), runs in run_all(cells, args).items():
         results.setdefault((task, f"LoRA {label.split()[0]}"), []).extend(runs)
     tasks = names(args.tasks)
-    rows = [[f"{one} - {other}", *(difference(results[task, f"LoRA {one}"],
-                                              results[task, f"LoRA {other}"]) for task in tasks)]
-            for one, other in (("found", "shuffled"), ("found", "equal"), ("shuffled", "equal"))]
+    results = {key: results[key] for key in sorted(results, key=lambda key: tasks.index(key[0]))}
+    text = score_table(results) + paired_table(
+        results, itertools.combinations(["LoRA found", "LoRA shuffled", "LoRA equal"], 2))
     tables = {task: [list(r["ranks"].values()) for r in results[task, "SaLoRA"]] for task in tasks}
     if len(args.seeds) > 1:
-        rows.append(["rank correlation of the found ranks, mean of the pairs of seeds", *(
-            f"{np.mean([spearman(a, b) for a, b in itertools.combinations(tables[task], 2)]):.2f}"
-            for task in tasks)])
-    results = {key: results[key] for key in sorted(results, key=lambda key: tasks.index(key[0]))}
-    text = (f"{score_table(results)}\nPaired differences of LoRA's scores, x 100: mean of the "
-            f"seeds ± its standard error\n\n{markdown(['', *tasks], rows)}")
+        text += "\nRank correlation of the found ranks, mean of the pairs of seeds:"
+        for task, lists in tables.items():
+            pairs = itertools.starmap(spearman, itertools.combinations(lists, 2))
+            text += f" {task} {statistics.mean(pairs):.2f}"
+        text += "\n"
     return results, text, {"scores.png": (dots, results)}
 
 
@@ -483,7 +507,10 @@ def sweep(args, common):
                   for method in methods}
         panels[f"{task}: score x 100"] = {
             LABELS[m]: [(x, *scores[method]) for x, method in line] for m, line in lines.items()}
-    return results, score_table(results), {"sweep.png": (curves, panels, xlabel)}
+    ours, *others = ([name_of(method) for _, method in line] for line in lines.values())
+    text = score_table(results) + paired_table(
+        results, [pair for other in others for pair in zip(ours, other)])
+    return results, text, {"sweep.png": (curves, panels, xlabel)}
 
 
 def components(args, common):

@@ -169,7 +169,7 @@ def test_shuffle_gives_lora_found_shuffled_and_equal_ranks_seed_by_seed(tmp_path
     apart = [100 * (float(runs["LoRA found", s]["score"])
                     - float(runs["LoRA shuffled", s]["score"])) for s in "03"]
     cell = f"{sum(apart) / 2:+.2f} ± {abs(apart[0] - apart[1]) / 2:.2f}"
-    assert f"| found - shuffled | {cell} |" in (out / "table.md").read_text()
+    assert f"| LoRA found - LoRA shuffled | {cell} | {cell} | " in (out / "table.md").read_text()
     count = len(here)
     go("shuffle", out, *flags)
     assert len(here) == count
