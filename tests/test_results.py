@@ -1,0 +1,83 @@
+"""
+The numbers in README.md and results/ are those of the raw runs beside them.
+"""
+
+import csv
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from paper import experiments, recover
+
+ROOT = Path(recover.__file__).parents[1]
+RESULTS = ROOT / "results"
+ERROR, RANKS = "relative_error", "rank_error"
+README = [  # the rows of README's table: teacher, share that is kept, what is shown
+    ("small", 0.5, ERROR), ("small", 0.5, RANKS), ("scaled", 0.25, ERROR),
+    ("pretrained", 0.5, ERROR), ("pretrained", 0.5, RANKS), ("pretrained", 0.25, ERROR)]
+
+
+def known_ranks(file):
+    """{(teacher, budget, noise): {method: [result ..]}} of a file of recover's runs."""
+    results = {}
+    for line in file.read_text().splitlines():
+        run = json.loads(line)
+        key = run["teacher"], run["budget"], run["noise"]
+        results.setdefault(key, {}).setdefault(run["method"], []).append(run)
+    return results
+
+
+def rows_of(text):
+    """Cells of the rows of all tables of a file, without the marks of the best."""
+    return [[cell.strip(" *") for cell in line.strip("| ").split("|")]
+            for line in text.splitlines() if line.startswith("|")]
+
+
+def test_readme_has_the_numbers_of_recover():
+    results = known_ranks(RESULTS / "recover" / "runs.jsonl")
+    head, _, *rows = rows_of((ROOT / "README.md").read_text().split("## Results")[1])
+    methods = ["LoRA-SVD" if "singular" in name else name for name in head[1:]]
+    for (_, *cells), (teacher, kept, what) in zip(rows, README, strict=False):
+        share = kept * (2 if teacher == "scaled" else 1)  # the flag; its student keeps half of it
+        for method, cell in zip(methods, cells, strict=True):
+            mean = statistics.mean(run[what] for run in results[teacher, share, 0][method])
+            digits = len(cell.partition(".")[2])
+            assert abs(float(cell) - mean) <= 0.5001 * 10**-digits, (teacher, method, what)
+
+
+@pytest.mark.parametrize("table,runs", [("recover/table.md", "recover/runs.jsonl"),
+                                        ("shuffle/table.md", "shuffle/recover.jsonl")])
+def test_tables_of_known_ranks_are_those_of_the_runs(table, runs):
+    text = (RESULTS / table).read_text()
+    shown = text[text.index("    python train_glue.py recover"):].splitlines()
+    made = recover.tables(known_ranks(RESULTS / runs)).splitlines()
+    assert sum(line.startswith("|") for line in made) > 4
+    assert [line for line in made if line not in shown] == []
+    assert [line for line in shown if line.startswith("|") and line not in made] == []
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*/runs.csv")), ids=lambda f: f.parent.name)
+def test_scores_are_those_of_the_runs(file):
+    results = {}
+    with file.open() as lines:
+        for run in csv.DictReader(lines):
+            key = run["task"], run["method"]
+            results.setdefault(key, []).append(float(run["score"]))
+    tasks, checked = [], 0
+    for name, *cells in rows_of((file.parent / "table.md").read_text()):
+        if name == "method":
+            tasks = cells
+        for task, cell in zip(tasks, cells):
+            if (task, name) in results:
+                assert cell == experiments.spread(results[task, name]), (task, name)
+                checked += 1
+    assert checked or file.parent.name in ("efficiency", "components")  # which show no scores
+
+
+def test_pictures_and_tables_are_linked():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *RESULTS.glob("**/*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), (page, link)
