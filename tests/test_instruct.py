@@ -116,6 +116,13 @@ def test_demo_instructions_are_what_the_script_makes():
 # ---- files of a run
 
 
+def test_lora_takes_the_ranks_of_another_run(short, tmp_path):
+    out, found = short
+    lora = run(tmp_path / "r", "--method", "lora", "--ranks", out, "--max-steps", "2")
+    assert lora["ranks"] == found["ranks"] and len(set(lora["ranks"].values())) > 1
+    assert lora["trainable_params"] == lora["kept_params"] == found["kept_params"]
+
+
 def test_result_and_log_have_the_fields_of_the_other_script(short):
     out, result = short
     assert {"task", "model", "method", "seed", "metric", "score", "metrics", "best_score",
