@@ -36,11 +36,11 @@ def within(name, modules):
 def replaced(name, modules):
     """Is a parameter of that name replaced whole? PEFT replaces every module whose path ends in
     one of modules_to_save: "norm" stands for "input_layernorm" too."""
-    path, inside = name.rpartition(".")[0], False
-    while path and not inside:
-        inside = any(path.endswith(m) for m in modules or ())
-        path = path.rpartition(".")[0]
-    return inside
+    return any(f"{m}." in name for m in modules or ())
+
+
+def natural(n, least=0):
+    return type(n) is int and n >= least
 
 
 def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float | None = None,
@@ -61,13 +61,16 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
     model, layers = unwrap(model), adapters(model)
     state = {plain(name): t for name, t in model.state_dict(keep_vars=True).items()}
     whole = [modules_to_save] if isinstance(modules_to_save, str) else list(modules_to_save)
-    tensors, table = {}, {}
     if not layers:
         raise ValueError("the model has no adapters to save")
     for path in layers:
-        if within(f"{path}.weight", whole) or replaced(f"{path}.weight", whole):
+        if replaced(f"{path}.weight", whole):
             raise ValueError(f"modules_to_save covers {path}, which has an adapter: merge it "
                              "first, or do not target it")
+    for m in whole:
+        if not any(replaced(name, [m]) for name in state):
+            raise ValueError(f"modules_to_save names {m!r}, and the model has no parameters in a "
+                             "module of that name")
     saved = {name: t for name, t in state.items() if replaced(name, whole)}
     held = {id(t) for t in saved.values()}
     held |= {id(p) for m in layers.values() for p in m.parameters(recurse=False)}
@@ -84,6 +87,7 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
              and any(path.endswith("." + end) for end in live)]
     if not live:
         zeros = [min(layers, key=lambda path: layers[path].base.weight.numel())]
+    tensors, table = {}, {}
     # the longest path first: PEFT takes the first pattern that fits the end of a path
     for path in sorted(live + zeros, key=len, reverse=True):
         (a, b), (d, k) = layers[path].matrices(), layers[path].base.weight.shape
@@ -92,15 +96,11 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
         tensors[f"{path}.lora_A.weight"] = a
         tensors[f"{path}.lora_B.weight"] = layers[path].scale * b
         table[path] = a.shape[0]
-    for m in whole:
-        if not any(replaced(name, [m]) for name in saved):
-            raise ValueError(f"modules_to_save names {m!r}, and the model has no parameters in a "
-                             "module of that name")
-    tensors = {name: t.float() for name, t in tensors.items()}
-    tensors |= {name: t.float() if t.is_floating_point() else t for name, t in saved.items()}
-    tensors = {f"base_model.model.{name}": t.detach().cpu().contiguous().clone()
-               for name, t in tensors.items()}  # clones, for no two may share memory
-    r = max(table.values(), default=1)
+    tensors = {f"base_model.model.{name}": t.float() if t.is_floating_point() else t
+               for name, t in (tensors | saved).items()}
+    tensors = {name: t.detach().cpu().contiguous().clone()  # no two may share memory
+               for name, t in tensors.items()}
+    r = max(table.values())
     pattern = table if set(table.values()) != {r} else {}
     settings = dict(
         peft_type="LORA", r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=pattern,
@@ -110,8 +110,8 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
         fan_in_fan_out=False, inference_mode=True, **config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    r = max((m.r for m in layers.values()), default=0)
-    known = dict(r=r, budget=budget, ranks={path: m.rank for path, m in layers.items()})
+    known = dict(r=max(m.r for m in layers.values()), budget=budget,
+                 ranks={path: m.rank for path, m in layers.items()})
     if labels:
         known["labels"] = list(labels)
     save_file(tensors, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
@@ -149,7 +149,7 @@ def read_adapter(folder: str | Path) -> tuple:
             raise ValueError(f"{file}: {key} is {value!r}, which is not implemented")
 
     def rank(n):
-        return type(n) is int and n > 0
+        return natural(n, 1)
 
     def alpha(n):
         return type(n) in (int, float) and 0 < n < math.inf
@@ -160,9 +160,6 @@ def read_adapter(folder: str | Path) -> tuple:
     def name(text):
         return isinstance(text, str)
 
-    def layer(n):
-        return type(n) is int and n >= 0
-
     for key, kind, good, expected in (
             ("r", int, rank, "positive numbers"),
             ("rank_pattern", dict, rank, "positive numbers"),
@@ -172,7 +169,7 @@ def read_adapter(folder: str | Path) -> tuple:
             ("target_modules", (list, str), name, "names"),
             ("modules_to_save", list, name, "names"),
             ("exclude_modules", (list, str), name, "names"),
-            ("layers_to_transform", (list, int), layer, "numbers of layers"),
+            ("layers_to_transform", (list, int), natural, "numbers of layers"),
             ("layers_pattern", (list, str), name, "names")):
         value = settings.get(key)
         if value is None and key not in ("r", "lora_alpha", "lora_dropout", "target_modules"):
@@ -202,16 +199,12 @@ def read_own(folder: str | Path, tensors: dict | None = None) -> dict:
     printed line says. InputError: it is damaged."""
     file = Path(folder) / "salora.json"
     own = read_json(file) if file.is_file() else {}
-
-    def number(n):
-        return type(n) is int and n >= 0
-
     labels, table = own.get("labels"), own.get("ranks")
     for key, good, expected in (
             ("labels", isinstance(labels, list) and labels
              and all(isinstance(name, str) for name in labels), "a list of names"),
-            ("ranks", isinstance(table, dict) and all(map(number, table.values())), "ranks"),
-            ("r", number(own.get("r")), "a rank"),
+            ("ranks", isinstance(table, dict) and all(map(natural, table.values())), "ranks"),
+            ("r", natural(own.get("r")), "a rank"),
             ("budget", type(own.get("budget")) in (int, float), "a number")):
         if own.get(key) is not None and not good:
             raise InputError(f"{file}: {key} is {repr(own[key])[:80]}, expected {expected}")
@@ -237,7 +230,7 @@ def read_ranks(file: str | Path) -> dict:
     else:
         table = read_json(file)
         table = table.get("ranks", table)
-    good = isinstance(table, dict) and all(type(n) is int and n >= 0 for n in table.values())
+    good = isinstance(table, dict) and all(map(natural, table.values()))
     if not good or not any(table.values()):
         raise InputError(f"{file}: its ranks are {repr(table)[:80]}, expected {{module path: rank}}"
                          ", whole numbers from 0 that are not all 0")
@@ -267,7 +260,7 @@ def chosen(settings, linears) -> dict:
     def named(path, names):
         if isinstance(names, str):
             return as_regex(names).fullmatch(path) is not None
-        return any(path == name or path.endswith("." + name) for name in names)
+        return any(f".{path}".endswith(f".{name}") for name in names)
 
     def in_layers(path):
         patterns = settings.get("layers_pattern") or []
@@ -411,12 +404,6 @@ CLASSIFIER = {"classifier.weight", "classifier.bias", "classifier.out_proj.weigh
               "classifier.out_proj.bias", "score.weight"}
 
 
-def with_labels(config, names):
-    """A config.json with these names of the outputs."""
-    return config | dict(id2label={str(i): name for i, name in enumerate(names)},
-                         label2id={name: i for i, name in enumerate(names)})
-
-
 def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
     """Writes the folder `out`: a model folder in Hugging Face's layout (config.json,
     model.safetensors or its shards with their index, tokenizer) with an adapter in its weights.
@@ -432,29 +419,28 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
     config, (files, index) = read_json(model / "config.json"), weight_files(model)
     if config.get("quantization_config"):
         raise ValueError(f"{model}: its weights are quantized; merge into the ones before")
-    places, shapes = {}, {}
+    places = {}  # {name: (file, key there, shape)}
     for file in files:
         with open_tensors(file) as f:
             for key in f.keys():
                 name = full_name(key)
-                if name in shapes:
+                if name in places:
                     raise ValueError(f"{model}: two of its tensors are {name}, {key} is one")
-                places[name], shapes[name] = (file, key), f.get_slice(key).get_shape()
+                places[name] = file, key, f.get_slice(key).get_shape()
 
     whole = settings.get("modules_to_save")
     own = re.compile(r"\.(lora_[AB]|base_layer|modules_to_save)\.")  # PEFT's own names
     saved = {name: t for name, t in tensors.items()
              if replaced(name, whole) and not own.search(name)}
     changed = [*saved, *(name.replace(".lora_A.", ".") for name in tensors if ".lora_A." in name)]
-    parts = [name.partition(".") for name in changed if name not in shapes]
-    body = next((first for first, _, rest in parts if rest in shapes), "")  # if the keys lack it
-    places, shapes = ({full_name(name, body): x for name, x in table.items()}
-                      for table in (places, shapes))
+    parts = [name.partition(".") for name in changed if name not in places]
+    body = next((first for first, _, rest in parts if rest in places), "")  # if the keys lack it
+    places = {full_name(name, body): place for name, place in places.items()}
     tied = config.get("tie_word_embeddings") and [name for name in changed if name.endswith(
         ("embed_tokens.weight", "lm_head.weight"))]
     for one, other in (TIED, TIED[::-1]):
-        if tied and one in shapes and other not in shapes:
-            places[other], shapes[other] = places[one], shapes[one]
+        if tied and one in places and other not in places:
+            places[other] = places[one]
 
     def optional(name):
         """Heads and poolers that the adapter says nothing of are not in the model it is for."""
@@ -467,12 +453,12 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
             name = TIED[1 - TIED.index(name)]
         if name not in places:
             return None
-        file, key = places[name]
+        file, key, _ = places[name]
         with open_tensors(file) as f:
             return f.get_tensor(key)
 
     linears, wanted = {}, {}
-    for name, shape in shapes.items():
+    for name, (_, _, shape) in places.items():
         path, _, kind = name.rpartition(".")
         embedding = path.endswith(("embeddings", "embed_tokens"))
         if kind == "weight" and len(shape) == 2 and not embedding and not optional(name):
@@ -480,7 +466,7 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
         if replaced(name, whole) and not optional(name):
             wanted[name] = shape
     wanted |= {name: t.shape for name, t in saved.items()
-               if name in CLASSIFIER or name not in shapes}
+               if name in CLASSIFIER or name not in places}
     try:
         if tied and not set(tied) <= set(TIED):
             raise ValueError(f"it changes {tied[0]}, which is tied to another: not implemented")
@@ -502,8 +488,9 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
         for file in files:
             merged = {}
             with open_tensors(file) as f:
-                for name in [name for name, place in places.items() if place[0] == file]:
-                    key = places[name][1]
+                for name, (place, key, _) in places.items():
+                    if place != file:
+                        continue
                     weight, path = f.get_tensor(key), name.removesuffix(".weight")
                     if weight.is_floating_point():
                         dtype = weight.dtype
@@ -519,9 +506,10 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
             save_file(merged, beside / file.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(merged, file.name)
         if tied:
-            config = config | dict(tie_word_embeddings=False)
+            config["tie_word_embeddings"] = False
         if labels:
-            config = with_labels(config, labels)
+            config["id2label"] = {str(i): name for i, name in enumerate(labels)}
+            config["label2id"] = {name: i for i, name in enumerate(labels)}
         if labels and settings.get("task_type") == "SEQ_CLS":
             config["architectures"] = [
                 re.sub(r"(Model|For\w+)?$", "ForSequenceClassification", name, count=1)
@@ -533,10 +521,10 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
             (beside / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         for file in files:
             shutil.copymode(beside / "config.json", beside / file.name)
-        own = {*written, "adapter_config.json", "salora.json"}
+        done = {*written, "adapter_config.json", "salora.json"}
         for file in model.iterdir():  # the tokenizer, and what else is text
             text = file.suffix in (".json", ".txt", ".model", ".jinja")
-            if text and file.name not in own and not file.name.endswith(".index.json"):
+            if text and file.name not in done and not file.name.endswith(".index.json"):
                 shutil.copy(file, beside)
         os.replace(beside, out)
         if tied:
@@ -550,10 +538,9 @@ def show(adapter: str | Path) -> str:
     """What an adapter folder in PEFT's LoRA format holds, as text: parameters, budget and the rank
     of each matrix. ValueError: as in read_adapter."""
     settings, tensors = read_adapter(adapter)
-    known = read_own(adapter, tensors)
-    found = stored_ranks(tensors)
+    known, found = read_own(adapter, tensors), stored_ranks(tensors)
     table = known.get("ranks") or found
-    r = max(known.get("r") or 1, *table.values(), 1)
+    r = max([known.get("r") or 1, *table.values()])
     adapter_params = sum(t.numel() for name, t in tensors.items() if ".lora_" in name)
     others = sum(t.numel() for t in tensors.values()) - adapter_params
     low, high = min(found.values(), default=0), max(found.values(), default=0)
