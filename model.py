@@ -228,7 +228,7 @@ class Encoder(nn.Module):
         if self.prefix is not None:
             prefix = self.prefix().to(x.dtype)  # (layers, 2, n, d)
             if mask is not None:
-                mask = F.pad(mask, (prefix.shape[2], 0), value=True)
+                mask = F.pad(mask, (prefix.shape[2], 0), value=True)  # (b, 1, 1, n + t)
         for i, layer in enumerate(layers):
             x = run(self, layer, x, mask, first_only and i == len(layers) - 1, prefix[i])
         return x
@@ -436,7 +436,7 @@ class Decoder(nn.Module):
                                               c.num_key_value_heads, real.shape[1], c.head_dim)
         generator = torch.Generator(device).manual_seed(seed)
         running, start = [True] * len(prompts), 0
-        mask = mask.unsqueeze(1) if any(pad) else None
+        mask = mask.unsqueeze(1) if any(pad) else None  # (b, 1, t, t)
         for _ in range(max_new_tokens):
             end = start + ids.shape[1]
             x = self.hidden(ids, positions[:, start:end], mask, cache, start)[:, -1]
@@ -480,9 +480,8 @@ def weight_files(folder: str | Path) -> tuple:
             print(f"{folder}: {single.name} is read, not the shards in {listed.name}")
         return [single], None
     if not listed.is_file():
-        others = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors")
-        files = (file for file in folder.glob("*") if file.suffix in others)
-        found = [file.name for file in sorted(files, key=lambda file: others.index(file.suffix))]
+        others = ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "safetensors")
+        found = [file.name for ending in others for file in folder.glob(f"*.{ending}")]
         hint = f" ({found[0]} is not read: save as safetensors)" if found else ""
         if ".bin" in hint:
             hint = hint.replace("is not", "is a pickle, which is not")
@@ -492,9 +491,9 @@ def weight_files(folder: str | Path) -> tuple:
     if not isinstance(shards, dict) or not shards:
         raise InputError(f"{listed}: has no weight_map")
     names = sorted(set(map(str, shards.values())))
-    if any(Path(name).name != name for name in names):
-        raise InputError(f"{listed}: names files outside its folder")
     for name in names:
+        if Path(name).name != name:
+            raise InputError(f"{listed}: names files outside its folder, such as {name}")
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: shard listed in {listed} not found; download the "
                              "folder again")
@@ -535,13 +534,6 @@ def full_name(key: str, body: str = "") -> str:
     return f"{body}.{key}" if bare else key
 
 
-def upper_limit(name):
-    """Of a number in config.json: a larger model would take forever to build."""
-    if "dropout" in name:
-        return 0.99
-    return 1000 if name.startswith("num_") else 10**8
-
-
 def read_config(folder: str | Path, kind: type = EncoderConfig):
     """The EncoderConfig or DecoderConfig, `kind`, of folder/config.json. InputError: it is
     damaged, or asks for what this file does not implement."""
@@ -570,8 +562,10 @@ def read_config(folder: str | Path, kind: type = EncoderConfig):
             if f.default is MISSING:
                 raise InputError(f"{file}: {f.name} is missing")
             continue
-        limit = upper_limit(f.name)
         if f.type in (int, float):
+            # a larger model would take forever to build
+            limit = 1000 if f.name.startswith("num_") else 10**8
+            limit = 0.99 if "dropout" in f.name else limit
             if type(value) not in (int, f.type) or not 0 <= value <= limit:
                 raise InputError(f"{file}: {f.name} is {value!r}, expected a number from 0 "
                                  f"to {limit:g}")
@@ -684,12 +678,11 @@ def load_encoder(folder: str | Path, num_labels: int, dtype=torch.float32) -> En
     new = load_weights(model, folder, spelling, head, dtype)
     if new:
         print(f"new head, not in the checkpoint: {', '.join(new)}")
-    for key in new:
-        value = torch.zeros(model.get_parameter(key).shape, dtype=dtype)
+    values = {key: torch.zeros(model.get_parameter(key).shape, dtype=dtype) for key in new}
+    for key, value in values.items():
         if key.endswith("weight"):
             value.normal_(std=config.initializer_range)
-        path, _, name = key.rpartition(".")
-        setattr(model.get_submodule(path), name, nn.Parameter(value))
+    model.load_state_dict(values, assign=True, strict=False)
     if not any(key.startswith("classifier.") for key in new):
         model.labels = output_names(read_json(Path(folder) / "config.json"), num_labels)
     return model
