@@ -362,10 +362,6 @@ BENCHES = dict(
     processes=bench_processes, size=bench_size, memory=bench_memory, llama=bench_llama)
 
 
-def print_table(name, table):
-    print(f"\n{name}\n\n{markdown(list(table[0]), [row.values() for row in table])}")
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -389,17 +385,17 @@ def main():
     if args.peers and args.task != "cola":
         parser.error(f"--peers: the peers run cola, --task is {args.task}")
     torch.set_num_threads(args.threads)
-    machine = dict(
-        torch=torch.__version__, cpu=platform.processor() or platform.machine(),
-        threads=args.threads,
-        device=torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu")
     tables = {}
     for name in args.what or ["step"]:
         with redirect_stdout(sys.stderr):  # loading prints, too
-            tables[name] = BENCHES[name](args)
+            table = tables[name] = BENCHES[name](args)
         if not args.json:
-            print_table(name, tables[name])
+            print(f"\n{name}\n\n{markdown(list(table[0]), [row.values() for row in table])}")
     if args.json:
+        machine = dict(
+            torch=torch.__version__, cpu=platform.processor() or platform.machine(),
+            threads=args.threads,
+            device=torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu")
         print(json.dumps(dict(machine=machine, command=sys.argv[1:], **tables), indent=1))
 
 
