@@ -49,11 +49,10 @@ def read_text(file, hint=""):
 def read_json(file: str | Path, hint: str = "") -> dict:
     """The object in a JSON file. InputError: there is none; `hint` is added if the file is not
     found."""
+    text = read_text(file, hint)
     try:
-        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: not found{hint}") from None
-    except (OSError, ValueError, RecursionError) as e:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{file}: cannot be read as JSON ({e})") from None
     if not isinstance(value, dict):
         raise InputError(f"{file}: holds a {type(value).__name__}, expected a JSON object")
