@@ -139,7 +139,7 @@ def chart(data, title, note, lines, unit="step", window=None, low=None, high=Non
 
     xs = [x for points in lines.values() for x, _ in points]
     levels = [level(y) for points in lines.values() for _, y in points]
-    levels += [level(y) for y in (low, high) if y is not None]
+    levels += [y for y in (low, high) if y is not None]
     left, right = min(xs), max(max(xs), min(xs) + 1)
     marks = ticks(min(levels), max(levels))
     if powers:
@@ -195,16 +195,14 @@ class Grid:
     def __init__(self, paths, width=620, narrowest=26):
         rows, columns, self.cell = {}, {}, {}
         for path in paths:
-            parts = path.split(".")
-            at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-            kind = ".".join(parts[:at]), ".".join(parts[at + 1:])
-            row = rows.setdefault(kind, len(rows))
-            self.cell[path] = row, columns.setdefault("".join(parts[at:at + 1]), len(columns))
+            stack, layer, module = re.fullmatch(r"(.*?)(\b\d+\b|$)\.?(.*)", path).groups()
+            row = rows.setdefault((stack, module), len(rows))
+            self.cell[path] = row, columns.setdefault(layer, len(columns))
         self.columns = list(columns)
         # a stack of layers is named where there are several
         several = len({stack for stack, module in rows if module}) > 1
         self.rows = [LETTERS.get(module, module) if module and not several
-                     else f"{stack}.{module}".strip(".") for stack, module in rows]
+                     else f"{stack}{module}".strip(".") for stack, module in rows]
         self.margin = 14 + max(22 if len(row) == 1 else 7 * len(row) for row in self.rows)
         self.step = max(narrowest, min(56, width // len(self.columns)))  # x of a column
 
