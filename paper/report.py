@@ -61,7 +61,7 @@ def read_run(folder):
     result = read_result(folder)
     if result is None:
         raise InputError(f"{folder}: has no result.json, expected the folder of a finished run")
-    missing = {"history", "metrics", "ranks", "steps", "kept_density"} - result.keys()
+    missing = {"history", "metrics", "ranks", "steps", "command"} - result.keys()
     if missing:
         raise InputError(f"{folder / 'result.json'}: has no {', '.join(sorted(missing))}, so "
                          "another version wrote it: run it again")
@@ -432,10 +432,9 @@ def answers_of(result):
 def foot(runs):
     """How the runs were made: commands, settings, those that differ in columns, sizes and times."""
     settings = [run.result["settings"] for run in runs]
-    commands = dict.fromkeys(run.result.get("command") for run in runs)
     parts = ["<h2>How it was made</h2>\n"]
-    parts += [f"<p><code>{escape(command or 'not written down: an earlier version')}</code></p>\n"
-              for command in commands]
+    parts += [f"<p><code>{escape(command)}</code></p>\n"
+              for command in dict.fromkeys(run.result["command"] for run in runs)]
     same, rows = [], []
     for key in dict.fromkeys(key for own in settings for key in own):
         values = [readable(own.get(key)) for own in settings]
@@ -474,8 +473,6 @@ def page_of(run):
     if run.gates:
         html, gates = player(run)
         parts.append(html)
-    elif result["method"] == "salora" and result["steps"]:
-        parts.append("<p>There is no gates.jsonl: an earlier version wrote this run.</p>\n")
     if result["ranks"]:
         r = result["settings"]["r"]
         origin = "as given" if result["settings"].get("ranks") else f"of {r} at the start"
