@@ -48,9 +48,9 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
     """Writes the adapters of a model as PEFT loads them, with gate and scale folded into B. PEFT
     has no rank 0, so those matrices are left out. Two of them get a triplet of zeros instead: the
     smallest, if nothing else is left, and one whose path ends in the path of another ("b.q" beside
-    "q", where naming q would adapt both). salora.json has for show() what PEFT's files do not:
-    `budget`, all ranks, and the first one, and for merge_folder() `labels`. Names are those of the
-    model without torch.compile, DataParallel and DistributedDataParallel around it.
+    "q", where naming q would adapt both). salora.json has what PEFT's files do not: `budget`, all
+    ranks, the first one, and `labels`. Names are those of the model without torch.compile,
+    DataParallel and DistributedDataParallel around it.
 
         modules_to_save    names of modules to save whole, such as a head: "classifier"
         labels             names of that head's outputs, in order
@@ -69,11 +69,10 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
                              "first, or do not target it")
     for m in whole:
         if not any(replaced(name, [m]) for name in state):
-            raise ValueError(f"modules_to_save names {m!r}, and the model has no parameters in a "
-                             "module of that name")
+            raise ValueError(f"modules_to_save names {m!r}, and no parameter is in such a module")
     saved = {name: t for name, t in state.items() if replaced(name, whole)}
-    held = {id(t) for t in saved.values()}
-    held |= {id(p) for m in layers.values() for p in m.parameters(recurse=False)}
+    own = (p for m in layers.values() for p in m.parameters(recurse=False))
+    held = set(map(id, [*saved.values(), *own]))
     left = [name for name, t in state.items() if t.requires_grad and id(t) not in held]
     if left:
         raise ValueError(f"{left[0]} is trained ({len(left)} such in all), but is in no adapter: "
@@ -139,8 +138,8 @@ def read_adapter(folder: str | Path) -> tuple:
     """(settings, {name in the model: tensor}) of a folder in PEFT's LoRA format. ValueError: it is
     damaged, or has a setting that is not implemented."""
     file = Path(folder) / "adapter_config.json"
-    settings = dict(lora_dropout=0.0) | read_json(file)
-    for key, value in {"peft_type": None, **settings}.items():
+    settings = dict(peft_type=None, lora_dropout=0.0) | read_json(file)
+    for key, value in settings.items():
         if key in IMPLEMENTED and value not in IMPLEMENTED[key]:
             raise ValueError(f"{file}: {key} is {value!r}, only {IMPLEMENTED[key][0]!r} is "
                              "implemented")
@@ -148,24 +147,24 @@ def read_adapter(folder: str | Path) -> tuple:
         if not known and value not in (None, False, [], {}):
             raise ValueError(f"{file}: {key} is {value!r}, which is not implemented")
 
-    def rank(n):
-        return natural(n, 1)
-
-    def alpha(n):
+    def positive(n):
         return type(n) in (int, float) and 0 < n < math.inf
 
-    def dropout(p):
+    def share(p):
         return type(p) in (int, float) and 0 <= p < 1
 
     def name(text):
         return isinstance(text, str)
 
+    def rank(n):
+        return natural(n, 1)
+
     for key, kind, good, expected in (
-            ("r", int, rank, "positive numbers"),
+            ("r", int, rank, "a positive number"),
             ("rank_pattern", dict, rank, "positive numbers"),
-            ("lora_alpha", (int, float), alpha, "positive numbers"),
-            ("alpha_pattern", dict, alpha, "positive numbers"),
-            ("lora_dropout", (int, float), dropout, "a share below 1"),
+            ("lora_alpha", (int, float), positive, "a positive number"),
+            ("alpha_pattern", dict, positive, "positive numbers"),
+            ("lora_dropout", (int, float), share, "a share below 1"),
             ("target_modules", (list, str), name, "names"),
             ("modules_to_save", list, name, "names"),
             ("exclude_modules", (list, str), name, "names"),
@@ -287,10 +286,10 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def match(folder, settings, tensors, linears, saved, weight):
     """{module path: (r, scale)} of the layers that an adapter changes, out of linears {module
-    path: (d, k)}. saved {name: shape}: the parameters that it replaces whole. weight: the model's
-    own tensor of a name, or None. A name in the settings that fits nothing is left out, as in
-    PEFT, and a printed line says so. ValueError names a tensor that is missing, unexpected or
-    misshapen; one that only repeats the model's own is none of these."""
+    path: (d, k)}. saved {name: shape}: the parameters that it replaces whole. weight(name): the
+    model's own tensor, or None. A name in the settings that fits nothing has no effect, as in PEFT,
+    and a printed line says so. ValueError names a tensor that is missing, unexpected or misshapen;
+    one that only repeats the model's own is none of these."""
     targets, whole = settings["target_modules"], settings.get("modules_to_save") or []
     targeted = chosen(settings, linears)
     if not targeted and targets:
@@ -324,11 +323,11 @@ def match(folder, settings, tensors, linears, saved, weight):
     found = {key: t.shape for key, t in tensors.items()}
     for key in wanted | found:
         expected, got = (list(t[key]) if key in t else "nothing" for t in (wanted, found))
-        if key not in wanted:  # PEFT saves an lm_head beside its adapter
-            own = weight(key.replace(".base_layer.", "."))
-            if own is not None and same(tensors[key], own.cpu()):
+        own = None if key in wanted else weight(key.replace(".base_layer.", "."))
+        if own is not None:  # PEFT saves an lm_head beside its adapter
+            if same(tensors[key], own.cpu()):
                 continue
-            expected = expected if own is None else "the model's own values, or nothing"
+            expected = "the model's own values, or nothing"
         if expected != got:
             raise ValueError(f"adapter_model.safetensors: {key}: expected {expected}, found {got}")
     if unused:
@@ -339,10 +338,10 @@ def match(folder, settings, tensors, linears, saved, weight):
 
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
     """Puts an adapter in PEFT's LoRA format into `model`, in place, and returns the model. A, B
-    and the saved modules are trainable, the rest is frozen. Matrices that were cut to rank 0 are
-    there with rank 0. A saved module that was tied to another is so no longer, as in PEFT.
-    ValueError: the model has adapters already, or names a tensor that is missing, unexpected or
-    misshapen, or a setting that is not implemented; the model is then as it was."""
+    and the saved modules are trainable, the rest is frozen. A saved module that was tied to another
+    is so no longer, as in PEFT. ValueError: the model has adapters already, or names a tensor that
+    is missing, unexpected or misshapen, or a setting that is not implemented; the model is then as
+    it was."""
     if adapters(model):
         raise ValueError(f"{folder}: the model has adapters already: merge() them first, or load "
                          "into a fresh model")
@@ -405,13 +404,12 @@ CLASSIFIER = {"classifier.weight", "classifier.bias", "classifier.out_proj.weigh
 
 
 def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
-    """Writes the folder `out`: a model folder in Hugging Face's layout (config.json,
-    model.safetensors or its shards with their index, tokenizer) with an adapter in its weights.
-    Each sum is taken in float32 and stored in the dtype of the weight. Modules that the adapter
-    saved whole (a head) come along, and config.json then has their labels: those in salora.json,
-    else the model's own if there are as many. A head that was tied to the embedding is not tied
-    afterwards if the adapter changes one of them. ValueError: `out` is there already, or adapter
-    and model do not fit together; nothing is left behind."""
+    """Writes the folder `out`: a model folder in Hugging Face's layout with an adapter in its
+    weights. Each sum is taken in float32 and stored in the dtype of the weight. Modules that the
+    adapter saved whole (a head) come along, and config.json then has their labels: those in
+    salora.json, else the model's own if there are as many. A head that was tied to the embedding is
+    not tied afterwards if the adapter changes one of them. ValueError: `out` is there already, or
+    adapter and model do not fit together; nothing is left behind."""
     model, out = Path(model), Path(out)
     if out.exists():
         raise ValueError(f"{out}: is there already, give another folder")
@@ -535,8 +533,8 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
 
 
 def show(adapter: str | Path) -> str:
-    """What an adapter folder in PEFT's LoRA format holds, as text: parameters, budget and the rank
-    of each matrix. ValueError: as in read_adapter."""
+    """What an adapter folder holds, as text: parameters, budget and the rank of each matrix.
+    ValueError: as in read_adapter."""
     settings, tensors = read_adapter(adapter)
     known, found = read_own(adapter, tensors), stored_ranks(tensors)
     table = known.get("ranks") or found

@@ -93,9 +93,7 @@ def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
 def attention(q, k, v, mask, p: float, training: bool) -> torch.Tensor:
     """softmax(q k' / sqrt(d)) v for q, k, v (b, heads, t, d), with dropout on the softmax. mask
     (b, 1, 1, t) is True where a token may be read. With dropout on a CPU it is written out, which
-    is faster there than PyTorch's own, above all in bfloat16. On a GPU PyTorch has fused kernels:
-    FlashAttention for bfloat16 without a mask, and the memory-efficient one for the rest, float32
-    and masks of this shape."""
+    is faster there than PyTorch's own; a GPU has fused kernels, for masks of this shape too."""
     if not training or p == 0 or q.device.type != "cpu" or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p if training else 0.0)
     scores = q / math.sqrt(q.shape[-1]) @ k.mT  # (b, heads, t, t)
@@ -360,8 +358,8 @@ class DecoderLayer(nn.Module):
             k, v = cache[:, :, :, :start + t]
         if k.shape[1] < q.shape[1]:  # grouped-query attention: query heads share keys and values
             k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
-        # not a mask: FlashAttention in bfloat16, on a GPU, takes none. A token of its own after a
-        # cache sees all. In training no size is asked, at which torch.compile would break its graph
+        # is_causal, for FlashAttention takes no mask; a token after a cache sees all. In training
+        # no size is asked, at which torch.compile would break its graph
         causal = mask is None and (cache is None or t > 1)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
                                            dropout_p=self.p_attention if self.training else 0.0)
@@ -505,9 +503,9 @@ STORED = {torch.float32: "F32", torch.bfloat16: "BF16"}  # what safetensors call
 
 @contextlib.contextmanager
 def open_tensors(file: str | Path, dtype: torch.dtype | None = None):
-    """A safetensors file to read from, with keys() and get_tensor(key). If all of it is in `dtype`
-    it is mapped into memory, so tensors take no second copy; else it is read tensor by tensor.
-    InputError: the file is damaged, or not there."""
+    """A safetensors file to read from. If all of it is in `dtype` it is mapped into memory, so
+    tensors take no second copy; else it is read tensor by tensor. InputError: the file is damaged,
+    or not there."""
     try:
         with safe_open(file, framework="pt") as f:
             stored = {f.get_slice(key).get_dtype() for key in f.keys()}
@@ -614,11 +612,10 @@ def read_rope(raw, file):
 
 def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="cpu",
                  tied=()) -> list:
-    """Fills a model on the meta device from a folder, tensor by tensor, in `dtype`, on `device`.
-    spelling: from a key of the file to one of the model, or None for what is not needed. Keys in
-    `new` may be missing or of another shape, and of two in `tied` one may be missing: they are
-    returned, still on meta. InputError names any other key that is missing, unexpected, there
-    twice or misshapen."""
+    """Fills a model on the meta device from a folder. spelling: from a key of the file to one of
+    the model, or None for what is not needed. Keys in `new` may be missing or of another shape, and
+    of two in `tied` one may be missing: they are returned, still on meta. InputError names any
+    other key that is missing, unexpected, there twice or misshapen."""
     wanted, state, unexpected = model.state_dict(), {}, []
     for file in weight_files(folder)[0]:
         with open_tensors(file, dtype) as f:
@@ -651,8 +648,7 @@ def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="c
 
 
 def output_names(config: dict, outputs: int) -> list:
-    """The names that a config.json gives to so many outputs of a head; where it does not, Hugging
-    Face's LABEL_0 and on."""
+    """The names that a config.json gives to the outputs of a head, or Hugging Face's LABEL_0 .."""
     names = config.get("id2label")
     numbers = [str(i) for i in range(outputs)]
     if isinstance(names, dict) and names.keys() == set(numbers):
@@ -661,9 +657,9 @@ def output_names(config: dict, outputs: int) -> list:
 
 
 def load_encoder(folder: str | Path, num_labels: int, dtype=torch.float32) -> Encoder:
-    """The pretrained Encoder of a Hugging Face folder with `num_labels` outputs, in `dtype`, on
-    the CPU. If the checkpoint has no head, or one for another number of labels, the head starts
-    anew, and a printed line says so. InputError: as in load_weights."""
+    """The pretrained Encoder of a Hugging Face folder with `num_labels` outputs, on the CPU. If the
+    checkpoint has no head, or one of another size, the head starts anew, and a printed line says
+    so. InputError: as in load_weights."""
     config = read_config(folder)
     with torch.device("meta"):  # shapes only: no random weights that are overwritten at once
         model = Encoder(config, num_labels)
@@ -706,8 +702,7 @@ TIED = ("model.embed_tokens.weight", "lm_head.weight")  # a file may have either
 
 
 def load_decoder(folder: str | Path, dtype=torch.float32, device="cpu") -> Decoder:
-    """The pretrained Decoder of a Hugging Face folder, in `dtype` on `device`. InputError: as in
-    load_weights."""
+    """The pretrained Decoder of a Hugging Face folder. InputError: as in load_weights."""
     config = read_config(folder, DecoderConfig)
     with torch.device("meta"):
         model = Decoder(config)
