@@ -294,8 +294,7 @@ def match(folder, settings, tensors, linears, saved, weight):
     targeted = chosen(settings, linears)
     if not targeted and targets:
         names = [targets] if isinstance(targets, str) else targets
-        raise ValueError(f"target_modules: {', '.join(map(repr, names))} matches no nn.Linear of "
-                         "the model")
+        raise ValueError(f"target_modules: {', '.join(map(repr, names))} matches no nn.Linear")
 
     def values(name):
         """{module path: value}: the first pattern that fits counts."""
@@ -331,8 +330,7 @@ def match(folder, settings, tensors, linears, saved, weight):
         if expected != got:
             raise ValueError(f"adapter_model.safetensors: {key}: expected {expected}, found {got}")
     if unused:
-        print(f"{folder}: {', '.join(unused)}: nothing in the model has that name, so it has no "
-              "effect, as in PEFT")
+        print(f"{folder}: {', '.join(unused)}: without effect, as nothing has that name")
     return layers
 
 
@@ -343,8 +341,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     is missing, unexpected or misshapen, or a setting that is not implemented; the model is then as
     it was."""
     if adapters(model):
-        raise ValueError(f"{folder}: the model has adapters already: merge() them first, or load "
-                         "into a fresh model")
+        raise ValueError(f"{folder}: the model has adapters already: merge() them first")
     settings, tensors = read_adapter(folder)
     own, whole = read_own(folder, tensors), settings.get("modules_to_save")
     outer, model = model, unwrap(model)

@@ -160,13 +160,12 @@ class Encoder(nn.Module):
             encoder=nn.ModuleDict(dict(layer=nn.ModuleList(
                 EncoderLayer(c) for _ in range(c.num_hidden_layers)))),
         ))
+        self.add_module(c.model_type, body)  # self.roberta or self.bert
         if c.model_type == "roberta":
-            self.roberta = body
             self.classifier = nn.ModuleDict(dict(dense=nn.Linear(d, d),
                                                  out_proj=nn.Linear(d, num_labels)))
         else:
             body["pooler"] = nn.ModuleDict(dict(dense=nn.Linear(d, d)))
-            self.bert = body
             self.classifier = nn.Linear(d, num_labels)
         self.apply(self._init_weights)
 
@@ -178,7 +177,7 @@ class Encoder(nn.Module):
 
     @property
     def body(self) -> nn.Module:
-        return self.roberta if self.config.model_type == "roberta" else self.bert
+        return getattr(self, self.config.model_type)
 
     @property
     def head(self) -> list:
@@ -549,8 +548,7 @@ def read_config(folder: str | Path, kind: type = EncoderConfig):
         if raw.get(key, value) != value:
             raise InputError(f"{file}: {key} is {raw[key]!r}, only {value!r} is implemented")
     if raw.get("quantization_config"):
-        raise InputError(f"{file}: has a quantization_config, and quantized weights are not read; "
-                         "take the model before quantization")
+        raise InputError(f"{file}: quantized weights are not read; take the model before that")
     if decoder:
         raw |= read_rope(raw, file)
     known = {}
@@ -719,6 +717,5 @@ def load_decoder(folder: str | Path, dtype=torch.float32, device="cpu") -> Decod
         head.weight = embedding.weight
     elif tied:
         config.tie_word_embeddings = False
-        print(f"{folder}: the lm_head.weight there is not the embedding, so the two are not tied, "
-              "though tie_word_embeddings in config.json is true")
+        print(f"{folder}: the lm_head.weight there is not the embedding, so the two are not tied")
     return model

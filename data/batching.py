@@ -120,8 +120,8 @@ def rebuild(parts, kind, config, file):
     for name, value in new.items():
         if parts.get(name) != value:
             print(f"{file}: its {name} {json.dumps(parts.get(name))[:160]} becomes "
-                  f"{json.dumps(value, ensure_ascii=False)}: that is what tokenizer_config.json or "
-                  f"the defaults of a {kind} say, and they count")
+                  f"{json.dumps(value, ensure_ascii=False)}, as tokenizer_config.json or the "
+                  f"defaults of a {kind} have it")
     parts |= new
     if kind:
         return
@@ -131,9 +131,8 @@ def rebuild(parts, kind, config, file):
     if typeless(config) and '"type_id": 1' in post:
         parts["post_processor"] = json.loads(post.replace('"type_id": 1', '"type_id": 0'))
         if config["model_type"] == "bert":
-            print(f"{file}: the second of two sentences has token type 0, since model_input_names "
-                  "in tokenizer_config.json is without token_type_ids, as it is by default in a "
-                  f"{config['tokenizer_class']}")
+            print(f"{file}: the second of two sentences has token type 0, for model_input_names in "
+                  "tokenizer_config.json is without token_type_ids")
 
 
 def typeless(config):
@@ -170,8 +169,7 @@ def add_tokens(tokenizer, config, folder):
     for text, i in [*((text_of(token), i) for i, token in by_id.items()), *older.items()]:
         if tokenizer.token_to_id(text) != i:
             raise InputError(f"{folder}: its added token {text!r} should have the id {i}, and is "
-                             f"{tokenizer.token_to_id(text)} in tokenizer.json: save the "
-                             "tokenizer anew")
+                             f"{tokenizer.token_to_id(text)}: save the tokenizer anew")
 
 
 def tokenize(tokenizer, texts, max_length, vocab_size):
@@ -183,8 +181,8 @@ def tokenize(tokenizer, texts, max_length, vocab_size):
     check_ids([e.ids for e in encodings], vocab_size)
     for text, encoding in zip(texts, encodings):
         if not encoding.ids:
-            raise InputError(f"tokenizer.json makes no token of {' and '.join(map(repr, text))}, "
-                             "not even one that stands for a beginning: give it a post_processor")
+            raise InputError(f"tokenizer.json makes no token of {' and '.join(map(repr, text))}: "
+                             "give it a post_processor")
     return [(e.ids, e.type_ids) for e in encodings]
 
 

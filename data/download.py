@@ -48,8 +48,7 @@ def fetch(url, file):
                          "place by hand (--data)") from None
     found = os.path.getsize(file)
     if found < size:
-        raise InputError(f"{url}: the download broke off after {found} of {size} bytes; run the "
-                         "command again")
+        raise InputError(f"{url}: the download broke off after {found} of {size} bytes; try again")
     if digest.hexdigest() != SHA256[name]:
         raise InputError(f"{url}: has the SHA-256 {digest.hexdigest()}, expected {SHA256[name]}; "
                          "not used. If you trust another copy, put the files in place by hand "

@@ -213,8 +213,8 @@ def load_task(name, data=None, limit_train=None, limit_dev=None, hold_out=None):
     rows = read_rows(folder / "train.tsv", task)
     hold_out = int(hold_out) if hold_out >= 1 else min(math.ceil(hold_out * len(rows.labels)), 3000)
     if hold_out >= len(rows.labels):
-        raise InputError(f"--hold-out is {hold_out}, but {folder / 'train.tsv'} has "
-                         f"{len(rows.labels)} rows: hold out fewer")
+        raise InputError(f"--hold-out is {hold_out}, expected fewer than the {len(rows.labels)} "
+                         f"rows of {folder / 'train.tsv'}")
     rest, held = draw_rows(len(rows.labels), hold_out)
     parts = rest[:limit_train], held[:limit_dev]
     train, dev = (Rows([rows.texts[i] for i in part], [rows.labels[i] for i in part])

@@ -171,8 +171,7 @@ class Log:
                     if line.endswith("\n") and json.loads(line)["step"] < step:
                         kept.append(line)
                 except (ValueError, KeyError, TypeError):
-                    raise InputError(f"{file}: line {number} is damaged: remove it to go "
-                                     "on") from None
+                    raise InputError(f"{file}: line {number} is damaged: remove it") from None
             if text:
                 write_text(file, "".join(kept))
 
