@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from data import InputError
+from data import InputError, need
 from model import HEADS, TIED, full_name, open_tensors, output_names, read_json, weight_files
 from salora import GO_PAST, SaLoRALinear, adapters, find, plain, rank_map, unwrap, updated
 
@@ -140,9 +140,8 @@ def read_adapter(folder: str | Path) -> tuple:
     file = Path(folder) / "adapter_config.json"
     settings = dict(peft_type=None, lora_dropout=0.0) | read_json(file)
     for key, value in settings.items():
-        if key in IMPLEMENTED and value not in IMPLEMENTED[key]:
-            raise ValueError(f"{file}: {key} is {value!r}, only {IMPLEMENTED[key][0]!r} is "
-                             "implemented")
+        good = IMPLEMENTED.get(key, [value])
+        need(value in good, f"{file}: {key}", repr(value), f"{good[0]!r}; no other is implemented")
         known = key in READ | OF_NO_EFFECT | IMPLEMENTED.keys()
         if not known and value not in (None, False, [], {}):
             raise ValueError(f"{file}: {key} is {value!r}, which is not implemented")
@@ -175,8 +174,8 @@ def read_adapter(folder: str | Path) -> tuple:
             continue
         parts = list(value.values()) if isinstance(value, dict) else value
         parts = parts if isinstance(parts, list) else [parts]
-        if not isinstance(value, kind) or not all(map(good, parts)):
-            raise ValueError(f"{file}: {key} is {repr(value)[:80]}, expected {expected}")
+        ok = isinstance(value, kind) and all(map(good, parts))
+        need(ok, f"{file}: {key}", repr(value)[:80], expected)
     file = Path(folder) / "adapter_model.safetensors"
     if not file.is_file() and file.with_suffix(".bin").is_file():
         raise ValueError(f"{file}: not found; adapter_model.bin is a pickle, which is not read: "
@@ -205,8 +204,8 @@ def read_own(folder: str | Path, tensors: dict | None = None) -> dict:
             ("ranks", isinstance(table, dict) and all(map(natural, table.values())), "ranks"),
             ("r", natural(own.get("r")), "a rank"),
             ("budget", type(own.get("budget")) in (int, float), "a number")):
-        if own.get(key) is not None and not good:
-            raise InputError(f"{file}: {key} is {repr(own[key])[:80]}, expected {expected}")
+        found = own.get(key)
+        need(found is None or good, f"{file}: {key}", repr(found)[:80], expected)
     found = stored_ranks(tensors or {})
     if table and any(table.get(path) not in (0, rank) for path, rank in found.items()):
         print(f"{file}: is left out, for its ranks are not those of the adapter")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, read_json
+from data import InputError, need, read_json
 
 # the paper's W^Q W^K W^V W^O W^U W^D inside a layer; g is LLaMA's gate projection
 LINEARS = {
@@ -537,16 +537,14 @@ def read_config(folder: str | Path, kind: type = EncoderConfig):
     file = Path(folder) / "config.json"
     raw = read_json(file, "; a model folder holds config.json, model.safetensors, tokenizer.json")
     decoder = kind is DecoderConfig
-    types = ("llama",) if decoder else ("roberta", "bert")
-    if raw.get("model_type") not in types:
-        expected = " or ".join(types)
-        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected {expected}")
+    types, found = ("llama",) if decoder else ("roberta", "bert"), raw.get("model_type")
+    need(found in types, f"{file}: model_type", repr(found), " or ".join(types))
     only = dict(hidden_act="gelu", position_embedding_type="absolute", is_decoder=False)
     if decoder:
         only = dict(hidden_act="silu", partial_rotary_factor=1.0, is_causal=True)
     for key, value in only.items():
-        if raw.get(key, value) != value:
-            raise InputError(f"{file}: {key} is {raw[key]!r}, only {value!r} is implemented")
+        found = raw.get(key, value)
+        need(found == value, f"{file}: {key}", repr(found), f"{value!r}; no other is implemented")
     if raw.get("quantization_config"):
         raise InputError(f"{file}: quantized weights are not read; take the model before that")
     if decoder:
@@ -555,18 +553,17 @@ def read_config(folder: str | Path, kind: type = EncoderConfig):
     for f in fields(kind):
         value = raw.get(f.name)
         if value is None:
-            if f.default is MISSING:
-                raise InputError(f"{file}: {f.name} is missing")
+            need(f.default is not MISSING, f"{file}: {f.name}", "missing", f"a {f.type.__name__}")
             continue
         if f.type in (int, float):
             # a larger model would take forever to build
             limit = 1000 if f.name.startswith("num_") else 10**8
             limit = 0.99 if "dropout" in f.name else limit
-            if type(value) not in (int, f.type) or not 0 <= value <= limit:
-                raise InputError(f"{file}: {f.name} is {value!r}, expected a number from 0 "
-                                 f"to {limit:g}")
-        elif not isinstance(value, f.type):
-            raise InputError(f"{file}: {f.name} is {value!r}, expected a {f.type.__name__}")
+            ok = type(value) in (int, f.type) and 0 <= value <= limit
+            need(ok, f"{file}: {f.name}", repr(value), f"a number from 0 to {limit:g}")
+        else:
+            ok = isinstance(value, f.type)
+            need(ok, f"{file}: {f.name}", repr(value), f"a {f.type.__name__}")
         known[f.name] = value
     c = kind(**known)
     heads = c.num_attention_heads
@@ -587,23 +584,19 @@ def read_rope(raw, file):
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # in transformers' order
     if raw.get("rope_parameters") not in (None, {}, rope):
         print(f"{file}: rope_scaling counts, not rope_parameters")
-    if not isinstance(rope, dict):
-        raise InputError(f"{file}: rope_scaling is {rope!r}, expected an object")
+    need(isinstance(rope, dict), f"{file}: rope_scaling", repr(rope), "an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     llama3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     needed = dict(default=(), linear=("factor",), llama3=("factor", *llama3)).get(kind)
-    if needed is None:
-        raise InputError(f"{file}: rope_type is {kind!r}, expected default, linear or llama3")
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        raise InputError(f"{file}: partial_rotary_factor is {rope['partial_rotary_factor']!r}, "
-                         "only 1.0 is implemented")
+    need(needed is not None, f"{file}: rope_type", repr(kind), "default, linear or llama3")
+    share = rope.get("partial_rotary_factor", 1)
+    need(share in (None, 1), f"{file}: partial_rotary_factor", share, "1; no other is implemented")
     original = "original_max_position_embeddings"  # the one outside comes first
     rope |= {original: raw.get(original, rope.get(original, raw.get("max_position_embeddings")))}
     for name in needed:
         value = rope.get(name)
-        if not isinstance(value, (int, float)) or value <= 0:
-            raise InputError(f"{file}: {name} in rope_scaling is {value!r}, expected a "
-                             "positive number")
+        need(isinstance(value, (int, float)) and value > 0, f"{file}: {name} in rope_scaling",
+             repr(value), "a positive number")
     theta = rope.get("rope_theta", raw.get("rope_theta"))
     return dict(rope_theta=theta, rope_scaling=rope | dict(rope_type=kind) if needed else None)
 

@@ -17,6 +17,11 @@ class InputError(ValueError):
     expected and what to do."""
 
 
+def need(ok, name, found, expected):
+    if not ok:
+        raise InputError(f"{name} is {found}, expected {expected}")
+
+
 @contextlib.contextmanager
 def locked(folder, wait=True):
     """Keeps other processes that call this out of a folder. BlockingIOError: one is in it, and

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 import adapter
 import baselines
 import salora as sl
-from data import InputError
+from data import InputError, need
 from training.device import LOCAL_RANK, find_device, own_device
 
 LARGEST = 2**31  # above any sensible number
@@ -229,11 +229,6 @@ def use_machine(args):
         torch.set_num_threads(args.threads)
     find_device(args)
     return own_device(args)
-
-
-def need(ok, name, found, expected):
-    if not ok:
-        raise InputError(f"{name} is {found}, expected {expected}")
 
 
 def at_least(args, least, *names):
