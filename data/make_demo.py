@@ -342,11 +342,23 @@ def make_tokenizer(lines, special=("<s>", "<pad>", "</s>", "<unk>", "<mask>")):
     return tokenizer
 
 
-def in_batches(ids, size, padding):
-    """Tensors (b, t) of these lists of token ids, `size` a batch."""
-    rows = list(map(torch.tensor, ids))
-    return [pad_sequence(rows[i:i + size], batch_first=True, padding_value=padding)
-            for i in range(0, len(rows), size)]
+def pretrain(params, rows, padding, loss_of, steps, batch_size, lr, first=0):
+    """rows: lists of token ids; loss_of(tokens (b, t)): their loss. The learning rate starts at
+    first/200 of `lr`, rises for 200 steps and falls to 0, linearly."""
+    rows = list(map(torch.tensor, sorted(rows, key=len)))
+    batches = [pad_sequence(rows[i:i + batch_size], batch_first=True, padding_value=padding)
+               for i in range(0, len(rows), batch_size)]
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.01)
+    for step in range(steps):
+        rise, fall = (step + first) / 200, (steps - step) / (steps - 200)
+        optimizer.param_groups[0]["lr"] = lr * min(rise, fall)
+        loss = loss_of(batches[torch.randint(len(batches), ()).item()])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(f"step {step}/{steps}: loss {loss.item():.3f}", flush=True)
 
 
 def roberta(without, steps=4000, batch_size=192, lr=2e-3):
@@ -365,13 +377,10 @@ def roberta(without, steps=4000, batch_size=192, lr=2e-3):
         attention_probs_dropout_prob=0.0, layer_norm_eps=1e-5)
     model = Encoder(config, num_labels=2)
     bias = torch.zeros(config.vocab_size, requires_grad=True)
-    ids = sorted((e.ids for e in tokenizer.encode_batch(lines)), key=len)
-    batches = in_batches(ids, batch_size, 1)
-    optimizer = torch.optim.AdamW([*model.body.parameters(), bias], lr=lr, weight_decay=0.01)
+    rows = [e.ids for e in tokenizer.encode_batch(lines)]
     mask_id = tokenizer.token_to_id("<mask>")
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * min(step / 200, (steps - step) / (steps - 200))
-        tokens = batches[torch.randint(len(batches), ()).item()]
+
+    def loss_of(tokens):
         chosen = (torch.rand(tokens.shape) < 0.15) & (tokens > 3)
         dice = torch.rand(tokens.shape)
         noisy = tokens.masked_fill(chosen & (dice < 0.8), mask_id)
@@ -379,13 +388,9 @@ def roberta(without, steps=4000, batch_size=192, lr=2e-3):
         noisy = torch.where(chosen & (dice > 0.9), other, noisy)
         x = model.hidden(noisy, tokens != 1)[chosen]
         scores = x @ model.body.embeddings.word_embeddings.weight.T + bias
-        loss = F.cross_entropy(scores, tokens[chosen])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 100 == 0:
-            print(f"step {step}/{steps}: masked-token loss {loss.item():.3f}", flush=True)
+        return F.cross_entropy(scores, tokens[chosen])
+
+    pretrain([*model.body.parameters(), bias], rows, 1, loss_of, steps, batch_size, lr)
     settings = dict(architectures=["RobertaForMaskedLM"], hidden_act="gelu", **vars(config))
     settings.update(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
                     classifier_dropout=0.1, torch_dtype="float16")
@@ -429,20 +434,13 @@ def llama(steps=3000, batch_size=128, lr=3e-3):
         intermediate_size=384, num_key_value_heads=2, max_position_embeddings=512,
         rms_norm_eps=1e-5, tie_word_embeddings=True)
     model = Decoder(config)
-    ids = sorted((e.ids + [2] for e in tokenizer.encode_batch(lines)), key=len)
-    batches = in_batches(ids, batch_size, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 200, (steps - step) / (steps - 200))
-        tokens = batches[torch.randint(len(batches), ()).item()]
+    rows = [e.ids + [2] for e in tokenizer.encode_batch(lines)]
+
+    def loss_of(tokens):
         logits = model(tokens[:, :-1].clamp(min=0))
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 100 == 0:
-            print(f"step {step}/{steps}: loss {loss.item():.3f}", flush=True)
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    pretrain(list(model.parameters()), rows, -100, loss_of, steps, batch_size, lr, first=1)
     settings = dict(architectures=["LlamaForCausalLM"], hidden_act="silu", bos_token_id=1,
                     eos_token_id=2, torch_dtype="float16", **vars(config))
     write_model("llama", tokenizer, settings, model, "model.")
