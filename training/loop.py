@@ -326,16 +326,15 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
                 if PROCESSES == 1:
                     log.seconds += time.time() - log.start
                     checkpoint()
-                where = "there" if PROCESSES == 1 else "the last checkpoint"
-                raise Stopped(f"stopped at step {step} of {steps}; the same command with --resume "
-                              f"--out {args.out} goes on from {where}", stop[0])
+                break
 
-        if outputs is None:  # stopped between the last step and here, or no step at all
+        # resumed between the last step and here, or no step at all
+        if outputs is None and not stop:
             outputs, scores = finite(evaluate(), step)
             history = history or [dict(step=0, epoch=0.0, **scores)]
-        if stop:  # while the last epoch was scored
-            raise Stopped(f"stopped after step {step} of {steps}; the same command with --resume "
-                          f"--out {args.out} goes on", stop[0])
+        if stop:
+            raise Stopped(f"stopped at step {step} of {steps}; the same command with --resume "
+                          f"--out {args.out} goes on from the last checkpoint", stop[0])
     return outputs, scores, history, log.seconds
 
 
