@@ -20,7 +20,7 @@ NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid", "command")
 MAY_CHANGE = ("threads", "log_every", "save_every")  # with --resume
 RESOLVED_LATER = ("epochs", "max_length", "selection", "gate_lr", "lr", "r", "dtype")  # None: unset
 CUT = ("salora", "lora-svd", "adalora")  # the methods whose ranks fall
-LOW_RANK = ("lora", *CUT)
+LOW_RANK = ("salora", "lora", "lora-svd", "adalora")
 WINDOWS = {"adalora": [0.2, 0.5], "lora-svd": [0.4, 0.5]}  # of others the recipe's
 RECIPES = {  # what a recipe sets unless a flag says otherwise
     "default": dict(beta=0.0, orth_reduction="mean", window=(0.5, 0.6), gate_lr=None, turn=True,
