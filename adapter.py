@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from data import InputError
+from data import InputError, need
 from model import HEADS, TIED, full_name, open_tensors, output_names, read_json, weight_files
 from salora import GO_PAST, SaLoRALinear, adapters, find, plain, rank_map, unwrap, updated
 
@@ -36,11 +36,11 @@ def within(name, modules):
 def replaced(name, modules):
     """Is a parameter of that name replaced whole? PEFT replaces every module whose path ends in
     one of modules_to_save: "norm" stands for "input_layernorm" too."""
-    path, inside = name.rpartition(".")[0], False
-    while path and not inside:
-        inside = any(path.endswith(m) for m in modules or ())
-        path = path.rpartition(".")[0]
-    return inside
+    return any(f"{m}." in name for m in modules or ())
+
+
+def natural(n, least=0):
+    return type(n) is int and n >= least
 
 
 def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float | None = None,
@@ -48,9 +48,9 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
     """Writes the adapters of a model as PEFT loads them, with gate and scale folded into B. PEFT
     has no rank 0, so those matrices are left out. Two of them get a triplet of zeros instead: the
     smallest, if nothing else is left, and one whose path ends in the path of another ("b.q" beside
-    "q", where naming q would adapt both). salora.json has for show() what PEFT's files do not:
-    `budget`, all ranks, and the first one, and for merge_folder() `labels`. Names are those of the
-    model without torch.compile, DataParallel and DistributedDataParallel around it.
+    "q", where naming q would adapt both). salora.json has what PEFT's files do not: `budget`, all
+    ranks, the first one, and `labels`. Names are those of the model without torch.compile,
+    DataParallel and DistributedDataParallel around it.
 
         modules_to_save    names of modules to save whole, such as a head: "classifier"
         labels             names of that head's outputs, in order
@@ -61,16 +61,18 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
     model, layers = unwrap(model), adapters(model)
     state = {plain(name): t for name, t in model.state_dict(keep_vars=True).items()}
     whole = [modules_to_save] if isinstance(modules_to_save, str) else list(modules_to_save)
-    tensors, table = {}, {}
     if not layers:
         raise ValueError("the model has no adapters to save")
     for path in layers:
-        if within(f"{path}.weight", whole) or replaced(f"{path}.weight", whole):
+        if replaced(f"{path}.weight", whole):
             raise ValueError(f"modules_to_save covers {path}, which has an adapter: merge it "
                              "first, or do not target it")
+    for m in whole:
+        if not any(replaced(name, [m]) for name in state):
+            raise ValueError(f"modules_to_save names {m!r}, and no parameter is in such a module")
     saved = {name: t for name, t in state.items() if replaced(name, whole)}
-    held = {id(t) for t in saved.values()}
-    held |= {id(p) for m in layers.values() for p in m.parameters(recurse=False)}
+    own = (p for m in layers.values() for p in m.parameters(recurse=False))
+    held = set(map(id, [*saved.values(), *own]))
     left = [name for name, t in state.items() if t.requires_grad and id(t) not in held]
     if left:
         raise ValueError(f"{left[0]} is trained ({len(left)} such in all), but is in no adapter: "
@@ -84,6 +86,7 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
              and any(path.endswith("." + end) for end in live)]
     if not live:
         zeros = [min(layers, key=lambda path: layers[path].base.weight.numel())]
+    tensors, table = {}, {}
     # the longest path first: PEFT takes the first pattern that fits the end of a path
     for path in sorted(live + zeros, key=len, reverse=True):
         (a, b), (d, k) = layers[path].matrices(), layers[path].base.weight.shape
@@ -92,15 +95,11 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
         tensors[f"{path}.lora_A.weight"] = a
         tensors[f"{path}.lora_B.weight"] = layers[path].scale * b
         table[path] = a.shape[0]
-    for m in whole:
-        if not any(replaced(name, [m]) for name in saved):
-            raise ValueError(f"modules_to_save names {m!r}, and the model has no parameters in a "
-                             "module of that name")
-    tensors = {name: t.float() for name, t in tensors.items()}
-    tensors |= {name: t.float() if t.is_floating_point() else t for name, t in saved.items()}
-    tensors = {f"base_model.model.{name}": t.detach().cpu().contiguous().clone()
-               for name, t in tensors.items()}  # clones, for no two may share memory
-    r = max(table.values(), default=1)
+    tensors = {f"base_model.model.{name}": t.float() if t.is_floating_point() else t
+               for name, t in (tensors | saved).items()}
+    tensors = {name: t.detach().cpu().contiguous().clone()  # no two may share memory
+               for name, t in tensors.items()}
+    r = max(table.values())
     pattern = table if set(table.values()) != {r} else {}
     settings = dict(
         peft_type="LORA", r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=pattern,
@@ -110,8 +109,8 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
         fan_in_fan_out=False, inference_mode=True, **config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    r = max((m.r for m in layers.values()), default=0)
-    known = dict(r=r, budget=budget, ranks={path: m.rank for path, m in layers.items()})
+    known = dict(r=max(m.r for m in layers.values()), budget=budget,
+                 ranks={path: m.rank for path, m in layers.items()})
     if labels:
         known["labels"] = list(labels)
     save_file(tensors, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
@@ -139,48 +138,44 @@ def read_adapter(folder: str | Path) -> tuple:
     """(settings, {name in the model: tensor}) of a folder in PEFT's LoRA format. ValueError: it is
     damaged, or has a setting that is not implemented."""
     file = Path(folder) / "adapter_config.json"
-    settings = dict(lora_dropout=0.0) | read_json(file)
-    for key, value in {"peft_type": None, **settings}.items():
-        if key in IMPLEMENTED and value not in IMPLEMENTED[key]:
-            raise ValueError(f"{file}: {key} is {value!r}, only {IMPLEMENTED[key][0]!r} is "
-                             "implemented")
+    settings = dict(peft_type=None, lora_dropout=0.0) | read_json(file)
+    for key, value in settings.items():
+        good = IMPLEMENTED.get(key, [value])
+        need(value in good, f"{file}: {key}", repr(value), f"{good[0]!r}; no other is implemented")
         known = key in READ | OF_NO_EFFECT | IMPLEMENTED.keys()
         if not known and value not in (None, False, [], {}):
             raise ValueError(f"{file}: {key} is {value!r}, which is not implemented")
 
-    def rank(n):
-        return type(n) is int and n > 0
-
-    def alpha(n):
+    def positive(n):
         return type(n) in (int, float) and 0 < n < math.inf
 
-    def dropout(p):
+    def share(p):
         return type(p) in (int, float) and 0 <= p < 1
 
     def name(text):
         return isinstance(text, str)
 
-    def layer(n):
-        return type(n) is int and n >= 0
+    def rank(n):
+        return natural(n, 1)
 
     for key, kind, good, expected in (
-            ("r", int, rank, "positive numbers"),
+            ("r", int, rank, "a positive number"),
             ("rank_pattern", dict, rank, "positive numbers"),
-            ("lora_alpha", (int, float), alpha, "positive numbers"),
-            ("alpha_pattern", dict, alpha, "positive numbers"),
-            ("lora_dropout", (int, float), dropout, "a share below 1"),
+            ("lora_alpha", (int, float), positive, "a positive number"),
+            ("alpha_pattern", dict, positive, "positive numbers"),
+            ("lora_dropout", (int, float), share, "a share below 1"),
             ("target_modules", (list, str), name, "names"),
             ("modules_to_save", list, name, "names"),
             ("exclude_modules", (list, str), name, "names"),
-            ("layers_to_transform", (list, int), layer, "numbers of layers"),
+            ("layers_to_transform", (list, int), natural, "numbers of layers"),
             ("layers_pattern", (list, str), name, "names")):
         value = settings.get(key)
         if value is None and key not in ("r", "lora_alpha", "lora_dropout", "target_modules"):
             continue
         parts = list(value.values()) if isinstance(value, dict) else value
         parts = parts if isinstance(parts, list) else [parts]
-        if not isinstance(value, kind) or not all(map(good, parts)):
-            raise ValueError(f"{file}: {key} is {repr(value)[:80]}, expected {expected}")
+        ok = isinstance(value, kind) and all(map(good, parts))
+        need(ok, f"{file}: {key}", repr(value)[:80], expected)
     file = Path(folder) / "adapter_model.safetensors"
     if not file.is_file() and file.with_suffix(".bin").is_file():
         raise ValueError(f"{file}: not found; adapter_model.bin is a pickle, which is not read: "
@@ -202,19 +197,15 @@ def read_own(folder: str | Path, tensors: dict | None = None) -> dict:
     printed line says. InputError: it is damaged."""
     file = Path(folder) / "salora.json"
     own = read_json(file) if file.is_file() else {}
-
-    def number(n):
-        return type(n) is int and n >= 0
-
     labels, table = own.get("labels"), own.get("ranks")
     for key, good, expected in (
             ("labels", isinstance(labels, list) and labels
              and all(isinstance(name, str) for name in labels), "a list of names"),
-            ("ranks", isinstance(table, dict) and all(map(number, table.values())), "ranks"),
-            ("r", number(own.get("r")), "a rank"),
+            ("ranks", isinstance(table, dict) and all(map(natural, table.values())), "ranks"),
+            ("r", natural(own.get("r")), "a rank"),
             ("budget", type(own.get("budget")) in (int, float), "a number")):
-        if own.get(key) is not None and not good:
-            raise InputError(f"{file}: {key} is {repr(own[key])[:80]}, expected {expected}")
+        found = own.get(key)
+        need(found is None or good, f"{file}: {key}", repr(found)[:80], expected)
     found = stored_ranks(tensors or {})
     if table and any(table.get(path) not in (0, rank) for path, rank in found.items()):
         print(f"{file}: is left out, for its ranks are not those of the adapter")
@@ -237,7 +228,7 @@ def read_ranks(file: str | Path) -> dict:
     else:
         table = read_json(file)
         table = table.get("ranks", table)
-    good = isinstance(table, dict) and all(type(n) is int and n >= 0 for n in table.values())
+    good = isinstance(table, dict) and all(map(natural, table.values()))
     if not good or not any(table.values()):
         raise InputError(f"{file}: its ranks are {repr(table)[:80]}, expected {{module path: rank}}"
                          ", whole numbers from 0 that are not all 0")
@@ -267,7 +258,7 @@ def chosen(settings, linears) -> dict:
     def named(path, names):
         if isinstance(names, str):
             return as_regex(names).fullmatch(path) is not None
-        return any(path == name or path.endswith("." + name) for name in names)
+        return any(f".{path}".endswith(f".{name}") for name in names)
 
     def in_layers(path):
         patterns = settings.get("layers_pattern") or []
@@ -294,16 +285,15 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def match(folder, settings, tensors, linears, saved, weight):
     """{module path: (r, scale)} of the layers that an adapter changes, out of linears {module
-    path: (d, k)}. saved {name: shape}: the parameters that it replaces whole. weight: the model's
-    own tensor of a name, or None. A name in the settings that fits nothing is left out, as in
-    PEFT, and a printed line says so. ValueError names a tensor that is missing, unexpected or
-    misshapen; one that only repeats the model's own is none of these."""
+    path: (d, k)}. saved {name: shape}: the parameters that it replaces whole. weight(name): the
+    model's own tensor, or None. A name in the settings that fits nothing has no effect, as in PEFT,
+    and a printed line says so. ValueError names a tensor that is missing, unexpected or misshapen;
+    one that only repeats the model's own is none of these."""
     targets, whole = settings["target_modules"], settings.get("modules_to_save") or []
     targeted = chosen(settings, linears)
     if not targeted and targets:
         names = [targets] if isinstance(targets, str) else targets
-        raise ValueError(f"target_modules: {', '.join(map(repr, names))} matches no nn.Linear of "
-                         "the model")
+        raise ValueError(f"target_modules: {', '.join(map(repr, names))} matches no nn.Linear")
 
     def values(name):
         """{module path: value}: the first pattern that fits counts."""
@@ -331,28 +321,26 @@ def match(folder, settings, tensors, linears, saved, weight):
     found = {key: t.shape for key, t in tensors.items()}
     for key in wanted | found:
         expected, got = (list(t[key]) if key in t else "nothing" for t in (wanted, found))
-        if key not in wanted:  # PEFT saves an lm_head beside its adapter
-            own = weight(key.replace(".base_layer.", "."))
-            if own is not None and same(tensors[key], own.cpu()):
+        own = None if key in wanted else weight(key.replace(".base_layer.", "."))
+        if own is not None:  # PEFT saves an lm_head beside its adapter
+            if same(tensors[key], own.cpu()):
                 continue
-            expected = expected if own is None else "the model's own values, or nothing"
+            expected = "the model's own values, or nothing"
         if expected != got:
             raise ValueError(f"adapter_model.safetensors: {key}: expected {expected}, found {got}")
     if unused:
-        print(f"{folder}: {', '.join(unused)}: nothing in the model has that name, so it has no "
-              "effect, as in PEFT")
+        print(f"{folder}: {', '.join(unused)}: without effect, as nothing has that name")
     return layers
 
 
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
     """Puts an adapter in PEFT's LoRA format into `model`, in place, and returns the model. A, B
-    and the saved modules are trainable, the rest is frozen. Matrices that were cut to rank 0 are
-    there with rank 0. A saved module that was tied to another is so no longer, as in PEFT.
-    ValueError: the model has adapters already, or names a tensor that is missing, unexpected or
-    misshapen, or a setting that is not implemented; the model is then as it was."""
+    and the saved modules are trainable, the rest is frozen. A saved module that was tied to another
+    is so no longer, as in PEFT. ValueError: the model has adapters already, or names a tensor that
+    is missing, unexpected or misshapen, or a setting that is not implemented; the model is then as
+    it was."""
     if adapters(model):
-        raise ValueError(f"{folder}: the model has adapters already: merge() them first, or load "
-                         "into a fresh model")
+        raise ValueError(f"{folder}: the model has adapters already: merge() them first")
     settings, tensors = read_adapter(folder)
     own, whole = read_own(folder, tensors), settings.get("modules_to_save")
     outer, model = model, unwrap(model)
@@ -411,20 +399,13 @@ CLASSIFIER = {"classifier.weight", "classifier.bias", "classifier.out_proj.weigh
               "classifier.out_proj.bias", "score.weight"}
 
 
-def with_labels(config, names):
-    """A config.json with these names of the outputs."""
-    return config | dict(id2label={str(i): name for i, name in enumerate(names)},
-                         label2id={name: i for i, name in enumerate(names)})
-
-
 def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
-    """Writes the folder `out`: a model folder in Hugging Face's layout (config.json,
-    model.safetensors or its shards with their index, tokenizer) with an adapter in its weights.
-    Each sum is taken in float32 and stored in the dtype of the weight. Modules that the adapter
-    saved whole (a head) come along, and config.json then has their labels: those in salora.json,
-    else the model's own if there are as many. A head that was tied to the embedding is not tied
-    afterwards if the adapter changes one of them. ValueError: `out` is there already, or adapter
-    and model do not fit together; nothing is left behind."""
+    """Writes the folder `out`: a model folder in Hugging Face's layout with an adapter in its
+    weights. Each sum is taken in float32 and stored in the dtype of the weight. Modules that the
+    adapter saved whole (a head) come along, and config.json then has their labels: those in
+    salora.json, else the model's own if there are as many. A head that was tied to the embedding is
+    not tied afterwards if the adapter changes one of them. ValueError: `out` is there already, or
+    adapter and model do not fit together; nothing is left behind."""
     model, out = Path(model), Path(out)
     if out.exists():
         raise ValueError(f"{out}: is there already, give another folder")
@@ -432,29 +413,28 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
     config, (files, index) = read_json(model / "config.json"), weight_files(model)
     if config.get("quantization_config"):
         raise ValueError(f"{model}: its weights are quantized; merge into the ones before")
-    places, shapes = {}, {}
+    places = {}  # {name: (file, key there, shape)}
     for file in files:
         with open_tensors(file) as f:
             for key in f.keys():
                 name = full_name(key)
-                if name in shapes:
+                if name in places:
                     raise ValueError(f"{model}: two of its tensors are {name}, {key} is one")
-                places[name], shapes[name] = (file, key), f.get_slice(key).get_shape()
+                places[name] = file, key, f.get_slice(key).get_shape()
 
     whole = settings.get("modules_to_save")
     own = re.compile(r"\.(lora_[AB]|base_layer|modules_to_save)\.")  # PEFT's own names
     saved = {name: t for name, t in tensors.items()
              if replaced(name, whole) and not own.search(name)}
     changed = [*saved, *(name.replace(".lora_A.", ".") for name in tensors if ".lora_A." in name)]
-    parts = [name.partition(".") for name in changed if name not in shapes]
-    body = next((first for first, _, rest in parts if rest in shapes), "")  # if the keys lack it
-    places, shapes = ({full_name(name, body): x for name, x in table.items()}
-                      for table in (places, shapes))
+    parts = [name.partition(".") for name in changed if name not in places]
+    body = next((first for first, _, rest in parts if rest in places), "")  # if the keys lack it
+    places = {full_name(name, body): place for name, place in places.items()}
     tied = config.get("tie_word_embeddings") and [name for name in changed if name.endswith(
         ("embed_tokens.weight", "lm_head.weight"))]
     for one, other in (TIED, TIED[::-1]):
-        if tied and one in shapes and other not in shapes:
-            places[other], shapes[other] = places[one], shapes[one]
+        if tied and one in places and other not in places:
+            places[other] = places[one]
 
     def optional(name):
         """Heads and poolers that the adapter says nothing of are not in the model it is for."""
@@ -467,12 +447,12 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
             name = TIED[1 - TIED.index(name)]
         if name not in places:
             return None
-        file, key = places[name]
+        file, key, _ = places[name]
         with open_tensors(file) as f:
             return f.get_tensor(key)
 
     linears, wanted = {}, {}
-    for name, shape in shapes.items():
+    for name, (_, _, shape) in places.items():
         path, _, kind = name.rpartition(".")
         embedding = path.endswith(("embeddings", "embed_tokens"))
         if kind == "weight" and len(shape) == 2 and not embedding and not optional(name):
@@ -480,7 +460,7 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
         if replaced(name, whole) and not optional(name):
             wanted[name] = shape
     wanted |= {name: t.shape for name, t in saved.items()
-               if name in CLASSIFIER or name not in shapes}
+               if name in CLASSIFIER or name not in places}
     try:
         if tied and not set(tied) <= set(TIED):
             raise ValueError(f"it changes {tied[0]}, which is tied to another: not implemented")
@@ -502,8 +482,9 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
         for file in files:
             merged = {}
             with open_tensors(file) as f:
-                for name in [name for name, place in places.items() if place[0] == file]:
-                    key = places[name][1]
+                for name, (place, key, _) in places.items():
+                    if place != file:
+                        continue
                     weight, path = f.get_tensor(key), name.removesuffix(".weight")
                     if weight.is_floating_point():
                         dtype = weight.dtype
@@ -519,9 +500,10 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
             save_file(merged, beside / file.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(merged, file.name)
         if tied:
-            config = config | dict(tie_word_embeddings=False)
+            config["tie_word_embeddings"] = False
         if labels:
-            config = with_labels(config, labels)
+            config["id2label"] = {str(i): name for i, name in enumerate(labels)}
+            config["label2id"] = {name: i for i, name in enumerate(labels)}
         if labels and settings.get("task_type") == "SEQ_CLS":
             config["architectures"] = [
                 re.sub(r"(Model|For\w+)?$", "ForSequenceClassification", name, count=1)
@@ -533,10 +515,10 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
             (beside / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         for file in files:
             shutil.copymode(beside / "config.json", beside / file.name)
-        own = {*written, "adapter_config.json", "salora.json"}
+        done = {*written, "adapter_config.json", "salora.json"}
         for file in model.iterdir():  # the tokenizer, and what else is text
             text = file.suffix in (".json", ".txt", ".model", ".jinja")
-            if text and file.name not in own and not file.name.endswith(".index.json"):
+            if text and file.name not in done and not file.name.endswith(".index.json"):
                 shutil.copy(file, beside)
         os.replace(beside, out)
         if tied:
@@ -547,13 +529,12 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
 
 
 def show(adapter: str | Path) -> str:
-    """What an adapter folder in PEFT's LoRA format holds, as text: parameters, budget and the rank
-    of each matrix. ValueError: as in read_adapter."""
+    """What an adapter folder holds, as text: parameters, budget and the rank of each matrix.
+    ValueError: as in read_adapter."""
     settings, tensors = read_adapter(adapter)
-    known = read_own(adapter, tensors)
-    found = stored_ranks(tensors)
+    known, found = read_own(adapter, tensors), stored_ranks(tensors)
     table = known.get("ranks") or found
-    r = max(known.get("r") or 1, *table.values(), 1)
+    r = max([known.get("r") or 1, *table.values()])
     adapter_params = sum(t.numel() for name, t in tensors.items() if ".lora_" in name)
     others = sum(t.numel() for t in tensors.values()) - adapter_params
     low, high = min(found.values(), default=0), max(found.values(), default=0)

@@ -133,14 +133,6 @@ class LoRASVD(sl.SaLoRA):
 # AdaLoRA
 
 
-def stack_by_shape(matrices):
-    """Stacks matrices (r, n) of one shape as (count, r, n): fewer, larger products."""
-    shapes = {}
-    for m in matrices:
-        shapes.setdefault(m.shape, []).append(m)
-    return [torch.stack(same) for same in shapes.values()]
-
-
 class AdaLoRALinear(sl.SaLoRALinear):
     """h = W x + (alpha/r) P diag(lambda) Q x, shaped like a singular value decomposition: Q is
     lora_A (r, k), P is lora_B (d, r), and lora_E (r,) the singular values, which start at 0."""
@@ -167,7 +159,7 @@ class AdaLoRA:
     Ours differs in two points: window and interval are shares of the run, theirs are numbers of
     steps for each task; and lost triplets are cut out, where their code goes on with zeros."""
 
-    BETA1 = BETA2 = 0.85  # of the two moving averages
+    BETA = 0.85  # of both moving averages
     SCALE = 16  # default alpha/r, as in their GLUE scripts; Adam moves singular values slowly
     PLAIN = ("step", "live", "pruned", "final_density")  # in a checkpoint, besides tensors
 
@@ -195,8 +187,10 @@ class AdaLoRA:
         live = [m for m in self.layers if m.rank]
         if not live:
             return torch.zeros(())
-        # (count, r, n) each
-        stacks = stack_by_shape([m.lora_A for m in live] + [m.lora_B.mT for m in live])
+        shapes = {}  # matrices of one shape together: fewer, larger products
+        for m in [m.lora_A for m in live] + [m.lora_B.mT for m in live]:
+            shapes.setdefault(m.shape, []).append(m)
+        stacks = map(torch.stack, shapes.values())  # (count, r, n) each
         norms = [(m @ m.mT - torch.eye(m.shape[1], device=m.device)).flatten(1).norm(dim=1)
                  for m in stacks]
         return self.beta * torch.cat(norms).mean()
@@ -220,10 +214,10 @@ class AdaLoRA:
                                "zero_grad() came before end_step()")
         importance = torch._foreach_mul(self.params, [p.grad for p in self.params])
         torch._foreach_abs_(importance)  # eq. 8 of their paper
-        torch._foreach_lerp_(self.sensitivity, importance, 1 - self.BETA1)  # eq. 9
+        torch._foreach_lerp_(self.sensitivity, importance, 1 - self.BETA)  # eq. 9
         torch._foreach_sub_(importance, self.sensitivity)
         torch._foreach_abs_(importance)
-        torch._foreach_lerp_(self.uncertainty, importance, 1 - self.BETA2)  # eq. 10
+        torch._foreach_lerp_(self.uncertainty, importance, 1 - self.BETA)  # eq. 10
         if self.step > self.start and self.step % self.interval == 0:
             left = 1 - (self.step - self.start) / (self.end - self.start)
             keep = self.choose(int((self.total - self.target) * left**3 + self.target))  # eq. 12

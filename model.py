@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, read_json
+from data import InputError, need, read_json
 
 # the paper's W^Q W^K W^V W^O W^U W^D inside a layer; g is LLaMA's gate projection
 LINEARS = {
@@ -93,9 +93,7 @@ def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
 def attention(q, k, v, mask, p: float, training: bool) -> torch.Tensor:
     """softmax(q k' / sqrt(d)) v for q, k, v (b, heads, t, d), with dropout on the softmax. mask
     (b, 1, 1, t) is True where a token may be read. With dropout on a CPU it is written out, which
-    is faster there than PyTorch's own, above all in bfloat16. On a GPU PyTorch has fused kernels:
-    FlashAttention for bfloat16 without a mask, and the memory-efficient one for the rest, float32
-    and masks of this shape."""
+    is faster there than PyTorch's own; a GPU has fused kernels, for masks of this shape too."""
     if not training or p == 0 or q.device.type != "cpu" or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p if training else 0.0)
     scores = q / math.sqrt(q.shape[-1]) @ k.mT  # (b, heads, t, t)
@@ -162,13 +160,12 @@ class Encoder(nn.Module):
             encoder=nn.ModuleDict(dict(layer=nn.ModuleList(
                 EncoderLayer(c) for _ in range(c.num_hidden_layers)))),
         ))
+        self.add_module(c.model_type, body)  # self.roberta or self.bert
         if c.model_type == "roberta":
-            self.roberta = body
             self.classifier = nn.ModuleDict(dict(dense=nn.Linear(d, d),
                                                  out_proj=nn.Linear(d, num_labels)))
         else:
             body["pooler"] = nn.ModuleDict(dict(dense=nn.Linear(d, d)))
-            self.bert = body
             self.classifier = nn.Linear(d, num_labels)
         self.apply(self._init_weights)
 
@@ -180,7 +177,7 @@ class Encoder(nn.Module):
 
     @property
     def body(self) -> nn.Module:
-        return self.roberta if self.config.model_type == "roberta" else self.bert
+        return getattr(self, self.config.model_type)
 
     @property
     def head(self) -> list:
@@ -228,7 +225,7 @@ class Encoder(nn.Module):
         if self.prefix is not None:
             prefix = self.prefix().to(x.dtype)  # (layers, 2, n, d)
             if mask is not None:
-                mask = F.pad(mask, (prefix.shape[2], 0), value=True)
+                mask = F.pad(mask, (prefix.shape[2], 0), value=True)  # (b, 1, 1, n + t)
         for i, layer in enumerate(layers):
             x = run(self, layer, x, mask, first_only and i == len(layers) - 1, prefix[i])
         return x
@@ -360,8 +357,8 @@ class DecoderLayer(nn.Module):
             k, v = cache[:, :, :, :start + t]
         if k.shape[1] < q.shape[1]:  # grouped-query attention: query heads share keys and values
             k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
-        # not a mask: FlashAttention in bfloat16, on a GPU, takes none. A token of its own after a
-        # cache sees all. In training no size is asked, at which torch.compile would break its graph
+        # is_causal, for FlashAttention takes no mask; a token after a cache sees all. In training
+        # no size is asked, at which torch.compile would break its graph
         causal = mask is None and (cache is None or t > 1)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
                                            dropout_p=self.p_attention if self.training else 0.0)
@@ -436,7 +433,7 @@ class Decoder(nn.Module):
                                               c.num_key_value_heads, real.shape[1], c.head_dim)
         generator = torch.Generator(device).manual_seed(seed)
         running, start = [True] * len(prompts), 0
-        mask = mask.unsqueeze(1) if any(pad) else None
+        mask = mask.unsqueeze(1) if any(pad) else None  # (b, 1, t, t)
         for _ in range(max_new_tokens):
             end = start + ids.shape[1]
             x = self.hidden(ids, positions[:, start:end], mask, cache, start)[:, -1]
@@ -480,9 +477,8 @@ def weight_files(folder: str | Path) -> tuple:
             print(f"{folder}: {single.name} is read, not the shards in {listed.name}")
         return [single], None
     if not listed.is_file():
-        others = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors")
-        files = (file for file in folder.glob("*") if file.suffix in others)
-        found = [file.name for file in sorted(files, key=lambda file: others.index(file.suffix))]
+        others = ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "safetensors")
+        found = [file.name for ending in others for file in folder.glob(f"*.{ending}")]
         hint = f" ({found[0]} is not read: save as safetensors)" if found else ""
         if ".bin" in hint:
             hint = hint.replace("is not", "is a pickle, which is not")
@@ -492,9 +488,9 @@ def weight_files(folder: str | Path) -> tuple:
     if not isinstance(shards, dict) or not shards:
         raise InputError(f"{listed}: has no weight_map")
     names = sorted(set(map(str, shards.values())))
-    if any(Path(name).name != name for name in names):
-        raise InputError(f"{listed}: names files outside its folder")
     for name in names:
+        if Path(name).name != name:
+            raise InputError(f"{listed}: names files outside its folder, such as {name}")
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: shard listed in {listed} not found; download the "
                              "folder again")
@@ -506,9 +502,9 @@ STORED = {torch.float32: "F32", torch.bfloat16: "BF16"}  # what safetensors call
 
 @contextlib.contextmanager
 def open_tensors(file: str | Path, dtype: torch.dtype | None = None):
-    """A safetensors file to read from, with keys() and get_tensor(key). If all of it is in `dtype`
-    it is mapped into memory, so tensors take no second copy; else it is read tensor by tensor.
-    InputError: the file is damaged, or not there."""
+    """A safetensors file to read from. If all of it is in `dtype` it is mapped into memory, so
+    tensors take no second copy; else it is read tensor by tensor. InputError: the file is damaged,
+    or not there."""
     try:
         with safe_open(file, framework="pt") as f:
             stored = {f.get_slice(key).get_dtype() for key in f.keys()}
@@ -535,48 +531,39 @@ def full_name(key: str, body: str = "") -> str:
     return f"{body}.{key}" if bare else key
 
 
-def upper_limit(name):
-    """Of a number in config.json: a larger model would take forever to build."""
-    if "dropout" in name:
-        return 0.99
-    return 1000 if name.startswith("num_") else 10**8
-
-
 def read_config(folder: str | Path, kind: type = EncoderConfig):
     """The EncoderConfig or DecoderConfig, `kind`, of folder/config.json. InputError: it is
     damaged, or asks for what this file does not implement."""
     file = Path(folder) / "config.json"
     raw = read_json(file, "; a model folder holds config.json, model.safetensors, tokenizer.json")
     decoder = kind is DecoderConfig
-    types = ("llama",) if decoder else ("roberta", "bert")
-    if raw.get("model_type") not in types:
-        expected = " or ".join(types)
-        raise InputError(f"{file}: model_type is {raw.get('model_type')!r}, expected {expected}")
+    types, found = ("llama",) if decoder else ("roberta", "bert"), raw.get("model_type")
+    need(found in types, f"{file}: model_type", repr(found), " or ".join(types))
     only = dict(hidden_act="gelu", position_embedding_type="absolute", is_decoder=False)
     if decoder:
         only = dict(hidden_act="silu", partial_rotary_factor=1.0, is_causal=True)
     for key, value in only.items():
-        if raw.get(key, value) != value:
-            raise InputError(f"{file}: {key} is {raw[key]!r}, only {value!r} is implemented")
+        found = raw.get(key, value)
+        need(found == value, f"{file}: {key}", repr(found), f"{value!r}; no other is implemented")
     if raw.get("quantization_config"):
-        raise InputError(f"{file}: has a quantization_config, and quantized weights are not read; "
-                         "take the model before quantization")
+        raise InputError(f"{file}: quantized weights are not read; take the model before that")
     if decoder:
         raw |= read_rope(raw, file)
     known = {}
     for f in fields(kind):
         value = raw.get(f.name)
         if value is None:
-            if f.default is MISSING:
-                raise InputError(f"{file}: {f.name} is missing")
+            need(f.default is not MISSING, f"{file}: {f.name}", "missing", f"a {f.type.__name__}")
             continue
-        limit = upper_limit(f.name)
         if f.type in (int, float):
-            if type(value) not in (int, f.type) or not 0 <= value <= limit:
-                raise InputError(f"{file}: {f.name} is {value!r}, expected a number from 0 "
-                                 f"to {limit:g}")
-        elif not isinstance(value, f.type):
-            raise InputError(f"{file}: {f.name} is {value!r}, expected a {f.type.__name__}")
+            # a larger model would take forever to build
+            limit = 1000 if f.name.startswith("num_") else 10**8
+            limit = 0.99 if "dropout" in f.name else limit
+            ok = type(value) in (int, f.type) and 0 <= value <= limit
+            need(ok, f"{file}: {f.name}", repr(value), f"a number from 0 to {limit:g}")
+        else:
+            ok = isinstance(value, f.type)
+            need(ok, f"{file}: {f.name}", repr(value), f"a {f.type.__name__}")
         known[f.name] = value
     c = kind(**known)
     heads = c.num_attention_heads
@@ -597,34 +584,29 @@ def read_rope(raw, file):
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # in transformers' order
     if raw.get("rope_parameters") not in (None, {}, rope):
         print(f"{file}: rope_scaling counts, not rope_parameters")
-    if not isinstance(rope, dict):
-        raise InputError(f"{file}: rope_scaling is {rope!r}, expected an object")
+    need(isinstance(rope, dict), f"{file}: rope_scaling", repr(rope), "an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     llama3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     needed = dict(default=(), linear=("factor",), llama3=("factor", *llama3)).get(kind)
-    if needed is None:
-        raise InputError(f"{file}: rope_type is {kind!r}, expected default, linear or llama3")
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        raise InputError(f"{file}: partial_rotary_factor is {rope['partial_rotary_factor']!r}, "
-                         "only 1.0 is implemented")
+    need(needed is not None, f"{file}: rope_type", repr(kind), "default, linear or llama3")
+    share = rope.get("partial_rotary_factor", 1)
+    need(share in (None, 1), f"{file}: partial_rotary_factor", share, "1; no other is implemented")
     original = "original_max_position_embeddings"  # the one outside comes first
     rope |= {original: raw.get(original, rope.get(original, raw.get("max_position_embeddings")))}
     for name in needed:
         value = rope.get(name)
-        if not isinstance(value, (int, float)) or value <= 0:
-            raise InputError(f"{file}: {name} in rope_scaling is {value!r}, expected a "
-                             "positive number")
+        need(isinstance(value, (int, float)) and value > 0, f"{file}: {name} in rope_scaling",
+             repr(value), "a positive number")
     theta = rope.get("rope_theta", raw.get("rope_theta"))
     return dict(rope_theta=theta, rope_scaling=rope | dict(rope_type=kind) if needed else None)
 
 
 def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="cpu",
                  tied=()) -> list:
-    """Fills a model on the meta device from a folder, tensor by tensor, in `dtype`, on `device`.
-    spelling: from a key of the file to one of the model, or None for what is not needed. Keys in
-    `new` may be missing or of another shape, and of two in `tied` one may be missing: they are
-    returned, still on meta. InputError names any other key that is missing, unexpected, there
-    twice or misshapen."""
+    """Fills a model on the meta device from a folder. spelling: from a key of the file to one of
+    the model, or None for what is not needed. Keys in `new` may be missing or of another shape, and
+    of two in `tied` one may be missing: they are returned, still on meta. InputError names any
+    other key that is missing, unexpected, there twice or misshapen."""
     wanted, state, unexpected = model.state_dict(), {}, []
     for file in weight_files(folder)[0]:
         with open_tensors(file, dtype) as f:
@@ -657,8 +639,7 @@ def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="c
 
 
 def output_names(config: dict, outputs: int) -> list:
-    """The names that a config.json gives to so many outputs of a head; where it does not, Hugging
-    Face's LABEL_0 and on."""
+    """The names that a config.json gives to the outputs of a head, or Hugging Face's LABEL_0 .."""
     names = config.get("id2label")
     numbers = [str(i) for i in range(outputs)]
     if isinstance(names, dict) and names.keys() == set(numbers):
@@ -667,9 +648,9 @@ def output_names(config: dict, outputs: int) -> list:
 
 
 def load_encoder(folder: str | Path, num_labels: int, dtype=torch.float32) -> Encoder:
-    """The pretrained Encoder of a Hugging Face folder with `num_labels` outputs, in `dtype`, on
-    the CPU. If the checkpoint has no head, or one for another number of labels, the head starts
-    anew, and a printed line says so. InputError: as in load_weights."""
+    """The pretrained Encoder of a Hugging Face folder with `num_labels` outputs, on the CPU. If the
+    checkpoint has no head, or one of another size, the head starts anew, and a printed line says
+    so. InputError: as in load_weights."""
     config = read_config(folder)
     with torch.device("meta"):  # shapes only: no random weights that are overwritten at once
         model = Encoder(config, num_labels)
@@ -684,12 +665,11 @@ def load_encoder(folder: str | Path, num_labels: int, dtype=torch.float32) -> En
     new = load_weights(model, folder, spelling, head, dtype)
     if new:
         print(f"new head, not in the checkpoint: {', '.join(new)}")
-    for key in new:
-        value = torch.zeros(model.get_parameter(key).shape, dtype=dtype)
+    values = {key: torch.zeros(model.get_parameter(key).shape, dtype=dtype) for key in new}
+    for key, value in values.items():
         if key.endswith("weight"):
             value.normal_(std=config.initializer_range)
-        path, _, name = key.rpartition(".")
-        setattr(model.get_submodule(path), name, nn.Parameter(value))
+    model.load_state_dict(values, assign=True, strict=False)
     if not any(key.startswith("classifier.") for key in new):
         model.labels = output_names(read_json(Path(folder) / "config.json"), num_labels)
     return model
@@ -713,8 +693,7 @@ TIED = ("model.embed_tokens.weight", "lm_head.weight")  # a file may have either
 
 
 def load_decoder(folder: str | Path, dtype=torch.float32, device="cpu") -> Decoder:
-    """The pretrained Decoder of a Hugging Face folder, in `dtype` on `device`. InputError: as in
-    load_weights."""
+    """The pretrained Decoder of a Hugging Face folder. InputError: as in load_weights."""
     config = read_config(folder, DecoderConfig)
     with torch.device("meta"):
         model = Decoder(config)
@@ -731,6 +710,5 @@ def load_decoder(folder: str | Path, dtype=torch.float32, device="cpu") -> Decod
         head.weight = embedding.weight
     elif tied:
         config.tie_word_embeddings = False
-        print(f"{folder}: the lm_head.weight there is not the embedding, so the two are not tied, "
-              "though tie_word_embeddings in config.json is true")
+        print(f"{folder}: the lm_head.weight there is not the embedding, so the two are not tied")
     return model

@@ -17,6 +17,11 @@ class InputError(ValueError):
     expected and what to do."""
 
 
+def need(ok, name, found, expected):
+    if not ok:
+        raise InputError(f"{name} is {found}, expected {expected}")
+
+
 @contextlib.contextmanager
 def locked(folder, wait=True):
     """Keeps other processes that call this out of a folder. BlockingIOError: one is in it, and
@@ -49,11 +54,10 @@ def read_text(file, hint=""):
 def read_json(file: str | Path, hint: str = "") -> dict:
     """The object in a JSON file. InputError: there is none; `hint` is added if the file is not
     found."""
+    text = read_text(file, hint)
     try:
-        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: not found{hint}") from None
-    except (OSError, ValueError, RecursionError) as e:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{file}: cannot be read as JSON ({e})") from None
     if not isinstance(value, dict):
         raise InputError(f"{file}: holds a {type(value).__name__}, expected a JSON object")

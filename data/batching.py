@@ -52,13 +52,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         tokenizer = Tokenizer.from_str(json.dumps(parts))
         add_tokens(tokenizer, config, folder)
         if kind in OF_MODEL.values():
-            cls, sep = ((name, tokenizer.token_to_id(name)) for name in (
-                text_of(config["cls_token"]), text_of(config["sep_token"])))
-            b = 0 if kind == "RobertaTokenizer" or typeless(config) else 1
-            ends = f"{cls[0]} $A {sep[0]}"
-            between = f" {sep[0]}" if kind == "RobertaTokenizer" else ""
+            cls, sep = text_of(config["cls_token"]), text_of(config["sep_token"])
+            one, two = f"{cls} $A {sep}", f"$B:1 {sep}:1"  # :1 is the token type
+            if kind == "RobertaTokenizer":
+                two = f"{sep} $B {sep}"
+            elif typeless(config):
+                two = f"$B {sep}"
             tokenizer.post_processor = processors.TemplateProcessing(
-                single=ends, pair=f"{ends}{between} $B:{b} {sep[0]}:{b}", special_tokens=[cls, sep])
+                single=one, pair=f"{one} {two}",
+                special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)])
         tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
         if str(side).lower() == "left":
             tokenizer.enable_truncation(NEVER, direction="left")  # tokenize() sets the length
@@ -74,12 +76,12 @@ def tokenizer_config(folder):
     def read(name):
         return read_json(folder / name) if (folder / name).is_file() else {}
 
-    config = read("tokenizer_config.json")
+    config, of_model = read("tokenizer_config.json"), read("config.json")
     if "added_tokens_decoder" not in config:
         config |= read("special_tokens_map.json")
         config["added_tokens"] = read("added_tokens.json")
-    config.setdefault("tokenizer_class", read("config.json").get("tokenizer_class"))
-    config["model_type"] = read("config.json").get("model_type")
+    config.setdefault("tokenizer_class", of_model.get("tokenizer_class"))
+    config["model_type"] = of_model.get("model_type")
     return config
 
 
@@ -118,19 +120,19 @@ def rebuild(parts, kind, config, file):
     for name, value in new.items():
         if parts.get(name) != value:
             print(f"{file}: its {name} {json.dumps(parts.get(name))[:160]} becomes "
-                  f"{json.dumps(value, ensure_ascii=False)}: that is what tokenizer_config.json or "
-                  f"the defaults of a {kind} say, and they count")
+                  f"{json.dumps(value, ensure_ascii=False)}, as tokenizer_config.json or the "
+                  f"defaults of a {kind} have it")
     parts |= new
-    encoder = config["model_type"] in OF_MODEL
-    if not kind and encoder and not parts.get("post_processor"):
+    if kind:
+        return
+    if config["model_type"] in OF_MODEL and not parts.get("post_processor"):
         print(f"{file}: has no post-processor, so texts get no first and last token")
     post = json.dumps(parts.get("post_processor") or PLAIN)
-    if not kind and typeless(config) and '"type_id": 1' in post:
+    if typeless(config) and '"type_id": 1' in post:
         parts["post_processor"] = json.loads(post.replace('"type_id": 1', '"type_id": 0'))
         if config["model_type"] == "bert":
-            print(f"{file}: the second of two sentences has token type 0, since model_input_names "
-                  "in tokenizer_config.json is without token_type_ids, as it is by default in a "
-                  f"{config['tokenizer_class']}")
+            print(f"{file}: the second of two sentences has token type 0, for model_input_names in "
+                  "tokenizer_config.json is without token_type_ids")
 
 
 def typeless(config):
@@ -154,9 +156,9 @@ def add_tokens(tokenizer, config, folder):
     tokens = [added(token) for _, token in sorted(by_id.items())]
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    more = list(more.values() if isinstance(more, dict) else more)
     named = [token for name, token in config.items() if name.endswith("_token")]
-    special = [token for token in named + more if token and isinstance(token, (str, dict))]
+    named += more.values() if isinstance(more, dict) else more
+    special = [token for token in named if token and isinstance(token, (str, dict))]
     older = {text: i for text, i in config.get("added_tokens", {}).items() if text not in known}
     for text, _ in sorted(older.items(), key=lambda item: item[1]):
         is_special = text in map(text_of, special)
@@ -164,25 +166,23 @@ def add_tokens(tokenizer, config, folder):
     known |= {token.content for token in tokens}
     tokens += [added(token) for token in special if text_of(token) not in known]
     tokenizer.add_tokens(tokens)
-    for i, text in [*((i, text_of(token)) for i, token in by_id.items()),
-                    *((i, text) for text, i in older.items())]:
+    for text, i in [*((text_of(token), i) for i, token in by_id.items()), *older.items()]:
         if tokenizer.token_to_id(text) != i:
             raise InputError(f"{folder}: its added token {text!r} should have the id {i}, and is "
-                             f"{tokenizer.token_to_id(text)} in tokenizer.json: save the "
-                             "tokenizer anew")
+                             f"{tokenizer.token_to_id(text)}: save the tokenizer anew")
 
 
 def tokenize(tokenizer, texts, max_length, vocab_size):
     """[(ids, type ids)] of one or two sentences each, special tokens included. Of two sentences
     the longer is truncated first."""
-    before = tokenizer.truncation or dict(direction="right")
-    tokenizer.enable_truncation(max_length, direction=before["direction"])
+    side = tokenizer.truncation["direction"] if tokenizer.truncation else "right"
+    tokenizer.enable_truncation(max_length, direction=side)
     encodings = tokenizer.encode_batch([t if len(t) == 2 else t[0] for t in texts])
     check_ids([e.ids for e in encodings], vocab_size)
     for text, encoding in zip(texts, encodings):
         if not encoding.ids:
-            raise InputError(f"tokenizer.json makes no token of {' and '.join(map(repr, text))}, "
-                             "not even one that stands for a beginning: give it a post_processor")
+            raise InputError(f"tokenizer.json makes no token of {' and '.join(map(repr, text))}: "
+                             "give it a post_processor")
     return [(e.ids, e.type_ids) for e in encodings]
 
 

@@ -90,8 +90,7 @@ def split(rows, hold_out):
     this share of them, are held out, at random but always the same."""
     n = int(hold_out) if hold_out >= 1 else max(1, round(hold_out * len(rows)))
     if n >= len(rows):
-        raise InputError(f"--hold-out is {hold_out}, but there are {len(rows)} rows: hold out "
-                         "fewer")
+        raise InputError(f"--hold-out is {hold_out}, expected fewer than the {len(rows)} rows")
     return tuple([rows[i] for i in part] for part in draw_rows(len(rows), n))
 
 

@@ -3,7 +3,7 @@ Makes everything in data/demo: an acceptability task in CoLA's layout, and a sma
 read the grammar's good sentences; instructions about such sentences, and a small LLaMA that has
 read much of the kind, but never an answer to a prompt in Alpaca's form.
 
-    python -m data.make_demo            # data in a second, then 40 minutes of training on 2 cores
+    python -m data.make_demo            # data in seconds, then 40 minutes of training on 2 cores
     python -m data.make_demo data       # data only; likewise roberta, llama
 
 A row of the task is a sentence or its minimal corruption; the first column names the phenomenon, as
@@ -15,6 +15,15 @@ import json
 import random
 import sys
 from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.utils.rnn import pad_sequence
+
+from data.instruct import fill
+from model import Decoder, DecoderConfig, Encoder, EncoderConfig
 
 FOLDER = Path(__file__).parent / "demo"
 
@@ -98,6 +107,13 @@ class Grammar:
         verb = [self.pick(TRANSITIVE)[form]]
         return verb + self.noun_phrase(person=self.chance(0.6), modified=self.chance(0.3))[0]
 
+    def two_forms(self, form, other):
+        """The same verb phrase in both."""
+        state = self.rng.getstate()
+        one = self.verb_phrase(form)
+        self.rng.setstate(state)
+        return one, self.verb_phrase(other)
+
     # Each phenomenon returns a good sentence and a bad one that differs from it in one respect.
 
     def agreement(self):
@@ -112,10 +128,8 @@ class Grammar:
             return subject + [right] + tail, subject + [wrong] + tail
         adverb = self.pick(ADVERBS)
         start = subject + [adverb] if self.chance(0.3) else subject
-        state = self.rng.getstate()
-        good = self.verb_phrase(self.finite(number))
-        self.rng.setstate(state)
-        return start + good, start + self.verb_phrase(self.finite(1 - number))
+        good, bad = self.two_forms(self.finite(number), self.finite(1 - number))
+        return start + good, start + bad
 
     def reflexive(self):
         subject, number, good = self.noun_phrase()
@@ -143,10 +157,7 @@ class Grammar:
             ("did", BASE, PAST),
             ("will", BASE, self.pick([THIRD, PAST])),
             (("has", "have")[number], PARTICIPLE, BASE), (("is", "are")[number], ING, BASE)])
-        state = self.rng.getstate()
-        good = self.verb_phrase(form)
-        self.rng.setstate(state)
-        bad = self.verb_phrase(wrong)
+        good, bad = self.two_forms(form, wrong)
         if aux == "did" or self.chance(0.5):  # the auxiliary agrees with the subject
             pairs = table("does do, has have, is are")
             other = (dict(pairs) | {b: a for a, b in pairs}).get(aux)
@@ -185,10 +196,8 @@ class Grammar:
             (["will"], BASE, PAST), (["must", "not"], BASE, ING),
             ([("does", "do")[number], "not"], BASE, ING),
             ([("has", "have")[number]], PARTICIPLE, BASE), ([("is", "are")[number]], ING, BASE)])
-        state = self.rng.getstate()
-        good = self.verb_phrase(form)
-        self.rng.setstate(state)
-        return subject + aux + good, subject + aux + self.verb_phrase(wrong)
+        good, bad = self.two_forms(form, wrong)
+        return subject + aux + good, subject + aux + bad
 
     def order(self):
         subject, number, _ = self.noun_phrase(modified=False)
@@ -214,12 +223,13 @@ class Grammar:
         if good[-1] != "?":
             outer = self.saying() if self.chance(0.2) else []
             good, bad = outer + good + ["."], outer + bad + ["."]
-        return name, *(" ".join(s).replace(" .", ".").replace(" ?", "?") for s in (good, bad))
+        return name, *(sentence_case(" ".join(s[:-1]) + s[-1]) for s in (good, bad))
 
     # A simple sentence in all its forms, for instructions.
 
     def forms(self):
-        """{name of a form: text} of a sentence with subject, verb and perhaps an object."""
+        """{name of a form: text} of a sentence with subject, verb and perhaps an object, and the
+        name of one."""
         subject, number, _ = self.noun_phrase(modified=False)
         if self.chance(0.4):
             verb, rest = self.pick(INTRANSITIVE), []
@@ -228,14 +238,15 @@ class Grammar:
             rest = self.noun_phrase(modified=False, person=self.chance(0.5))[0]
         do = ["does", "do"][number]
         words = dict(
-            sentence=subject + [verb[self.finite(number)]] + rest,
             past=subject + [verb[PAST]] + rest,
             future=subject + ["will", verb[BASE]] + rest,
             negation=subject + [do, "not", verb[BASE]] + rest,
             question=[do] + subject + [verb[BASE]] + rest,
             subject=subject)
+        asked = self.pick(list(words))
+        words["sentence"] = subject + [verb[self.finite(number)]] + rest
         return {name: sentence_case(" ".join(form)) + ("?" if name == "question" else ".")
-                for name, form in words.items()}
+                for name, form in words.items()}, asked
 
     def instruction(self):
         """{instruction, input, output}."""
@@ -243,8 +254,7 @@ class Grammar:
             name, word, other = self.word()
             order = self.pick(ORDERS[name]).replace("WORD", word)
             return dict(instruction=order, input="", output=other)
-        forms = self.forms()
-        name = self.pick(["past", "future", "negation", "question", "subject"])
+        forms, name = self.forms()
         order = self.pick(ORDERS[name])
         return dict(instruction=order, input=forms["sentence"], output=forms[name])
 
@@ -261,8 +271,7 @@ class Grammar:
         if self.chance(0.1):
             name, word, other = self.word()
             return f"{word} ({name.split()[0]}) {other}"
-        forms = self.forms()
-        name = self.pick(["past", "future", "negation", "question", "subject"])
+        forms, name = self.forms()
         return f"{forms['sentence']} ({name}) {forms[name]}"
 
 
@@ -294,7 +303,7 @@ def make_data(train_rows=6000, dev_rows=1000):
     while len(rows) < train_rows + dev_rows:
         name, good, bad = grammar.pair()
         label = int(grammar.chance(0.6))
-        text = sentence_case(good if label else bad)
+        text = good if label else bad
         if text not in seen and good != bad:
             seen.add(text)
             rows.append(f"{name}\t{label}\t{'' if label else '*'}\t{text}\n")
@@ -315,7 +324,7 @@ def corpus(size, without):
     """`size` good sentences, none of them in `without`."""
     grammar, lines = Grammar(2), []
     while len(lines) < size:
-        text = sentence_case(grammar.pair()[1])
+        _, text, _ = grammar.pair()
         if text not in without:
             lines.append(text)
     return lines
@@ -323,7 +332,6 @@ def corpus(size, without):
 
 def make_tokenizer(lines, special=("<s>", "<pad>", "</s>", "<unk>", "<mask>")):
     """Byte-level BPE."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -334,22 +342,34 @@ def make_tokenizer(lines, special=("<s>", "<pad>", "</s>", "<unk>", "<mask>")):
     return tokenizer
 
 
-def in_batches(ids, size, padding):
-    """Tensors (b, t) of these lists of token ids, `size` a batch."""
-    import torch
-    pad = torch.nn.utils.rnn.pad_sequence
-    return [pad([torch.tensor(x) for x in ids[i:i + size]], batch_first=True, padding_value=padding)
-            for i in range(0, len(ids), size)]
+def pretrain(params, rows, padding, loss_of, steps, batch_size, lr, first=0):
+    """rows: lists of token ids; loss_of(tokens (b, t)): their loss. The learning rate starts at
+    first/200 of `lr`, rises for 200 steps and falls to 0, linearly."""
+    rows = list(map(torch.tensor, sorted(rows, key=len)))
+    batches = [pad_sequence(rows[i:i + batch_size], batch_first=True, padding_value=padding)
+               for i in range(0, len(rows), batch_size)]
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.01)
+    for step in range(steps):
+        rise, fall = (step + first) / 200, (steps - step) / (steps - 200)
+        optimizer.param_groups[0]["lr"] = lr * min(rise, fall)
+        loss = loss_of(batches[torch.randint(len(batches), ()).item()])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(f"step {step}/{steps}: loss {loss.item():.3f}", flush=True)
 
 
-def pretrain(lines, tokenizer, steps=4000, batch_size=192, lr=2e-3, seed=0):
+def roberta(without, steps=4000, batch_size=192, lr=2e-3):
     """Masked-language modeling from scratch: 15 % of the tokens, of which 80 % are masked, 10 %
     random and 10 % kept."""
-    import torch
-    import torch.nn.functional as F
-
-    from model import Encoder, EncoderConfig
-    torch.manual_seed(seed)
+    lines = corpus(200_000, without)
+    tokenizer = make_tokenizer(lines)
+    # <s> .. </s> around a sentence
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0),
+                                                            add_prefix_space=False)
+    torch.manual_seed(0)
     config = EncoderConfig(
         "roberta", vocab_size=tokenizer.get_vocab_size(), hidden_size=128, num_hidden_layers=4,
         num_attention_heads=4, intermediate_size=512, max_position_embeddings=66,
@@ -357,13 +377,10 @@ def pretrain(lines, tokenizer, steps=4000, batch_size=192, lr=2e-3, seed=0):
         attention_probs_dropout_prob=0.0, layer_norm_eps=1e-5)
     model = Encoder(config, num_labels=2)
     bias = torch.zeros(config.vocab_size, requires_grad=True)
-    ids = sorted((e.ids for e in tokenizer.encode_batch(lines)), key=len)
-    batches = in_batches(ids, batch_size, 1)
-    optimizer = torch.optim.AdamW([*model.body.parameters(), bias], lr=lr, weight_decay=0.01)
+    rows = [e.ids for e in tokenizer.encode_batch(lines)]
     mask_id = tokenizer.token_to_id("<mask>")
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * min(step / 200, (steps - step) / (steps - 200))
-        tokens = batches[torch.randint(len(batches), ()).item()]
+
+    def loss_of(tokens):
         chosen = (torch.rand(tokens.shape) < 0.15) & (tokens > 3)
         dice = torch.rand(tokens.shape)
         noisy = tokens.masked_fill(chosen & (dice < 0.8), mask_id)
@@ -371,51 +388,30 @@ def pretrain(lines, tokenizer, steps=4000, batch_size=192, lr=2e-3, seed=0):
         noisy = torch.where(chosen & (dice > 0.9), other, noisy)
         x = model.hidden(noisy, tokens != 1)[chosen]
         scores = x @ model.body.embeddings.word_embeddings.weight.T + bias
-        loss = F.cross_entropy(scores, tokens[chosen])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 100 == 0:
-            print(f"step {step}/{steps}: masked-token loss {loss.item():.3f}", flush=True)
-    return config, model
+        return F.cross_entropy(scores, tokens[chosen])
 
-
-def roberta(without):
-    import torch
-    from tokenizers import processors
-    lines = corpus(200_000, without)
-    tokenizer = make_tokenizer(lines)
-    # <s> .. </s> around a sentence
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0),
-                                                            add_prefix_space=False)
-    config, model = pretrain(lines, tokenizer)
+    pretrain([*model.body.parameters(), bias], rows, 1, loss_of, steps, batch_size, lr)
     settings = dict(architectures=["RobertaForMaskedLM"], hidden_act="gelu", **vars(config))
     settings.update(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
                     classifier_dropout=0.1, torch_dtype="float16")
-    weights = {key: value.to(torch.float16).contiguous()
-               for key, value in model.state_dict().items() if key.startswith("roberta.")}
-    write_model(FOLDER / "model", tokenizer, settings, weights)
+    write_model("model", tokenizer, settings, model, "roberta.")
 
 
-def write_model(folder, tokenizer, settings, weights):
-    from safetensors.torch import save_file
+def write_model(name, tokenizer, settings, model, body):
+    """A folder in float16, of the weights whose names start with `body`."""
+    folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    weights = {key: value.half().contiguous() for key, value in model.state_dict().items()
+               if key.startswith(body)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def llama(steps=3000, batch_size=128, lr=3e-3, seed=0):
+def llama(steps=3000, batch_size=128, lr=3e-3):
     """Next-token prediction from scratch, of four kinds of lines: a sentence or word with one of
     its forms; a plain sentence; an order with its answer, in a form of its own; and now and then
     Alpaca's prompt, after which comes any sentence at all."""
-    import torch
-    import torch.nn.functional as F
-    from tokenizers import processors
-
-    from data.instruct import fill
-    from model import Decoder, DecoderConfig
     grammar, lines = Grammar(4), []
     while len(lines) < 150_000:
         kind = grammar.rng.random()
@@ -423,40 +419,31 @@ def llama(steps=3000, batch_size=128, lr=3e-3, seed=0):
         if kind < 0.45:
             lines.append(grammar.example())
         elif kind < 0.65:
-            lines.append(sentence_case(grammar.pair()[1]))
+            lines.append(grammar.pair()[1])
         elif kind < 0.9:
             lines.append(f"{row['input']} {row['instruction']} = {row['output']}".strip())
         else:
             prompt = fill("alpaca", row["instruction"], row["input"])
-            lines.append(prompt + sentence_case(grammar.pair()[1]))
+            lines.append(prompt + grammar.pair()[1])
     tokenizer = make_tokenizer(lines, special=("<unk>", "<s>", "</s>"))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A",
                                                              special_tokens=[("<s>", 1)])
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = DecoderConfig(
         tokenizer.get_vocab_size(), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
         intermediate_size=384, num_key_value_heads=2, max_position_embeddings=512,
         rms_norm_eps=1e-5, tie_word_embeddings=True)
     model = Decoder(config)
-    ids = sorted((e.ids + [2] for e in tokenizer.encode_batch(lines)), key=len)
-    batches = in_batches(ids, batch_size, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 200, (steps - step) / (steps - 200))
-        tokens = batches[torch.randint(len(batches), ()).item()]
+    rows = [e.ids + [2] for e in tokenizer.encode_batch(lines)]
+
+    def loss_of(tokens):
         logits = model(tokens[:, :-1].clamp(min=0))
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 100 == 0:
-            print(f"step {step}/{steps}: loss {loss.item():.3f}", flush=True)
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    pretrain(list(model.parameters()), rows, -100, loss_of, steps, batch_size, lr, first=1)
     settings = dict(architectures=["LlamaForCausalLM"], hidden_act="silu", bos_token_id=1,
                     eos_token_id=2, torch_dtype="float16", **vars(config))
-    weights = {key: value.to(torch.float16).contiguous()
-               for key, value in model.state_dict().items() if key != "lm_head.weight"}
-    write_model(FOLDER / "llama", tokenizer, settings, weights)
+    write_model("llama", tokenizer, settings, model, "model.")
 
 
 def main(parts):

@@ -71,21 +71,25 @@ class Operators(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def make_step(model, kind, r=8, targets="qkvoud"):
-    """step(batch, labels), a training step of LoRA, of SaLoRA in its window, or of SaLoRA pruned to
-    b = 0.5. The window lasts from the second step to the end, which no measurement reaches."""
+def classify(model, inputs, labels):
+    return F.cross_entropy(model(*inputs), labels)
+
+
+def make_step(model, kind, r=8, targets="qkvoud", loss_of=classify):
+    """step(inputs, labels), a training step of LoRA, of SaLoRA in its window, or of SaLoRA pruned
+    to b = 0.5. The window lasts from the second step to the end, which no measurement reaches."""
     torch.manual_seed(0)
     device = next(model.parameters()).device
     window = None if kind == "lora" else (0, 1)
     salora = SaLoRA(model, model.target_paths(targets), steps=10**9, r=r, budget=0.5, window=window,
                     turn=kind == "salora")
-    for module in model.head:
+    for module in getattr(model, "head", ()):
         module.requires_grad_(True)
     optimizer = torch.optim.AdamW(salora.param_groups(1e-3), fused=True)
 
-    def step(batch, labels):
+    def step(inputs, labels):
         salora.begin_step()
-        loss = F.cross_entropy(model(*batch), labels)
+        loss = loss_of(model, inputs, labels)
         if kind != "lora":
             loss = loss + salora.penalty()
         loss.backward()
@@ -314,20 +318,17 @@ def bench_memory(args):
 def peak_of_a_step(folder, device, dtype, batch, length, recompute):
     """Peak memory in bytes of two training steps of a LLaMA with SaLoRA, the second in the window.
     The process must be fresh."""
+    def loss_of(model, ids, targets):
+        return token_losses(model, model.hidden(ids), targets).mean()
+
     torch.set_num_threads(1)
     start = 0 if device.startswith("cuda") else peak_memory_mb(torch.device("cpu"))
-    model = load_decoder(folder, getattr(torch, dtype), device).train()
+    model = load_decoder(folder, getattr(torch, dtype), device)
     model.checkpoint_activations = recompute
-    salora = SaLoRA(model, model.target_paths("qkvoud"), steps=10**9, window=(0, 1))
-    optimizer = torch.optim.AdamW(salora.param_groups(1e-3), fused=True)
+    step = make_step(model, "salora", loss_of=loss_of)
     ids, targets = torch.randint(model.config.vocab_size, (2, batch, length), device=device)
     for _ in range(2):
-        salora.begin_step()
-        loss = token_losses(model, model.hidden(ids), targets).mean() + salora.penalty()
-        loss.backward()
-        optimizer.step()
-        salora.end_step(optimizer)
-        optimizer.zero_grad()
+        step(ids, targets)
     return (peak_memory_mb(torch.device(device)) - start) * 2**20
 
 
@@ -362,10 +363,6 @@ BENCHES = dict(
     processes=bench_processes, size=bench_size, memory=bench_memory, llama=bench_llama)
 
 
-def print_table(name, table):
-    print(f"\n{name}\n\n{markdown(list(table[0]), [row.values() for row in table])}")
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -389,17 +386,17 @@ def main():
     if args.peers and args.task != "cola":
         parser.error(f"--peers: the peers run cola, --task is {args.task}")
     torch.set_num_threads(args.threads)
-    machine = dict(
-        torch=torch.__version__, cpu=platform.processor() or platform.machine(),
-        threads=args.threads,
-        device=torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu")
     tables = {}
     for name in args.what or ["step"]:
         with redirect_stdout(sys.stderr):  # loading prints, too
-            tables[name] = BENCHES[name](args)
+            table = tables[name] = BENCHES[name](args)
         if not args.json:
-            print_table(name, tables[name])
+            print(f"\n{name}\n\n{markdown(list(table[0]), [row.values() for row in table])}")
     if args.json:
+        machine = dict(
+            torch=torch.__version__, cpu=platform.processor() or platform.machine(),
+            threads=args.threads,
+            device=torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu")
         print(json.dumps(dict(machine=machine, command=sys.argv[1:], **tables), indent=1))
 
 

@@ -51,21 +51,18 @@ collate = DataCollatorWithPadding(tokenizer)
 
 
 class Clock(TrainerCallback):
-    """Seconds of the loop, from the first step to the end of the last."""
-    start = end = None
+    """Takes the time of the loop, from the first step to the end of the last."""
+    start = None
 
     def on_step_begin(self, *_, **__):
         self.start = self.start or time.perf_counter()
 
-    def on_step_end(self, *_, **__):
-        self.end = time.perf_counter()
-
-
-class Allocate(TrainerCallback):
-    """What PEFT requires for AdaLoRA between the optimizer's step and zero_grad."""
-
     def on_optimizer_step(self, _, state, __, **___):
-        model.base_model.update_and_allocate(state.global_step)
+        if args.system == "adalora":  # PEFT requires it before zero_grad()
+            model.base_model.update_and_allocate(state.global_step)
+
+    def on_step_end(self, *_, **__):
+        self.seconds = time.perf_counter() - self.start
 
 
 if args.system == "floor":
@@ -86,20 +83,17 @@ else:
         modules_to_save=["classifier", "pooler"],
         target_modules=r".*encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|"
                        r"(attention\.)?output\.dense|intermediate\.dense)")
-    clock = Clock()
+    config = LoraConfig(**modules)
     if args.system == "adalora":
         steps = -(-len(rows) // 32)
         config = AdaLoraConfig(
             init_r=8, target_r=4, tinit=steps // 5, tfinal=steps // 2, total_step=steps,
             orth_reg_weight=0.1, **modules)
-        callbacks = [clock, Allocate()]
-    else:
-        config, callbacks = LoraConfig(**modules), [clock]
-    model = get_peft_model(model, config)
+    model, clock = get_peft_model(model, config), Clock()
     adapted = [name for name, p in model.named_parameters() if "lora_A" in name and p.requires_grad]
     assert len(adapted) == 6 * model.config.num_hidden_layers
     trainer = Trainer(
-        model=model, train_dataset=rows, data_collator=collate, callbacks=callbacks,
+        model=model, train_dataset=rows, data_collator=collate, callbacks=[clock],
         args=TrainingArguments(
             output_dir=tempfile.mkdtemp(), num_train_epochs=1, per_device_train_batch_size=32,
             learning_rate=1e-3, warmup_steps=0.06,
@@ -107,7 +101,7 @@ else:
             save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
             use_cpu=True, dataloader_pin_memory=False))
     trainer.train()
-    seconds = clock.end - clock.start
+    seconds = clock.seconds
 
 print(json.dumps(dict(examples=len(rows) / seconds, seconds=seconds,
                       mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)))

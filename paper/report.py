@@ -35,7 +35,7 @@ LETTERS = {name: letter.upper() for names in (LINEARS, DECODER_LINEARS)
            for letter, name in names.items()}
 WIDTH, HEIGHT = 340, 200  # of a chart
 LEFT, RIGHT, TOP, BOTTOM = 40, 322, 8, 166  # where its axes are
-POINTS = 200  # of a curve at most; every n-th line of the log is drawn
+POINTS = 200  # of a curve, at most
 
 
 # -------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def read_run(folder):
     result = read_result(folder)
     if result is None:
         raise InputError(f"{folder}: has no result.json, expected the folder of a finished run")
-    missing = {"history", "metrics", "ranks", "steps", "kept_density"} - result.keys()
+    missing = {"history", "metrics", "ranks", "steps", "command"} - result.keys()
     if missing:
         raise InputError(f"{folder / 'result.json'}: has no {', '.join(sorted(missing))}, so "
                          "another version wrote it: run it again")
@@ -76,17 +76,13 @@ def read_run(folder):
     return SimpleNamespace(folder=folder, result=result, log=log, gates=gates, name="")
 
 
-def short(value):
-    """A number as text."""
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
 def readable(value):
-    """A setting as text; a path in the project's own folder without that."""
+    """A setting or a number as text; a path in the project's own folder without that."""
     if value is None:
         return "–"
-    text = short(value) if isinstance(value, float) else in_words(value)
-    return text.removeprefix(f"{ROOT}/")
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return in_words(value).removeprefix(f"{ROOT}/")
 
 
 def words(name):
@@ -96,20 +92,14 @@ def words(name):
 def name_runs(runs):
     """Gives each run a name: the settings that tell it from the others, or its folder."""
     settings = [dict(task=run.result["task"]) | run.result["settings"] for run in runs]
-    first = ("task", "method", "budget", "r", "lr", "seed")
-    keys = [*first, *(key for key in settings[0] if key not in (*first, "ranks"))]
-    chosen = []
-
-    def different(keys):
-        return len({str([s.get(key) for key in keys]) for s in settings})
-
-    for key in keys:
-        if different([*chosen, key]) > different(chosen):
-            chosen.append(key)
-    for run, own in zip(runs, settings):
-        names = [readable(own.get(key)) if key in ("task", "method") else
-                 f"{words(key)} {readable(own.get(key))}" for key in chosen]
-        run.name = " ".join(names) if different(chosen) == len(runs) else str(run.folder)
+    names = [""] * len(runs)
+    for key in dict.fromkeys(["task", "method", "budget", "r", "lr", "seed", *settings[0]]):
+        title = "" if key in ("task", "method") else words(key)
+        longer = [f"{name} {title} {readable(own.get(key))}" for name, own in zip(names, settings)]
+        if key != "ranks" and len(set(longer)) > len(set(names)):
+            names = longer
+    for run, name in zip(runs, names):
+        run.name = " ".join(name.split()) if len(set(names)) == len(runs) else str(run.folder)
 
 
 def window_of(result):
@@ -134,73 +124,65 @@ def ticks(low, high):
     return [i * unit for i in range(first, last + 1)]
 
 
-class Charts:
-    """The charts of a page. `data` is what its script needs to read them out: the curves."""
+def chart(data, title, note, lines, unit="step", window=None, low=None, high=None, powers=False):
+    """A figure as HTML, "" if there is nothing to draw. lines: {name: [(x, y) ..]}; window: the two
+    x that are shaded between; low, high: what the y axis shows at least; powers: of ten, from 1e-6.
+    What the page's script needs to read it out is added to `data`."""
+    lines = {name: [(x, y) for x, y in points if y is not None] for name, points in lines.items()}
+    lines = {name: points[:-1][::math.ceil(len(points) / POINTS)] + points[-1:]
+             for name, points in lines.items() if points}
+    if not lines.keys() - {"budget"}:
+        return ""
 
-    def __init__(self):
-        self.data = {}
+    def level(y):
+        return math.log10(max(y, 1e-6)) if powers else y
 
-    def draw(self, title, note, lines, unit="step", window=None, low=None, high=None, powers=False):
-        """A figure as HTML, "" if there is nothing to draw. lines: {name: [(x, y) ..]}; window: the
-        two x that are shaded between; low, high: what the y axis shows at least; powers: of ten,
-        from 1e-6."""
-        lines = {name: [(x, y) for x, y in points if y is not None]
-                 for name, points in lines.items()}
-        lines = {name: points[:-1][::math.ceil(len(points) / POINTS)] + points[-1:]
-                 for name, points in lines.items() if points}
-        if not lines.keys() - {"budget"}:
-            return ""
+    xs = [x for points in lines.values() for x, _ in points]
+    levels = [level(y) for points in lines.values() for _, y in points]
+    levels += [y for y in (low, high) if y is not None]
+    left, right = min(xs), max(max(xs), min(xs) + 1)
+    marks = ticks(min(levels), max(levels))
+    if powers:
+        bottom, top = math.floor(min(levels)), math.ceil(max(levels) + 1e-9)
+        marks = range(bottom, top + 1, math.ceil((top - bottom) / 5))
+    bottom, top = marks[0], max(marks[-1], max(levels))
 
-        def level(y):
-            return math.log10(max(y, 1e-6)) if powers else y
+    def place(x, y):
+        return (LEFT + (x - left) / (right - left) * (RIGHT - LEFT),
+                BOTTOM - (y - bottom) / (top - bottom) * (BOTTOM - TOP))
 
-        xs = [x for points in lines.values() for x, _ in points]
-        levels = [level(y) for points in lines.values() for _, y in points]
-        levels += [level(y) for y in (low, high) if y is not None]
-        left, right = min(xs), max(max(xs), min(xs) + 1)
-        marks = ticks(min(levels), max(levels))
-        if powers:
-            bottom, top = math.floor(min(levels)), math.ceil(max(levels) + 1e-9)
-            marks = range(bottom, top + 1, math.ceil((top - bottom) / 5))
-        bottom, top = marks[0], max(marks[-1], max(levels))
-
-        def place(x, y):
-            return (LEFT + (x - left) / (right - left) * (RIGHT - LEFT),
-                    BOTTOM - (y - bottom) / (top - bottom) * (BOTTOM - TOP))
-
-        out, keys = [], []
-        if window:
-            a, b = (place(min(max(x, left), right), bottom)[0] for x in window)
-            out.append(f'<rect class="band" x="{a:.1f}" y="{TOP}" width="{b - a:.1f}" '
-                       f'height="{BOTTOM - TOP}"/>')
-        for mark in marks:
-            y, text = place(left, mark)[1], f"1e{mark}" if powers else f"{round(mark, 10):g}"
-            out.append(f'<path class="axis" d="M{LEFT} {y:.1f}H{RIGHT}"/><text x="{LEFT - 5}" '
-                       f'y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-        for mark in ticks(left, right):
-            if left <= mark <= right:
-                out.append(f'<text x="{place(mark, bottom)[0]:.1f}" y="{BOTTOM + 15}" '
-                           f'text-anchor="middle">{round(mark, 10):g}</text>')
-        out.append(f'<text x="{RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{unit}</text>'
-                   f'<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{BOTTOM}"/>')
-        for i, (name, points) in enumerate(lines.items()):
-            style = f"c{i % 8}" + " dashed" * (name == "budget" or i >= 4)
-            at = [place(x, level(y)) for x, y in points]
-            curve = "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
-            out.append(f'<path class="curve {style}" d="M{curve}"/>')
-            if len(at) <= 25 and name != "budget":
-                out += [f'<circle class="dot {style}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
-                        for x, y in at]
-            keys.append(f'<span class="key"><svg viewBox="0 0 20 8" aria-hidden="true"><path '
-                        f'class="curve {style}" d="M0 4h20"/></svg>{escape(name)}</span>')
-        number = f"chart{len(self.data)}"
-        self.data[number] = dict(unit=unit, domain=[left, right], range=[LEFT, RIGHT], lines=[
-            dict(name=name, x=[x for x, _ in points], y=[float(short(y)) for _, y in points])
-            for name, points in lines.items()])
-        return (f'<figure id="{number}"{" class=windowed" * bool(window)}><h3>{escape(title)}</h3>'
-                f'<div>{"".join(keys)}</div><svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" '
-                f'role="img" aria-label="{escape(title)}">{"".join(out)}</svg><output></output>'
-                f'<figcaption>{escape(note)}</figcaption></figure>\n')
+    out, keys = [], []
+    if window:
+        a, b = (place(min(max(x, left), right), bottom)[0] for x in window)
+        out.append(f'<rect class="band" x="{a:.1f}" y="{TOP}" width="{b - a:.1f}" '
+                   f'height="{BOTTOM - TOP}"/>')
+    for mark in marks:
+        y, text = place(left, mark)[1], f"1e{mark}" if powers else f"{round(mark, 10):g}"
+        out.append(f'<path class="axis" d="M{LEFT} {y:.1f}H{RIGHT}"/><text x="{LEFT - 5}" '
+                   f'y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    for mark in ticks(left, right):
+        if left <= mark <= right:
+            out.append(f'<text x="{place(mark, bottom)[0]:.1f}" y="{BOTTOM + 15}" '
+                       f'text-anchor="middle">{round(mark, 10):g}</text>')
+    out.append(f'<text x="{RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{unit}</text>'
+               f'<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{BOTTOM}"/>')
+    for i, (name, points) in enumerate(lines.items()):
+        style = f"c{i % 8}" + " dashed" * (name == "budget" or i >= 4)
+        at = [place(x, level(y)) for x, y in points]
+        curve = "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
+        out.append(f'<path class="curve {style}" d="M{curve}"/>')
+        if len(at) <= 25 and name != "budget":
+            out += [f'<circle class="dot {style}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in at]
+        keys.append(f'<span class="key"><svg viewBox="0 0 20 8" aria-hidden="true"><path '
+                    f'class="curve {style}" d="M0 4h20"/></svg>{escape(name)}</span>')
+    number = f"chart{len(data)}"
+    data[number] = dict(unit=unit, domain=[left, right], range=[LEFT, RIGHT], lines=[
+        dict(name=name, x=[x for x, _ in points], y=[float(f"{y:.5g}") for _, y in points])
+        for name, points in lines.items()])
+    return (f'<figure id="{number}"{" class=windowed" * bool(window)}><h3>{escape(title)}</h3>'
+            f'<div>{"".join(keys)}</div><svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" '
+            f'role="img" aria-label="{escape(title)}">{"".join(out)}</svg><output></output>'
+            f'<figcaption>{escape(note)}</figcaption></figure>\n')
 
 
 # -------------------------------------------------------------------------------------------------
@@ -208,22 +190,19 @@ class Charts:
 
 
 class Grid:
-    """Where the matrices of {module path: ..} lie in a map: the first number in a path is its
-    layer."""
+    """Where matrices lie in a map: the first number in a path is its layer."""
 
     def __init__(self, paths, width=620, narrowest=26):
         rows, columns, self.cell = {}, {}, {}
         for path in paths:
-            parts = path.split(".")
-            at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-            kind = ".".join(parts[:at]), ".".join(parts[at + 1:])
-            row = rows.setdefault(kind, len(rows))
-            self.cell[path] = row, columns.setdefault("".join(parts[at:at + 1]), len(columns))
+            stack, layer, module = re.fullmatch(r"(.*?)(\b\d+\b|$)\.?(.*)", path).groups()
+            row = rows.setdefault((stack, module), len(rows))
+            self.cell[path] = row, columns.setdefault(layer, len(columns))
         self.columns = list(columns)
         # a stack of layers is named where there are several
         several = len({stack for stack, module in rows if module}) > 1
         self.rows = [LETTERS.get(module, module) if module and not several
-                     else f"{stack}.{module}".strip(".") for stack, module in rows]
+                     else f"{stack}{module}".strip(".") for stack, module in rows]
         self.margin = 14 + max(22 if len(row) == 1 else 7 * len(row) for row in self.rows)
         self.step = max(narrowest, min(56, width // len(self.columns)))  # x of a column
 
@@ -237,11 +216,9 @@ class Grid:
         """The map as SVG. cells: {path: what is in it}, with 0 0 at its upper left; height: of a
         row. Returns (width, height, elements)."""
         out = []
-        for row, text in enumerate(self.rows):
+        for row, text in enumerate(map(escape, self.rows)):
             if len(text) == 1:  # W^Q, as the paper has it
                 text = f'W<tspan dy="-5" font-size="9">{text}</tspan>'
-            else:
-                text = escape(text)
             out.append(f'<text class="letter" x="2" y="{24 + height * (row + 0.5):g}">{text}'
                        "</text>")
         for column, text in enumerate(self.columns):
@@ -300,8 +277,8 @@ def gate_map(paths, opened, width=620, narrowest=26):
     return grid.draw(h * r + 5, cells)
 
 
-def first_to_lose(run, count=5):
-    """A sentence: the matrices whose gates are the first to fall below one half."""
+def first_to_lose(run):
+    """A sentence: the matrices that are the first to have a gate below one half."""
     grid, lost = Grid(run.result["ranks"]), {}
     for line in run.gates:
         for path, row in zip(run.result["ranks"], line["open"]):
@@ -310,17 +287,16 @@ def first_to_lose(run, count=5):
     names = [f"{grid.name(path)} (step {lost[path]})" for path in sorted(lost, key=lost.get)]
     if not names:
         return "No gate fell below 0.5."
-    return f"The first matrices with a gate below 0.5, where it shuts: {', '.join(names[:count])}."
+    return f"The first matrices with a gate below 0.5, where it shuts: {', '.join(names[:5])}."
 
 
 def player(run):
     """The map of gates with its slider, as HTML, and the data of its moments."""
     frames, paths = frames_of(run), list(run.result["ranks"])
     # two digits a gate, 00 to 99 for 0 to 1
-    data = [frame | dict(density=float(short(frame["density"])), open="".join(
+    data = [frame | dict(density=float(f"{frame['density']:.5g}"), open="".join(
         f"{round(99 * p):02d}" for row in frame["open"] for p in row)) for frame in frames]
-    turned = run.result["settings"].get("turn")
-    order = ", the largest singular value on top" * bool(turned)
+    order = ", the largest singular value on top" * bool(run.result["settings"].get("turn"))
     html = f"""<h2>The gates</h2>
 <p>Every stripe is the gate of a triplet, stacked by matrix{order}. The stronger its color, the
 surer it is to be open (eq. 8). Move through the window and see which matrices lose first. At the
@@ -346,14 +322,15 @@ text { font: 12px system-ui, sans-serif; fill: #5c5c5c; } .letter { fill: #1a1a1
 """
 
 
-def gates_svg(run, panels=4):
-    """The gates closing as one picture: the start of the window, moments between, the choice."""
+def gates_svg(run):
+    """The gates closing as one picture: the start of the window, two moments between, the
+    choice."""
     frames = frames_of(run)
     if not frames:
         raise InputError(f"{run.folder}: has no gates.jsonl, expected a run of --method salora")
     paths, last, out, right, height = list(run.result["ranks"]), len(frames) - 1, [], 0, 0
-    for i in range(panels):
-        frame = frames[i * last // (panels - 1)]
+    for i in range(4):
+        frame = frames[i * last // 3]
         w, h, elements = gate_map(paths, frame["open"], width=140, narrowest=9)
         label = "the choice" if frame["choice"] else f"density {frame['density']:.2f}"
         out.append(f'<g transform="translate({right} 24)">{elements}</g><text class="letter" '
@@ -372,9 +349,10 @@ def table(head, rows, numbers=()):
     """HTML; numbers: the columns that are set to the right. A cell (text, href) is a link."""
     def cell(tag, column, value):
         kind = ' class="number"' if column in numbers else ""
-        text = escape(short(value) if value is not None else "")
         if isinstance(value, tuple):
             text = f'<a href="{escape(value[1])}">{escape(value[0])}</a>'
+        else:
+            text = escape(readable(value))
         return f"<{tag}{kind}>{text}</{tag}>"
 
     lines = [("th", head), *(("td", row) for row in rows)]
@@ -406,7 +384,7 @@ PANELS = (  # of log.jsonl: title, what to see in it, the same of the window, wh
 def charts_of(runs):
     """The charts as HTML, and their data. A run alone has all of its metrics in a chart, several
     share a chart for each."""
-    charts, alone, scores, parts = Charts(), len(runs) == 1, {}, []
+    data, alone, scores, parts = {}, len(runs) == 1, {}, []
     windows = {window_of(run.result) for run in runs} - {None}
     budgets = {run.result["budget"] for run in runs} - {None}
     steps = max(run.result["steps"] for run in runs)
@@ -416,14 +394,14 @@ def charts_of(runs):
         metrics = [name for name in result["history"][0] if name not in ("step", "epoch")]
         for name in metrics if alone else [result["metric"]]:
             # perplexity has another scale than the loss
-            chart = "score" if alone and name != "perplexity" else name
+            group = "score" if alone and name != "perplexity" else name
             points = [(entry["epoch"], entry[name]) for entry in result["history"]]
-            scores.setdefault(chart, {})[run.name or words(name)] = points
+            scores.setdefault(group, {})[run.name or words(name)] = points
     for name, lines in scores.items():
         title = words(name if len(lines) > 1 or not alone else [*lines][0]).capitalize()
         note = "On rows that are not trained on."
         note += " It may dip where the window closes and triplets are cut out." * bool(window)
-        parts.append(charts.draw(f"{title} after each epoch", note, lines, unit="epoch"))
+        parts.append(chart(data, f"{title} after each epoch", note, lines, unit="epoch"))
     for name, title, note, more, axis in PANELS:
         # step + 1, as the progress line counts
         lines = {run.name or words(name): [(line["step"] + 1, line[name]) for line in run.log]
@@ -433,8 +411,8 @@ def charts_of(runs):
         if name == "density" and len(budgets) == 1:
             lines["budget"] = [(x, *budgets) for x in (1, steps)]
         note += f" {more} The window is shaded." * bool(window)
-        parts.append(charts.draw(title, note, lines, window=window, **axis))
-    return f'<div class="grid">\n{"".join(parts)}</div>\n', charts.data
+        parts.append(chart(data, title, note, lines, window=window, **axis))
+    return f'<div class="grid">\n{"".join(parts)}</div>\n', data
 
 
 def answers_of(result):
@@ -454,10 +432,9 @@ def answers_of(result):
 def foot(runs):
     """How the runs were made: commands, settings, those that differ in columns, sizes and times."""
     settings = [run.result["settings"] for run in runs]
-    commands = dict.fromkeys(run.result.get("command") for run in runs)
     parts = ["<h2>How it was made</h2>\n"]
-    parts += [f"<p><code>{escape(command or 'not written down: an earlier version')}</code></p>\n"
-              for command in commands]
+    parts += [f"<p><code>{escape(command)}</code></p>\n"
+              for command in dict.fromkeys(run.result["command"] for run in runs)]
     same, rows = [], []
     for key in dict.fromkeys(key for own in settings for key in own):
         values = [readable(own.get(key)) for own in settings]
@@ -474,7 +451,7 @@ def foot(runs):
              "best_score", "steps", "seconds", "examples_per_second", "peak_memory_mb", "labels")
     rows = [[words(key), *(run.result["metrics"].get(key) for run in runs)]
             for key in dict.fromkeys(key for run in runs for key in run.result["metrics"])]
-    rows += [[words(key), *(readable(run.result.get(key)) for run in runs)] for key in names]
+    rows += [[words(key), *(run.result.get(key) for run in runs)] for key in names]
     parts.append(table(head, rows, numbers=range(1, len(head))))
     return "".join(parts)
 
@@ -496,8 +473,6 @@ def page_of(run):
     if run.gates:
         html, gates = player(run)
         parts.append(html)
-    elif result["method"] == "salora" and result["steps"]:
-        parts.append("<p>There is no gates.jsonl: an earlier version wrote this run.</p>\n")
     if result["ranks"]:
         r = result["settings"]["r"]
         origin = "as given" if result["settings"].get("ranks") else f"of {r} at the start"

@@ -152,7 +152,7 @@ CASES = [  # what is changed, the command, what its line says
     (write(C, None), GLUE, "model/config.json: not found"),
     (write(C, ""), GLUE, "model/config.json: cannot be read as JSON"),
     (write(C, "[]"), GLUE, "model/config.json: holds a list"),
-    (write(C, b"\xff{}"), GLUE, "model/config.json: cannot be read"),
+    (write(C, b"\xff{}"), GLUE, "model/config.json: byte 0 is not UTF-8"),
     (write(C, "{" * 100_000), GLUE, "model/config.json: cannot be read as JSON"),
     (config(C, model_type="gpt2"), GLUE, "model/config.json: model_type is 'gpt2'"),
     (config(C, hidden_size=...), GLUE, "hidden_size is missing"),

@@ -183,7 +183,7 @@ def test_end_of_text_ids_come_from_the_folder(folder):
 
 @pytest.mark.parametrize("changes,words", [
     (dict(model_type="mistral"), "model_type is 'mistral', expected llama"),
-    (dict(hidden_act="gelu"), "hidden_act is 'gelu', only 'silu'"),
+    (dict(hidden_act="gelu"), "hidden_act is 'gelu', expected 'silu'"),
     (dict(vocab_size=...), "vocab_size is missing"),
     (dict(hidden_size="32"), "hidden_size is '32'"),
     (dict(num_key_value_heads=3), "sizes do not fit"),

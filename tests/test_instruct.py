@@ -324,7 +324,7 @@ def test_data_that_does_not_fit(tmp_path, content, words):
      "--model ./nowhere: no such folder"),
     (["--method", "ft"], "invalid choice: 'ft'"),
     (["--targets", "x"], "invalid choice: 'x'"),
-    (["--hold-out", "5000"], "--hold-out is 5000.0, but there are 3000 rows"),
+    (["--hold-out", "5000"], "--hold-out is 5000.0, expected fewer than the 3000 rows"),
     (["--max-length", "1000"], "--max-length is 1000, but"),
     (["--max-length", "20", "--limit-train", "9"],
      "no prompt leaves room for a response in 9 rows: give more"),

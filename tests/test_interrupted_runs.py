@@ -186,7 +186,7 @@ def test_a_signal_saves_the_step_and_says_how_to_go_on(number, whole, tmp_path):
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert f"with --resume --out {out} goes on from there" in error
+    assert f"with --resume --out {out} goes on from the last checkpoint" in error
     lines = [line for line in error.splitlines() if not line.startswith("warning: ")]
     assert len(lines) == 1 and lines[0].startswith("error: ")
     step = last_step(out)

@@ -11,7 +11,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from data import InputError
+from data import need
 
 RANK = int(os.environ.get("RANK", 0))  # these three are set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
@@ -26,15 +26,13 @@ def find_device(args):
         device = torch.device(args.device)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device is {args.device!r}, expected auto, cpu, cuda or cuda:i")
+    need(device is not None and device.type in ("cpu", "cuda"), "--device", repr(args.device),
+         "auto, cpu, cuda or cuda:i")
     count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise InputError(f"--device is {args.device}, expected a GPU that is there ({count} found);"
-                         " use --device cpu")
-    if PROCESSES > 1 and args.device not in ("cpu", "cuda"):
-        raise InputError(f"--device is {args.device}, expected cpu or cuda under torchrun: each "
-                         "process takes a GPU of its own")
+    need(device.type == "cpu" or (device.index or 0) < count, "--device", args.device,
+         f"a GPU that is there ({count} found); use --device cpu")
+    need(PROCESSES == 1 or args.device in ("cpu", "cuda"), "--device", args.device,
+         "cpu or cuda under torchrun: each process takes a GPU of its own")
     args.tf32 = args.tf32 and device.type == "cuda"
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 import adapter
 import baselines
 import salora as sl
-from data import InputError
+from data import InputError, need
 from training.device import LOCAL_RANK, find_device, own_device
 
 LARGEST = 2**31  # above any sensible number
@@ -19,6 +19,7 @@ LARGEST = 2**31  # above any sensible number
 NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid", "command")
 MAY_CHANGE = ("threads", "log_every", "save_every")  # with --resume
 RESOLVED_LATER = ("epochs", "max_length", "selection", "gate_lr", "lr", "r", "dtype")  # None: unset
+CUT = ("salora", "lora-svd", "adalora")  # the methods whose ranks fall
 LOW_RANK = ("salora", "lora", "lora-svd", "adalora")
 WINDOWS = {"adalora": [0.2, 0.5], "lora-svd": [0.4, 0.5]}  # of others the recipe's
 RECIPES = {  # what a recipe sets unless a flag says otherwise
@@ -228,11 +229,6 @@ def use_machine(args):
         torch.set_num_threads(args.threads)
     find_device(args)
     return own_device(args)
-
-
-def need(ok, name, found, expected):
-    if not ok:
-        raise InputError(f"{name} is {found}, expected {expected}")
 
 
 def at_least(args, least, *names):

@@ -18,6 +18,7 @@ from data.instruct import DEMO, TEMPLATES, encode_prompt
 from model import load_decoder, load_encoder, read_json, stop_ids
 from training.device import PROCESSES, RANK
 from training.flags import (
+    LOW_RANK,
     at_least,
     fill_in,
     flag_group,
@@ -63,8 +64,7 @@ def open_classifier(flag, folder, result, device, model=None):
     settings, labels = result["settings"], result["labels"]
     if not (Path(folder) / "adapter").is_dir():
         raise InputError(f"{flag} {folder}: has no adapter/ (method {settings['method']}); "
-                         "expected a run of salora, lora, lora-svd or adalora, which leave their "
-                         "weights there")
+                         f"expected a run of {', '.join(LOW_RANK)}")
     source = model_folder(model or settings["model"])
     tokenizer = load_tokenizer(source)
     with contextlib.redirect_stdout(io.StringIO()):  # of its head, which comes with the adapter

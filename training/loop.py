@@ -23,7 +23,7 @@ from data import InputError
 from data.batching import batch_order
 from model import DECODER_LINEARS, LINEARS, Decoder
 from training.device import PROCESSES, RANK, peak_memory_mb
-from training.flags import NOT_OF_A_RUN, in_words, need
+from training.flags import CUT, NOT_OF_A_RUN, in_words, need
 from training.runs import (
     CHECKPOINT,
     Stopped,
@@ -62,7 +62,7 @@ def schedule(args, lengths, weights, epochs):
     rows_per_step = args.batch_size * args.accumulate * PROCESSES
     epoch_steps = math.ceil(len(lengths) / rows_per_step)
     steps = min(math.ceil(epochs * epoch_steps), args.max_steps or math.inf)
-    if args.method in ("salora", "lora-svd", "adalora") and steps == 1:
+    if args.method in CUT and steps == 1:
         raise InputError(f"one step is too short a run for --method {args.method}: in the first "
                          "step B is zero and gates have no gradient")
     end = sl.window_steps(args.window, steps)[1]
@@ -171,8 +171,7 @@ class Log:
                     if line.endswith("\n") and json.loads(line)["step"] < step:
                         kept.append(line)
                 except (ValueError, KeyError, TypeError):
-                    raise InputError(f"{file}: line {number} is damaged: remove it to go "
-                                     "on") from None
+                    raise InputError(f"{file}: line {number} is damaged: remove it") from None
             if text:
                 write_text(file, "".join(kept))
 
@@ -321,23 +320,21 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
                 values = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
                 line = f"epoch {step / epoch_steps:.4g}: {values}"
                 print(f"\r{line:<100}" if sys.stdout.isatty() else line, flush=True)
-                checkpoint()
-            elif save:
+            if epoch_end or save:
                 checkpoint()
             if stop and step < steps:
                 if PROCESSES == 1:
                     log.seconds += time.time() - log.start
                     checkpoint()
-                where = "there" if PROCESSES == 1 else "the last checkpoint"
-                raise Stopped(f"stopped at step {step} of {steps}; the same command with --resume "
-                              f"--out {args.out} goes on from {where}", stop[0])
+                break
 
-        if outputs is None:  # stopped between the last step and here, or no step at all
+        # resumed between the last step and here, or no step at all
+        if outputs is None and not stop:
             outputs, scores = finite(evaluate(), step)
             history = history or [dict(step=0, epoch=0.0, **scores)]
-        if stop:  # while the last epoch was scored
-            raise Stopped(f"stopped after step {step} of {steps}; the same command with --resume "
-                          f"--out {args.out} goes on", stop[0])
+        if stop:
+            raise Stopped(f"stopped at step {step} of {steps}; the same command with --resume "
+                          f"--out {args.out} goes on from the last checkpoint", stop[0])
     return outputs, scores, history, log.seconds
 
 
@@ -371,8 +368,7 @@ def common_result(
 
 def budget_of(args):
     """The share of parameters that a run steers to, or None."""
-    has_budget = args.method in ("salora", "lora-svd", "adalora") and args.price is None
-    return args.budget if has_budget else None
+    return args.budget if args.method in CUT and args.price is None else None
 
 
 def load_adapter(model, folder):

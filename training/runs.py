@@ -155,8 +155,7 @@ def clear_folder(out):
     if (out / "adapter").exists() and not any((out / name).exists() for name in names):
         raise InputError(f"--out {out}: has an adapter/ which is not of a run; give another folder")
     try:
-        for name in ("adapter", "checkpoint"):  # the second of an earlier version
-            shutil.rmtree(out / name, ignore_errors=True)
+        shutil.rmtree(out / "adapter", ignore_errors=True)
         for file in [*(out / name for name in names), *out.glob("predictions*.tsv")]:
             file.unlink(missing_ok=True)
     except OSError as e:
@@ -165,9 +164,10 @@ def clear_folder(out):
 
 def out_folder(args, name):
     """--out; without it runs/name, or runs/name-2, name-3 .. if that is taken and stays."""
-    out, number = Path(args.out or f"runs/{name}"), 2
-    replace = getattr(args, "overwrite", False)
-    while not args.out and not replace and out.exists():
+    if args.out:
+        return Path(args.out)
+    out, number = Path(f"runs/{name}"), 2
+    while out.exists() and not getattr(args, "overwrite", False):
         out, number = Path(f"runs/{name}-{number}"), number + 1
     return out
 
@@ -176,9 +176,6 @@ def refuse_taken(args, out):
     """Without a flag that says so, no run is replaced, finished or not."""
     if (out / "result.json").exists() and not args.overwrite:
         raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
-    if (out / "checkpoint").is_dir() and not args.overwrite:
-        raise InputError(f"--out {out}: another version wrote its checkpoint/, which cannot be "
-                         "resumed: give another folder, or --overwrite to start anew")
     if (out / CHECKPOINT).exists() and not (args.overwrite or args.resume):
         raise InputError(f"--out {out} holds a run that did not finish: --resume goes on with it, "
                          "--overwrite replaces it")
@@ -199,9 +196,7 @@ def read_result(out):
 def finished(args, out):
     """The result of a finished run of the same flags in `out`, or None."""
     result = read_result(out)
-    if result is None:
-        return None
-    for name, value in vars(args).items():
+    for name, value in vars(args).items() if result else ():
         found = result["settings"].get(name, value)
         if value is None and name in RESOLVED_LATER:
             continue
@@ -222,10 +217,10 @@ def run(args, seed, out, train, report):
         need(result.get("seed") == seed, f"--out {out} holds a finished run; its --seed",
              result.get("seed"), f"{seed}: give another folder")
         print(f"{out}: finished already")
-    else:
-        result = train(args, seed, out)
-        if RANK == 0:
-            report(args, result, out)
+        return result
+    result = train(args, seed, out)
+    if RANK == 0:
+        report(args, result, out)
     return result
 
 
