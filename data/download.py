@@ -5,9 +5,11 @@ moved there, so they are there whole or not at all.
 
 import hashlib
 import os
+import shutil
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 from data import InputError, locked
@@ -16,7 +18,7 @@ GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 ARCHIVES = {"CoLA": "CoLA.zip", "SST-2": "SST-2.zip", "STS-B": "STS-B.zip", "MNLI": "MNLI.zip",
             "RTE": "RTE.zip", "WNLI": "WNLI.zip", "QQP": "QQP-clean.zip", "QNLI": "QNLIv2.zip"}
-SHA256 = {  # as Hugging Face's datasets library recorded them; what differs is not opened
+SHA256 = {  # as Hugging Face's datasets library recorded them
     "CoLA.zip": "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff",
     "SST-2.zip": "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa",
     "STS-B.zip": "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85",
@@ -28,6 +30,7 @@ SHA256 = {  # as Hugging Face's datasets library recorded them; what differs is 
     "msr_paraphrase_train.txt": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
     "mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
 }
+LIMIT = 2 << 30  # bytes of an archive, and of its files; the largest, MNLI, has 0.3 and 1.3 GB
 
 
 def fetch(url, file):
@@ -37,31 +40,54 @@ def fetch(url, file):
     name, digest = url.rsplit("/", 1)[-1], hashlib.sha256()
     try:
         with urllib.request.urlopen(url, timeout=60) as response, open(file, "wb") as out:
+            if url.startswith("https:") and not response.url.startswith("https:"):
+                raise InputError(f"{url}: was redirected to {response.url}, which is not https; "
+                                 "not downloaded")
             size = int(response.headers.get("Content-Length") or 0)
             with tqdm(total=size or None, unit="B", unit_scale=True, desc=name) as bar:
                 while block := response.read(1 << 20):
                     out.write(block)
                     digest.update(block)
                     bar.update(len(block))
+                    if out.tell() > LIMIT:
+                        raise InputError(f"{url}: larger than {LIMIT >> 20} MiB, not downloaded")
     except OSError as e:  # URLError and HTTPError among them
         raise InputError(f"{url}: download failed ({e}); check the connection, or put the files in "
                          "place by hand (--data)") from None
     found = os.path.getsize(file)
-    if found < size:
-        raise InputError(f"{url}: the download broke off after {found} of {size} bytes; try again")
-    if digest.hexdigest() != SHA256[name]:
+    if size and found != size:
+        raise InputError(f"{url}: the download broke off after {found} of {size} bytes; run the "
+                         "command again")
+    if name in SHA256 and digest.hexdigest() != SHA256[name]:
         raise InputError(f"{url}: has the SHA-256 {digest.hexdigest()}, expected {SHA256[name]}; "
                          "not used. If you trust another copy, put the files in place by hand "
                          "(--data)")
 
 
 def unpack(archive, name, folder):
-    """The .tsv files in the top folder `name` of a GLUE archive, into `folder`."""
-    with zipfile.ZipFile(archive) as z:
-        for member in z.namelist():
-            path = Path(member)
-            if path.parent == Path(name) and path.suffix == ".tsv":
-                (folder / path.name).write_bytes(z.read(member))
+    """The .tsv files of a GLUE archive, whose top folder is `name`, into `folder`."""
+    try:
+        with zipfile.ZipFile(archive) as z:
+            wanted = []
+            for member in z.infolist():
+                path = Path(member.filename)
+                if ".." in path.parts or path.is_absolute() or "\\" in member.filename:
+                    raise InputError(f"{archive.name}: member {member.filename!r} points outside "
+                                     "the archive; nothing was unpacked")
+                if path.parent == Path(name) and path.suffix == ".tsv":
+                    wanted.append(member)
+            if sum(m.file_size for m in wanted) > LIMIT:
+                raise InputError(f"{archive.name}: unpacks to more than {LIMIT >> 20} MiB; nothing "
+                                 "was unpacked")
+            for member in wanted:
+                target = folder / Path(member.filename).name
+                with z.open(member) as source, open(target, "wb") as out:
+                    shutil.copyfileobj(source, out)  # reading to the end checks the CRC
+    # NotImplementedError: exotic compression; RuntimeError: encryption
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError,
+            RuntimeError) as e:
+        raise InputError(f"{archive.name}: not a sound zip archive ({e}); run the command "
+                         "again") from None
 
 
 def split_mrpc(scratch, folder):
@@ -82,10 +108,13 @@ def split_mrpc(scratch, folder):
 def download_task(name, into):
     """Puts GLUE's folder `name` (CoLA, SST-2 ..) with its train.tsv and dev files below `into`."""
     into = Path(into)
-    # under torchrun the first process downloads, the others find it done
-    with locked(into), tempfile.TemporaryDirectory(prefix=".download-", dir=into) as scratch:
-        if (into / name).is_dir():
-            return
+    with locked(into):  # under torchrun the first process downloads, the others find it done
+        if not (into / name).is_dir():
+            fetch_task(name, into)
+
+
+def fetch_task(name, into):
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=into) as scratch:
         scratch = Path(scratch)
         folder = scratch / name
         folder.mkdir()
@@ -97,6 +126,9 @@ def download_task(name, into):
             archive = scratch / ARCHIVES[name]
             fetch(GLUE_URL + ARCHIVES[name], archive)
             unpack(archive, name, folder)
+        if not (folder / "train.tsv").is_file():
+            raise InputError(f"{GLUE_URL}{ARCHIVES.get(name, '')}: holds no {name}/train.tsv; "
+                             "nothing was put in place")
         os.replace(folder, into / name)
 
 

@@ -1,7 +1,6 @@
 """Readers, downloads, batches and scores."""
 
 import functools
-import hashlib
 import http.server
 import io
 import json
@@ -190,19 +189,23 @@ def test_given_data_folder_is_never_filled_by_a_download(tmp_path):
 # ---- downloads, from a loopback server
 
 
-def archive(name):
+def archive(name, extra=()):
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
         for file, text in LAYOUT[name].items():
             z.writestr(f"{name}/{file}", text)
-        z.writestr("__MACOSX/x.tsv", "junk")
+        for member, content in (("__MACOSX/x.tsv", "junk"), *extra):
+            z.writestr(member, content)
     return out.getvalue()
+
+
+SHA256 = download.SHA256  # the server's archives are not the real ones
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """serve(name, content) puts a file where GLUE's archives are looked for, as the one that is
-    expected there; into: where tasks go. A file `cut` is announced whole and sent by half."""
+    """Serves the files in tmp_path/www as GLUE's archives; a file `cut` is announced whole and sent
+    by half."""
     www = tmp_path / "www"
     www.mkdir()
 
@@ -214,27 +217,24 @@ def server(tmp_path, monkeypatch):
         def log_message(self, *args):
             pass
 
-    def serve(name, content):
-        (www / name).write_bytes(content)
-        monkeypatch.setitem(download.SHA256, name, hashlib.sha256(content).hexdigest())
-
     handler = functools.partial(Handler, directory=www)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
         threading.Thread(target=httpd.serve_forever, args=[0.01], daemon=True).start()
         for name in ("GLUE_URL", "MRPC_URL"):
             monkeypatch.setattr(download, name, f"http://127.0.0.1:{httpd.server_port}/")
+        monkeypatch.setattr(download, "SHA256", {})
         into = tmp_path / "data"
         into.mkdir()
         monkeypatch.setattr(glue, "HERE", into)
-        yield serve, www, into
+        yield www, into
         httpd.shutdown()
 
 
 @pytest.mark.parametrize("name", [name for name in FIRST if name != "mrpc"])
 def test_missing_task_is_downloaded_once_and_read(name, server):
-    serve, www, into = server
+    www, into = server
     folder = TASKS[name].folder
-    serve(download.ARCHIVES[folder], archive(folder))
+    (www / download.ARCHIVES[folder]).write_bytes(archive(folder))
     assert load_task(name)[1].labels == FIRST[name][1]
     (www / download.ARCHIVES[folder]).unlink()
     assert load_task(name)[1].labels == FIRST[name][1]  # from disk this time
@@ -243,8 +243,8 @@ def test_missing_task_is_downloaded_once_and_read(name, server):
 
 
 def test_two_processes_that_miss_a_task_download_it_once(server, monkeypatch):
-    serve, _, _ = server
-    serve("CoLA.zip", archive("CoLA"))
+    www, into = server
+    (www / "CoLA.zip").write_bytes(archive("CoLA"))
     fetched, fetch = [], download.fetch
 
     def slow(url, file):
@@ -259,35 +259,72 @@ def test_two_processes_that_miss_a_task_download_it_once(server, monkeypatch):
 
 
 def test_mrpc_is_split_by_dev_ids_as_glue_does(server):
-    serve, _, _ = server
+    www, into = server
     header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
     rows = ["1\t7\t8\tA \"b\tB a\n", "0\t9\t10\tC\tD\n", "1\t3\t4\tE\tF\n"]
-    serve("msr_paraphrase_train.txt", (header + "".join(rows)).encode())
-    serve("mrpc_dev_ids.tsv", b"9\t10\n")
+    (www / "msr_paraphrase_train.txt").write_text(header + "".join(rows))
+    (www / "mrpc_dev_ids.tsv").write_text("9\t10\n")
     _, train, (dev,) = load_task("mrpc")
     assert train.texts == [('A "b', "B a"), ("E", "F")] and dev.texts == [("C", "D")]
     assert dev.labels == [0]
 
 
-@pytest.mark.parametrize("change,words", [
-    (lambda www: (www / "CoLA.zip").unlink(),
-     "download failed .*404.*put the files in place by hand"),
-    (lambda www: (www / "cut").touch(),
-     "the download broke off after .* of .* bytes; try again"),
-    (lambda www: (www / "CoLA.zip").write_bytes(archive("RTE")),
-     "CoLA.zip: has the SHA-256 [0-9a-f]{64}, expected ")])
-def test_a_download_that_fails_leaves_nothing_behind(server, change, words):
-    serve, www, into = server
-    serve("CoLA.zip", archive("CoLA"))
-    change(www)
+def bad_crc():
+    content = bytearray(archive("CoLA"))
+    at = content.index(b"CoLA/train.tsv") + len("CoLA/train.tsv") + 4
+    content[at] ^= 0xFF  # inside the compressed data
+    return bytes(content)
+
+
+@pytest.mark.parametrize("content,words", [
+    (None, "download failed .*404.*put the files in place by hand"),
+    ("cut", "the download broke off after .* of .* bytes; run the command again"),
+    (b"this is no archive", "CoLA.zip: not a sound zip archive"),
+    (bad_crc(), "CoLA.zip: not a sound zip archive"),
+    (archive("CoLA")[:-30], "not a sound zip archive"),
+    (archive("CoLA", [("CoLA/../../evil.tsv", "x")]),
+     "'CoLA/../../evil.tsv' points outside the archive"),
+    (archive("CoLA", [("/tmp/evil.tsv", "x")]), "points outside the archive"),
+    (archive("RTE"), "holds no CoLA/train.tsv")])
+def test_bad_archive_leaves_nothing_behind(server, content, words):
+    www, into = server
+    if content == "cut":
+        (www / "cut").touch()
+        content = archive("CoLA")
+    if content is not None:
+        (www / "CoLA.zip").write_bytes(content)
     with pytest.raises(InputError, match=words):
         load_task("cola")
+    assert list(into.iterdir()) == [] and not list(into.parent.rglob("evil.tsv"))
+
+
+def test_an_archive_with_another_checksum_is_not_used(server, monkeypatch):
+    www, into = server
+    (www / "CoLA.zip").write_bytes(archive("CoLA"))
+    monkeypatch.setattr(download, "SHA256", SHA256)
+    with pytest.raises(InputError, match="CoLA.zip: has the SHA-256 [0-9a-f]{64}, expected f212fc"):
+        download.download_task("CoLA", into)
     assert list(into.iterdir()) == []
-
-
-def test_every_download_has_a_checksum():
     names = {*download.ARCHIVES.values(), "msr_paraphrase_train.txt", "mrpc_dev_ids.tsv"}
     assert set(download.SHA256) == names
+
+
+def test_https_does_not_become_http(tmp_path, monkeypatch):
+    response = io.BytesIO(b"x")
+    response.url, response.headers = "http://elsewhere/CoLA.zip", {}
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda *args, **kw: response)
+    with pytest.raises(InputError, match="redirected to http://elsewhere/CoLA.zip, which is not"):
+        download.fetch(download.GLUE_URL + "CoLA.zip", tmp_path / "x")
+    assert download.GLUE_URL.startswith("https:") and download.MRPC_URL.startswith("https:")
+
+
+def test_archive_that_unpacks_to_too_much_is_refused(server, monkeypatch):
+    www, into = server
+    (www / "CoLA.zip").write_bytes(archive("CoLA", [("CoLA/test.tsv", "0" * 100_000)]))
+    monkeypatch.setattr(download, "LIMIT", 50_000)
+    with pytest.raises(InputError, match="unpacks to more than"):
+        load_task("cola")
+    assert list(into.iterdir()) == []
 
 
 def test_unreachable_server_is_one_clear_line(tmp_path, monkeypatch):
