@@ -21,8 +21,8 @@ it ends, the triplets that lost are cut out. Outside of it the layer is plain Lo
 
 One step is ours. BA = (BM)(M^-1 A) for any invertible M, so the triplets of a LoRA mean nothing by
 themselves. When the window opens, A and B are turned into the singular directions of BA, and theta
-starts as the singular values, scaled so that a fraction b of them is at least 1. This makes rows
-and columns orthogonal, so beta is 0 by default. `SaLoRA(.., **PAPER)` is the method as published.
+starts as singular value / sqrt(d), scaled so that a fraction b of them is at least 1. This makes
+rows and columns orthogonal, so beta is 0 by default. `SaLoRA(.., **PAPER)` is as published.
 
     salora = SaLoRA(model, targets=["up", "down"], steps=steps, r=8, budget=0.5)
     optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-3))
@@ -263,7 +263,7 @@ class SaLoRA:
     gate_lr: of log theta and lambda. By default 8/n and 24/n for a window of n steps (n = 12 if it
         has less): with AdamW they travel as far in a short window as in a long one
     lora_dropout: share of A's inputs that are zeroed in training
-    turn: turn A and B when the window opens, and start theta as the singular values; else at 1
+    turn: turn A and B when the window opens, and start theta from the singular values; else at 1
     selection: "budget" keeps the triplets of largest log theta that fit into b; "paper" keeps
         those whose gate without noise is above 0, however many they are
     fold_gates: False sets kept gates to 1, True multiplies their value into B
@@ -402,7 +402,9 @@ class SaLoRA:
         self.lam.clamp_(min=0)  # its gradient (C - b)^2 is never negative, so it does not fall
         if self.in_window and self.step == self.first and self.turn:
             sigma = turn(self.layers, optimizer)  # (K, r)
-            theta = sigma / sigma.quantile(1 - self.budget)  # b of them start at 1 or above
+            # AdamW moves all elements of B alike, so longer columns have larger singular values
+            theta = sigma / sigma.new_tensor([[len(m.lora_B)] for m in self.layers]).sqrt()
+            theta = theta / theta.quantile(1 - self.budget)  # b of them start at 1 or above
             theta = theta.nan_to_num(1.0)  # 0 / 0: nothing has been learned yet
             self.log_theta.copy_(theta.clamp(1e-3, 1e3).log())
         if self.last and self.step >= self.last and not self.pruned:
