@@ -546,14 +546,15 @@ def read_config(folder: str | Path, kind: type = EncoderConfig):
         found = raw.get(key, value)
         need(found == value, f"{file}: {key}", repr(found), f"{value!r}; no other is implemented")
     if raw.get("quantization_config"):
-        raise InputError(f"{file}: quantized weights are not read; take the model before that")
+        raise InputError(f"{file}: quantization_config: quantized weights are not read; take the "
+                         "model before quantization")
     if decoder:
         raw |= read_rope(raw, file)
     known = {}
     for f in fields(kind):
         value = raw.get(f.name)
         if value is None:
-            need(f.default is not MISSING, f"{file}: {f.name}", "missing", f"a {f.type.__name__}")
+            need(f.default is not MISSING, f"{file}: {f.name}", "missing", "a value")
             continue
         if f.type in (int, float):
             # a larger model would take forever to build
@@ -590,7 +591,8 @@ def read_rope(raw, file):
     needed = dict(default=(), linear=("factor",), llama3=("factor", *llama3)).get(kind)
     need(needed is not None, f"{file}: rope_type", repr(kind), "default, linear or llama3")
     share = rope.get("partial_rotary_factor", 1)
-    need(share in (None, 1), f"{file}: partial_rotary_factor", share, "1; no other is implemented")
+    need(share in (None, 1), f"{file}: partial_rotary_factor", repr(share),
+         "1; no other is implemented")
     original = "original_max_position_embeddings"  # the one outside comes first
     rope |= {original: raw.get(original, rope.get(original, raw.get("max_position_embeddings")))}
     for name in needed:

@@ -72,9 +72,9 @@ LAYOUT = ("; expected GLUE's files in --data, as in CoLA/train.tsv and CoLA/dev.
           "--task of your own train.tsv and dev.tsv in its folder")
 
 
-def read_table(file, header, hint=LAYOUT, skip_broken=False):
+def read_table(file, header, hint=LAYOUT):
     """Column names (numbers without a header) and the rows as (line number, cells). hint: what is
-    added where the file is not found; skip_broken: leave out rows with too few or many columns."""
+    added where the file is not found."""
     text = read_text(file, hint)
     # not splitlines: a text may hold U+2028
     lines = [(number, line.removesuffix("\r").split("\t"))
@@ -83,20 +83,12 @@ def read_table(file, header, hint=LAYOUT, skip_broken=False):
         raise InputError(f"{file}: has no rows")
     first = lines[0][1]
     names = [name.strip() for name in first] if header else list(range(len(first)))
-    whole = [row for row in lines[header:] if len(row[1]) == len(names)]
-    broken = [row for row in lines[header:] if len(row[1]) != len(names)]
-    if broken:
-        line, cells = broken[0]
-        if not (skip_broken and whole):
-            raise InputError(f"{file}: line {line} has {len(cells)} columns, expected "
-                             f"{len(names)}, separated by tabs")
-        print(f"{file}: skipped {len(broken)} broken rows, the first in line {line}")
-    return names, whole
+    return names, lines[header:]
 
 
 def read_rows(file, task, limit=None):
     """Rows of a file of the task; InputError names file, line and what was expected."""
-    names, table = read_table(file, task.header, skip_broken=task.skip_broken)
+    names, table = read_table(file, task.header)
     for column in (*task.text, task.label):
         if column not in names:
             found = f"{len(names)} columns"
@@ -106,8 +98,16 @@ def read_rows(file, task, limit=None):
                              "by tabs")
     at = [names.index(column) for column in task.text]
     label_at = names.index(task.label)
-    rows = Rows([], [])
-    for line, cells in table[:limit]:
+    rows, broken = Rows([], []), []
+    for line, cells in table:
+        if len(rows.labels) == limit:
+            break
+        if len(cells) != len(names):
+            if task.skip_broken:
+                broken.append(line)
+                continue
+            raise InputError(f"{file}: line {line} has {len(cells)} columns, expected "
+                             f"{len(names)}, separated by tabs")
         label = cells[label_at].strip()
         if task.labels is None:
             try:
@@ -124,6 +124,11 @@ def read_rows(file, task, limit=None):
             value = task.labels.index(label)
         rows.texts.append(tuple(cells[i] for i in at))
         rows.labels.append(value)
+    if broken:
+        if not rows.labels:
+            raise InputError(f"{file}: all of its {len(broken)} rows are broken, the first in line "
+                             f"{broken[0]}; expected {len(names)} columns, separated by tabs")
+        print(f"{file}: skipped {len(broken)} broken rows, the first in line {broken[0]}")
     return rows
 
 
@@ -147,6 +152,10 @@ def read_texts(file, columns):
                          f"expected {' and '.join(usual)} among them, separated by tabs")
     if not table:
         raise InputError(f"{file}: has no rows")
+    for line, cells in table:
+        if len(cells) != len(head):
+            raise InputError(f"{file}: line {line} has {len(cells)} columns, expected {len(head)}, "
+                             "separated by tabs")
     first = 2 if found else 1
     return ([line - first for line, _ in table],
             [tuple(cells[i] for i in at) for _, cells in table])
@@ -167,9 +176,9 @@ def own_task(folder):
     if label == "score":
         return task
     at = names.index(label)
-    labels = {cells[at].strip() for _, cells in table}
+    labels = {cells[at].strip() for _, cells in table if len(cells) > at}
     if "" in labels:
-        line = next(line for line, cells in table if not cells[at].strip())
+        line = next(line for line, cells in table if len(cells) > at and not cells[at].strip())
         raise InputError(f"{file}: line {line} has no label: give it one, or take the row out")
     if not 2 <= len(labels) <= 1000:
         raise InputError(f"{file}: column label has {len(labels)} distinct values, expected 2 to "
@@ -204,8 +213,8 @@ def load_task(name, data=None, limit_train=None, limit_dev=None, hold_out=None):
     rows = read_rows(folder / "train.tsv", task)
     hold_out = int(hold_out) if hold_out >= 1 else min(math.ceil(hold_out * len(rows.labels)), 3000)
     if hold_out >= len(rows.labels):
-        raise InputError(f"--hold-out is {hold_out}, expected fewer than the {len(rows.labels)} "
-                         f"rows of {folder / 'train.tsv'}")
+        raise InputError(f"--hold-out is {hold_out}, but {folder / 'train.tsv'} has "
+                         f"{len(rows.labels)} rows: hold out fewer")
     rest, held = draw_rows(len(rows.labels), hold_out)
     parts = rest[:limit_train], held[:limit_dev]
     train, dev = (Rows([rows.texts[i] for i in part], [rows.labels[i] for i in part])

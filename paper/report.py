@@ -61,7 +61,7 @@ def read_run(folder):
     result = read_result(folder)
     if result is None:
         raise InputError(f"{folder}: has no result.json, expected the folder of a finished run")
-    missing = {"history", "metrics", "ranks", "steps", "command"} - result.keys()
+    missing = {"history", "metrics", "ranks", "steps", "kept_density", "command"} - result.keys()
     if missing:
         raise InputError(f"{folder / 'result.json'}: has no {', '.join(sorted(missing))}, so "
                          "another version wrote it: run it again")

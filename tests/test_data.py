@@ -98,7 +98,8 @@ def test_broken_rows_of_qqp_do_not_count_and_a_file_of_nothing_else_is_refused(t
     assert load_task("qqp", tmp_path, limit_train=2)[1].labels == [0, 1]
     header = LAYOUT["QQP"]["dev.tsv"].split("\r\n")[0]
     (tmp_path / "QQP" / "dev.tsv").write_text(header + "\n1\t1\t2\tWhy?\n" * 3)
-    with pytest.raises(InputError, match="dev.tsv: line 2 has 4 columns, expected 6"):
+    with pytest.raises(InputError, match="dev.tsv: all of its 3 rows are broken, the first in "
+                                         "line 2; expected 6 columns"):
         load_task("qqp", tmp_path)
 
 
@@ -138,7 +139,7 @@ def test_held_out_rows_take_the_place_of_dev_and_are_out_of_train():
     assert 30 < sum(held.labels) < 70  # not the first or last rows of a file that may be sorted
     _, fewer, (again,) = load_task("demo", hold_out=100, limit_train=50, limit_dev=20)
     assert fewer.texts == train.texts[:50] and again.texts == held.texts[:20]  # always the same
-    with pytest.raises(InputError, match="--hold-out is .*, expected fewer than the"):
+    with pytest.raises(InputError, match="hold out fewer"):
         load_task("demo", hold_out=len(everything.labels))
 
 
@@ -165,7 +166,7 @@ def test_own_tsv_folder(tmp_path, header, rows, labels, values, metric):
     (b"sentence label\na 1\n", None, "separated by tabs"),
     (b"sentence\tlabel\na\t1\nb\t1\n", None, "1 distinct values"),
     (b"sentence\tlabel\n\xff\t1\n", None, "byte 15 is not UTF-8"),
-    (b"sentence\tlabel\na\t1\nb\n", None, "line 3 has 1 columns, expected 2"),
+    (b"sentence\tlabel\na\t1\nb\n", None, "1 distinct values"),
     (b"sentence\tlabel\na\t1\nb\t0\nc\n", None, "line 4 has 1 columns, expected 2"),
     (b"sentence\tlabel\na\t1\nb\t0\nc\t \n", None, "train.tsv: line 4 has no label"),
     (b"sentence\tscore\na\tx\n", None, "line 2: score is 'x', expected a number"),

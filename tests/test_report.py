@@ -303,7 +303,7 @@ def test_what_is_not_a_run_is_one_line(short, tmp_path, capsys):
             ("gates.jsonl", '{"step": 7}', "gates.jsonl: line 6 is damaged"),
             ("gates.jsonl", '{"step": 7, "density": 0.5, "open": [[1]]}',
              "gates.jsonl: line 6 is not of the 24 matrices"),
-            ("result.json", None, "has no command, history, metrics, ranks, steps")]:
+            ("result.json", None, "has no command, history, kept_density, metrics")]:
         out = tmp_path / f"{name}{len(words)}"
         shutil.copytree(short[0], out)
         before = (out / "report.html").read_bytes()

@@ -814,12 +814,16 @@ def test_finished_run_is_not_overwritten_unasked(tmp_path, short):
     assert (short[0] / "result.json").read_bytes() == before
 
 
-def test_unfinished_run_is_not_replaced_unasked(tmp_path):
-    (tmp_path / CHECKPOINT).write_text("years of work")
-    words = "did not finish: --resume goes on with it, --overwrite replaces it"
+@pytest.mark.parametrize("name,flags,words", [
+    (CHECKPOINT, [], "did not finish: --resume goes on with it, --overwrite replaces it"),
+    ("checkpoint/thesis.pt", [], "another version wrote its checkpoint/"),
+    ("checkpoint/thesis.pt", ["--resume"], "another version wrote its checkpoint/")])
+def test_unfinished_run_is_not_replaced_unasked(tmp_path, name, flags, words):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("years of work")
     with pytest.raises(InputError, match=words):
-        run(tmp_path, "--max-steps", "4")
-    assert (tmp_path / CHECKPOINT).read_text() == "years of work"
+        run(tmp_path, "--max-steps", "4", *flags)
+    assert (tmp_path / name).read_text() == "years of work"
     assert not (tmp_path / "log.jsonl").exists()
 
 

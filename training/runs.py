@@ -155,7 +155,8 @@ def clear_folder(out):
     if (out / "adapter").exists() and not any((out / name).exists() for name in names):
         raise InputError(f"--out {out}: has an adapter/ which is not of a run; give another folder")
     try:
-        shutil.rmtree(out / "adapter", ignore_errors=True)
+        for name in ("adapter", "checkpoint"):  # the second of an earlier version
+            shutil.rmtree(out / name, ignore_errors=True)
         for file in [*(out / name for name in names), *out.glob("predictions*.tsv")]:
             file.unlink(missing_ok=True)
     except OSError as e:
@@ -176,6 +177,9 @@ def refuse_taken(args, out):
     """Without a flag that says so, no run is replaced, finished or not."""
     if (out / "result.json").exists() and not args.overwrite:
         raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
+    if (out / "checkpoint").is_dir() and not args.overwrite:
+        raise InputError(f"--out {out}: another version wrote its checkpoint/, which cannot be "
+                         "resumed: give another folder, or --overwrite to start anew")
     if (out / CHECKPOINT).exists() and not (args.overwrite or args.resume):
         raise InputError(f"--out {out} holds a run that did not finish: --resume goes on with it, "
                          "--overwrite replaces it")
