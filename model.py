@@ -712,5 +712,6 @@ def load_decoder(folder: str | Path, dtype=torch.float32, device="cpu") -> Decod
         head.weight = embedding.weight
     elif tied:
         config.tie_word_embeddings = False
-        print(f"{folder}: the lm_head.weight there is not the embedding, so the two are not tied")
+        print(f"{folder}: the lm_head.weight there is not the embedding, so the two are not tied, "
+              "though tie_word_embeddings in config.json is true")
     return model

@@ -39,9 +39,10 @@ def rows_of(text):
 
 def test_readme_has_the_numbers_of_recover():
     results = known_ranks(RESULTS / "recover" / "runs.jsonl")
-    head, _, *rows = rows_of((ROOT / "README.md").read_text().split("## Results")[1])
+    section = (ROOT / "README.md").read_text().split("\n## Results\n")[1].split("\n## ")[0]
+    head, _, *rows = rows_of(section)
     methods = ["LoRA-SVD" if "singular" in name else name for name in head[1:]]
-    for (_, *cells), (teacher, kept, what) in zip(rows, README, strict=False):
+    for (_, *cells), (teacher, kept, what) in zip(rows, README, strict=True):
         share = kept * (2 if teacher == "scaled" else 1)  # the flag; its student keeps half of it
         for method, cell in zip(methods, cells, strict=True):
             mean = statistics.mean(run[what] for run in results[teacher, share, 0][method])

@@ -200,7 +200,9 @@ def read_result(out):
 def finished(args, out):
     """The result of a finished run of the same flags in `out`, or None."""
     result = read_result(out)
-    for name, value in vars(args).items() if result else ():
+    if result is None:
+        return None
+    for name, value in vars(args).items():
         found = result["settings"].get(name, value)
         if value is None and name in RESOLVED_LATER:
             continue
