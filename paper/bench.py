@@ -14,9 +14,13 @@ processes  train_glue.py in one process, and in two under torchrun, on the same 
 size       ms per step on random models by rank, targets, length and width
 llama      peak memory of a training step of the LLaMA in --model, measured and estimated
 memory     estimates for RoBERTa-large, SmolLM2-135M and LLaMA-7B; nothing is run
+gpu        on a CUDA GPU, RoBERTa-base and -large with random weights: ms and peak memory of a step
+           by method and batch size (Table 4); of transformers and PEFT too, where installed
+gpu-llama  on a CUDA GPU, LLaMA-7B with random weights: memory, training, decoding
 """
 
 import argparse
+import gc
 import json
 import math
 import multiprocessing
@@ -29,6 +33,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -41,6 +46,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for the modules beside this folder
 
+import baselines
 from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.glue import HERE, load_task
 from model import (
@@ -76,32 +82,40 @@ def classify(model, inputs, labels):
 
 
 def make_step(model, kind, r=8, targets="qkvoud", loss_of=classify):
-    """step(inputs, labels), a training step of LoRA, of SaLoRA in its window, or of SaLoRA pruned
-    to b = 0.5. The window lasts from the second step to the end, which no measurement reaches."""
+    """step(inputs, labels), a training step of full fine-tuning, LoRA, AdaLoRA, SaLoRA in its
+    window, or SaLoRA pruned to b = 0.5. The window lasts from the second step to the end, which no
+    measurement reaches."""
     torch.manual_seed(0)
-    device = next(model.parameters()).device
-    window = None if kind == "lora" else (0, 1)
-    salora = SaLoRA(model, model.target_paths(targets), steps=10**9, r=r, budget=0.5, window=window,
-                    turn=kind == "salora")
+    device, paths, steps = next(model.parameters()).device, model.target_paths(targets), 10**9
+    if kind in ("ft", "adalora"):
+        method = baselines.install(model, kind, paths, steps, r, window=(0, 1))
+    else:
+        method = SaLoRA(model, paths, steps, r, budget=0.5, turn=kind == "salora",
+                        window=None if kind == "lora" else (0, 1))
     for module in getattr(model, "head", ()):
         module.requires_grad_(True)
-    optimizer = torch.optim.AdamW(salora.param_groups(1e-3), fused=True)
+    params = [p for p in model.parameters() if p.requires_grad]
+    if isinstance(method, SaLoRA):
+        params = method.param_groups(1e-3)
+    optimizer = torch.optim.AdamW(params, 1e-3, fused=True)
 
     def step(inputs, labels):
-        salora.begin_step()
+        if method:
+            method.begin_step()
         loss = loss_of(model, inputs, labels)
-        if kind != "lora":
-            loss = loss + salora.penalty()
+        if method and kind != "lora":
+            loss = loss + method.penalty()
         loss.backward()
         optimizer.step()
-        salora.end_step(optimizer)
+        if method:
+            method.end_step(optimizer)
         optimizer.zero_grad()
 
     if kind == "pruned":
         with torch.no_grad():  # uneven ranks, as learned gates leave them; about half are open
             generator = torch.Generator(device).manual_seed(0)
-            salora.log_theta.normal_(math.log(-GAMMA / ZETA), generator=generator)
-        salora.prune(optimizer)
+            method.log_theta.normal_(math.log(-GAMMA / ZETA), generator=generator)
+        method.prune(optimizer)
     model.train()
     return step
 
@@ -109,7 +123,7 @@ def make_step(model, kind, r=8, targets="qkvoud", loss_of=classify):
 def time_steps(steps, batches, repeats, block):
     """[median ms, median of the ratios to the first system, its standard error] of each system. The
     systems take turns, `block` steps each; a ratio is that of neighboring turns."""
-    wait = torch.cuda.synchronize if batches[0][1].is_cuda else lambda: None
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds = np.zeros((repeats, len(steps)))
     for i in range(-1, repeats):  # round -1 warms up
         for j, step in enumerate(steps):
@@ -315,20 +329,22 @@ def bench_memory(args):
     return table
 
 
+def token_loss(model, ids, targets):
+    """targets (b, t) are on the CPU, as in train_instruct.py."""
+    return token_losses(model, model.hidden(ids), targets).mean()
+
+
 def peak_of_a_step(folder, device, dtype, batch, length, recompute):
     """Peak memory in bytes of two training steps of a LLaMA with SaLoRA, the second in the window.
     The process must be fresh."""
-    def loss_of(model, ids, targets):
-        return token_losses(model, model.hidden(ids), targets).mean()
-
     torch.set_num_threads(1)
     start = 0 if device.startswith("cuda") else peak_memory_mb(torch.device("cpu"))
     model = load_decoder(folder, getattr(torch, dtype), device)
     model.checkpoint_activations = recompute
-    step = make_step(model, "salora", loss_of=loss_of)
-    ids, targets = torch.randint(model.config.vocab_size, (2, batch, length), device=device)
+    step = make_step(model, "salora", loss_of=token_loss)
+    ids, targets = torch.randint(model.config.vocab_size, (2, batch, length))
     for _ in range(2):
-        step(ids, targets)
+        step(ids.to(device), targets)
     return (peak_memory_mb(torch.device(device)) - start) * 2**20
 
 
@@ -357,10 +373,133 @@ def bench_llama(args):
 
 
 # -------------------------------------------------------------------------------------------------
+# gpu and gpu-llama: on a CUDA GPU, in this process, with random weights
+
+ROBERTA = {
+    "RoBERTa-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+                         intermediate_size=3072),
+    "RoBERTa-large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+                          intermediate_size=4096)}
+ROBERTA_REST = dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+BATCHES, SIDE = (8, 16, 32, 64), 8192
+GPU_KINDS = {"ft": "FT", "lora": "LoRA", "adalora": "AdaLoRA"} | KINDS
+LLAMA_7B = DecoderConfig(vocab_size=32000, hidden_size=4096, num_hidden_layers=32,
+                         num_attention_heads=32, intermediate_size=11008)
+
+
+def random_step(config, kind):
+    return make_step(Encoder(config, 2), kind)
+
+
+def peft_step(shape):
+    """step(inputs, labels) of transformers' RoBERTa with PEFT's LoRA."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+    config = RobertaConfig(**shape, **ROBERTA_REST, num_labels=2, pad_token_id=1)
+    targets = ["query", "key", "value", "attention.output.dense", "intermediate.dense",
+               "output.dense"]
+    model = get_peft_model(RobertaForSequenceClassification(config), LoraConfig(
+        r=8, lora_alpha=8, lora_dropout=0.0, task_type="SEQ_CLS", target_modules=targets))
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], 1e-3, fused=True)
+    model.train()
+
+    def step(inputs, labels):
+        F.cross_entropy(model(input_ids=inputs[0]).logits, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def bench_gpu(args):
+    """Batches of 128 tokens a row without padding, float32 through TensorFloat-32."""
+    with_peft = find_spec("transformers") and find_spec("peft")
+    if not with_peft:
+        print("transformers and peft are not installed: without their rows")
+    table = []
+    for (name, shape), batch in product(ROBERTA.items(), BATCHES):
+        config = EncoderConfig("roberta", **shape, **ROBERTA_REST)
+        builds = {label: partial(random_step, config, kind) for kind, label in GPU_KINDS.items()}
+        if with_peft:
+            builds["LoRA, transformers + PEFT"] = partial(peft_step, shape)
+        ids = torch.randint(2, ROBERTA_REST["vocab_size"], (batch, 128), device=args.device)
+        data = [((ids, None, None), torch.zeros(batch, dtype=torch.long, device=args.device))]
+        steps, peaks = {}, {}
+        for label, build in builds.items():
+            gc.collect()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            with torch.device(args.device):
+                steps[label] = build()
+            for _ in range(3):  # the third is in the window, with gates that were learned once
+                steps[label](*data[0])
+            peaks[label] = torch.cuda.max_memory_allocated() - before
+        order = sorted(steps, key=lambda label: label != GPU_KINDS["lora"])  # ratios to the first
+        times = time_steps([steps[label] for label in order], data, args.repeats * 2, 3)
+        times = dict(zip(order, times))
+        for label in steps:
+            ms, ratio, error = times[label]
+            table.append({"model": name, "batch": batch, "step": label, "ms": round(ms, 1),
+                          "ratio to LoRA": round(ratio, 3), "± standard error": round(error, 3),
+                          "peak MB": round(peaks[label] / 2**20)})
+            print(*table[-1].values(), flush=True)
+    return table
+
+
+def bench_gpu_llama(args):
+    """Training steps of SaLoRA in its window, bfloat16. TFLOP/s counts 4 operations per token and
+    frozen weight: not attention, and not what is computed again for --checkpoint-activations."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(args.device):
+        model = Decoder(LLAMA_7B)
+        a, b = torch.randn(2, SIDE, SIDE)
+    torch.set_default_dtype(torch.float32)
+    [(ms, _, _)] = time_steps([lambda a, b: a @ b], [(a, b)], 5, 20)
+    peak = 2 * SIDE**3 / ms / 1e9
+    table = [{"what": f"product of matrices of {SIDE} x {SIDE}", "ms": round(ms, 2),
+              "TFLOP/s": round(peak)}]
+    del a, b
+    model.eval()
+    for batch in (1, 16):
+        prompts = [[1] * 32 for _ in range(batch)]
+        for tokens in (8, 128):  # the first warms up
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in model.generate(prompts, tokens):
+                pass
+            seconds = time.perf_counter() - start
+        table.append({"what": f"decoding, {batch} rows of 32 tokens, 128 new ones",
+                      "ms": round(1000 * seconds / 128, 1),
+                      "tokens/s": round(batch * 128 / seconds)})
+    frozen = sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()
+    step = make_step(model, "salora", loss_of=token_loss)
+    for batch, recompute in ((4, True), (4, False), (16, True)):
+        model.checkpoint_activations = recompute
+        ids, targets = torch.randint(LLAMA_7B.vocab_size, (2, batch, 512))
+        data = ids.to(args.device), targets
+        step(*data)
+        torch.cuda.reset_peak_memory_stats()
+        [(ms, _, _)] = time_steps([step], [data], args.repeats, 3)
+        measured = torch.cuda.max_memory_allocated() / 2**30
+        paper = sum(paper_memory(MODELS["LLaMA-7B"], batch, 512, 2, recompute).values()) / 2**30
+        tflops = 4 * frozen * batch * 512 / ms / 1e9
+        table.append({
+            "what": f"training, {batch} x 512{', --checkpoint-activations' * recompute}",
+            "ms": round(ms, 1), "tokens/s": round(batch * 512e3 / ms), "TFLOP/s": round(tflops),
+            "of the product's": round(tflops / peak, 2), "measured GiB": round(measured, 1),
+            "on paper GiB": round(paper, 1), "ratio": round(measured / paper, 2)})
+    columns = dict.fromkeys(key for row in table for key in row)
+    return [{key: row.get(key, "") for key in columns} for row in table]
+
+
+# -------------------------------------------------------------------------------------------------
 
 BENCHES = dict(
     step=bench_step, loop=bench_loop, start=bench_start, options=bench_options,
-    processes=bench_processes, size=bench_size, memory=bench_memory, llama=bench_llama)
+    processes=bench_processes, size=bench_size, memory=bench_memory, llama=bench_llama,
+    gpu=bench_gpu) | {"gpu-llama": bench_gpu_llama}
 
 
 def main():
@@ -385,6 +524,12 @@ def main():
         parser.error(f"{', '.join(unknown)}: no such table, expected any of {', '.join(BENCHES)}")
     if args.peers and args.task != "cola":
         parser.error(f"--peers: the peers run cola, --task is {args.task}")
+    if any(name.startswith("gpu") for name in args.what):
+        if not torch.cuda.is_available():
+            parser.error("gpu: torch finds no CUDA GPU, and this is measured on one")
+        args.device = "cuda"
+    if args.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # as in a run
     torch.set_num_threads(args.threads)
     tables = {}
     for name in args.what or ["step"]:

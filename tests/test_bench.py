@@ -1,8 +1,10 @@
 """bench.py runs, and its paper estimate of memory is what autograd keeps. Times are not tested."""
 
+import argparse
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -72,3 +74,29 @@ def test_tables_as_json_and_as_text():
     assert fits["LLaMA-7B", "4 x 512", "bfloat16", "no"] == ("no", "fits")
     assert fits["LLaMA-7B", "16 x 512", "bfloat16", "no"] == ("no", "fits")
     assert run("memory").count("| LLaMA-7B |") == 8
+
+
+@pytest.mark.slow
+def test_gpu_tables(monkeypatch):
+    """On small sizes and, but for CUDA's counters, on the CPU."""
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr(sys, "argv", ["bench.py", "gpu"])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        bench.main()
+    for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 2**20)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    monkeypatch.setattr(bench, "ROBERTA", {"small": small})
+    monkeypatch.setattr(bench, "LLAMA_7B", DecoderConfig(vocab_size=60, **small))
+    monkeypatch.setattr(bench, "BATCHES", (2,))
+    monkeypatch.setattr(bench, "SIDE", 64)
+    args = argparse.Namespace(device="cpu", repeats=1)
+    table = bench.bench_gpu(args)
+    assert [row["step"] for row in table][:5] == [*bench.GPU_KINDS.values()]
+    assert {row["step"]: row["ratio to LoRA"] for row in table}["LoRA"] == 1
+    assert all(row["ms"] > 0 and row["peak MB"] == 0 for row in table)  # the same count twice
+    assert len(table) == 5 + bool(find_spec("peft") and find_spec("transformers"))
+    product, *decoding, alone, more, wide = bench.bench_gpu_llama(args)
+    assert len(decoding) == 2 and all(row["tokens/s"] > 0 for row in decoding)
+    assert alone["on paper GiB"] < wide["on paper GiB"] < more["on paper GiB"]

@@ -286,7 +286,8 @@ def bad_crc():
     (archive("CoLA", [("CoLA/../../evil.tsv", "x")]),
      "'CoLA/../../evil.tsv' points outside the archive"),
     (archive("CoLA", [("/tmp/evil.tsv", "x")]), "points outside the archive"),
-    (archive("RTE"), "holds no CoLA/train.tsv")])
+    (archive("RTE"), "holds no CoLA/train.tsv")],
+    ids=["absent", "cut", "text", "crc", "short", "parent", "absolute", "other"])
 def test_bad_archive_leaves_nothing_behind(server, content, words):
     www, into = server
     if content == "cut":
