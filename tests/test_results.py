@@ -15,10 +15,13 @@ from paper import experiments, recover
 ROOT = Path(recover.__file__).parents[1]
 RESULTS = ROOT / "results"
 ERROR, RANKS = "relative_error", "rank_error"
-README = [  # the rows of README's table: teacher, share that is kept, what is shown
+README = [  # the first rows of README's table: teacher, share that is kept, what is shown
     ("small", 0.5, ERROR), ("small", 0.5, RANKS), ("scaled", 0.25, ERROR),
     ("pretrained", 0.5, ERROR), ("pretrained", 0.5, RANKS), ("pretrained", 0.25, ERROR),
     ("pretrained", 0.125, ERROR)]
+README_TASKS = [  # the others: methods of results/tasks, columns of the table but AdaLoRA
+    ("LoRA", "LoRA r 4", "LoRA-SVD", "SaLoRA"),
+    ("LoRA", "LoRA r 1", "LoRA-SVD budget 0.125", "SaLoRA budget 0.125")]
 
 
 def known_ranks(file):
@@ -42,12 +45,16 @@ def test_readme_has_the_numbers_of_recover():
     section = (ROOT / "README.md").read_text().split("\n## Results\n")[1].split("\n## ")[0]
     head, _, *rows = rows_of(section)
     methods = ["LoRA-SVD" if "singular" in name else name for name in head[1:]]
-    for (_, *cells), (teacher, kept, what) in zip(rows, README, strict=True):
+    for (_, *cells), (teacher, kept, what) in zip(rows[:-2], README, strict=True):
         share = kept * (2 if teacher == "scaled" else 1)  # the flag; its student keeps half of it
         for method, cell in zip(methods, cells, strict=True):
             mean = statistics.mean(run[what] for run in results[teacher, share, 0][method])
             digits = len(cell.partition(".")[2])
             assert abs(float(cell) - mean) <= 0.5001 * 10**-digits, (teacher, method, what)
+    means = {row[0]: float(row[9]) for row in rows_of((RESULTS / "tasks" / "table.md").read_text())
+             if len(row) > 11 and row[0] not in ("method", "---")}
+    for (_, *cells), names in zip(rows[-2:], README_TASKS, strict=True):
+        assert [float(cell) for cell in cells if cell] == [round(means[name], 1) for name in names]
 
 
 @pytest.mark.parametrize("table,runs", [("recover/table.md", "recover/runs.jsonl"),
