@@ -61,7 +61,7 @@ from model import (
 from salora import GAMMA, ZETA, SaLoRA
 from train_instruct import token_losses
 from training.device import peak_memory_mb
-from training.runs import markdown
+from training.runs import markdown, run_command
 
 # -------------------------------------------------------------------------------------------------
 # step and size: in this process
@@ -502,7 +502,7 @@ BENCHES = dict(
     gpu=bench_gpu) | {"gpu-llama": bench_gpu_llama}
 
 
-def main():
+def main(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = parser.add_argument
@@ -519,7 +519,7 @@ def main():
     arg("--repeats", type=int, default=3,
         help="turns of each system; step takes ten times as many (default: 3)")
     arg("--json", action="store_true", help="print JSON instead of tables")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if unknown := set(args.what) - set(BENCHES):
         parser.error(f"{', '.join(unknown)}: no such table, expected any of {', '.join(BENCHES)}")
     if args.peers and args.task != "cola":
@@ -542,8 +542,8 @@ def main():
             torch=torch.__version__, cpu=platform.processor() or platform.machine(),
             threads=args.threads,
             device=torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu")
-        print(json.dumps(dict(machine=machine, command=sys.argv[1:], **tables), indent=1))
+        print(json.dumps(dict(machine=machine, command=argv, **tables), indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, None)

@@ -79,10 +79,9 @@ def test_tables_as_json_and_as_text():
 @pytest.mark.slow
 def test_gpu_tables(monkeypatch):
     """On small sizes and, but for CUDA's counters, on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
-        monkeypatch.setattr(sys, "argv", ["bench.py", "gpu"])
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        bench.main()
+        bench.main(["gpu"])
     for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: 2**20)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -100,3 +99,10 @@ def test_gpu_tables(monkeypatch):
     product, *decoding, alone, more, wide = bench.bench_gpu_llama(args)
     assert len(decoding) == 2 and all(row["tokens/s"] > 0 for row in decoding)
     assert alone["on paper GiB"] < wide["on paper GiB"] < more["on paper GiB"]
+
+
+def test_a_wrong_folder_is_one_line(tmp_path):
+    done = subprocess.run([sys.executable, bench.__file__, "step", "--model", str(tmp_path)],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{tmp_path}/config.json" in done.stderr
