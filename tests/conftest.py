@@ -1,7 +1,12 @@
+import os
 import sys
 from pathlib import Path
 
-import torch
+# On the CPU also where there is a GPU: tests compare bytes, and start two processes at a time.
+# CUDA_VISIBLE_DEVICES=0 python -m pytest tries a GPU.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import torch  # noqa: E402
 
 # the modules are files beside this folder, nothing is installed
 sys.path.insert(0, str(Path(__file__).parent.parent))
