@@ -51,7 +51,7 @@ from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.download import model_folder
 from data.glue import HERE, load_task
 from model import load_encoder
-from paper.experiments import figure, shuffled
+from paper.experiments import figure, shuffled, span
 from training.flags import WINDOWS, at_least, flag_group, need, new_parser
 from training.loop import lr_factor
 from training.runs import markdown, write_json, write_text
@@ -333,11 +333,11 @@ def tables(results):
     """A table for each {(teacher, budget, noise): {method: [result ..]}}."""
     text = []
     for (teacher, budget, noise), rows in results.items():
-        first = next(iter(rows.values()))[0]
-        r, true = first["settings"]["r"], first["true_ranks"].values()
-        room = room_of(teacher, budget)
-        text.append(f"{teacher}, budget {room:g}, noise {noise:g}: {sum(true)} of "
-                    f"{r * len(true)} ranks to find\n")
+        seeds = next(iter(rows.values()))
+        true = span([sum(run["true_ranks"].values()) for run in seeds])
+        most = seeds[0]["settings"]["r"] * len(seeds[0]["true_ranks"])
+        text.append(f"{teacher}, budget {room_of(teacher, budget):g}, noise {noise:g}: {true} of "
+                    f"{most} ranks to find\n")
         text.append(markdown(
             ["method", "relative error", "rank error", "parameters kept", "C before the cut"],
             [[method, mean_each([r["relative_error"] for r in runs], "{:.4f}"),
