@@ -10,9 +10,9 @@ Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA, or with a method it is co
     torchrun --nproc-per-node 2 train_glue.py .. # splits every step's rows; one GPU per process
 
 The columns of your own files are sentence (or sentence1, sentence2) and label (or score). The
-experiments are table1, ablation, efficiency, ranks, sweep, components and recover. A run leaves in
---out: report.html (the run as one page), result.json, log.jsonl, gates.jsonl, predictions.tsv,
-adapter/ (loads in PEFT) and checkpoint.safetensors (for --resume).
+experiments are table1, ablation, efficiency, ranks, shuffle, sweep, components and recover. A run
+leaves in --out: report.html (the run as one page), result.json, log.jsonl, gates.jsonl,
+predictions.tsv, adapter/ (loads in PEFT) and checkpoint.safetensors (for --resume).
 """
 
 import argparse
