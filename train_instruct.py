@@ -20,8 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import adapter
 from data import InputError
@@ -51,6 +49,7 @@ from training.inference import (
     open_model,
     subcommand,
 )
+from training.loop import token_losses
 
 
 def parse_args(argv=None):
@@ -107,24 +106,6 @@ def collate(examples, device, on_prompt=False):
         start = 0 if on_prompt else len(e.prompt) - 1
         targets[i, start:len(e) - 1] = ids[i, start + 1:len(e)]
     return send(ids, device), targets
-
-
-def token_losses(model, x, targets, chunk=1024):
-    """Cross-entropy in float32 of the positions of x (b, t, d) that have a target: (n,). The
-    vocabulary is large: only `chunk` positions have their logits in memory at a time, in the
-    backward pass too, which computes them again."""
-    targets = targets.flatten()
-    asked = (targets != -100).nonzero().squeeze(1)  # (n,), numbers of positions
-    targets = send(targets[asked], x.device)  # (n,)
-    x = x.flatten(0, 1).index_select(0, send(asked, x.device))  # (n, d)
-
-    def losses(x, targets):
-        return F.cross_entropy(model.lm_head(x).float(), targets, reduction="none")
-
-    parts = zip(x.split(chunk), targets.split(chunk))
-    if not torch.is_grad_enabled():
-        return torch.cat([losses(*part) for part in parts])
-    return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
 
 
 @torch.no_grad()

@@ -59,8 +59,8 @@ from model import (
     read_config,
 )
 from salora import GAMMA, ZETA, SaLoRA
-from train_instruct import token_losses
 from training.device import peak_memory_mb
+from training.loop import token_losses
 from training.runs import markdown, run_command
 
 # -------------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from data.instruct import Example, encode, fill, load_instructions, split
 from data.make_demo import make_instructions
 from data.style import tidy
 from model import load_decoder, stop_ids
-from train_instruct import DEMO, collate, evaluate, token_losses
+from train_instruct import DEMO, collate, evaluate
+from training.loop import token_losses
 from training.runs import CHECKPOINT
 
 ROOT = Path(train_instruct.__file__).parent

@@ -1,5 +1,5 @@
 """
-One run: learning rate schedule, the method put into the model, training loop and log.
+One run: learning rate schedule, method put into the model, a LLaMA's loss, training loop and log.
 """
 
 import contextlib
@@ -14,13 +14,15 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+import torch.utils.checkpoint
 from safetensors import SafetensorError
 
 import adapter
 import baselines
 import salora as sl
 from data import InputError
-from data.batching import batch_order
+from data.batching import batch_order, send
 from model import DECODER_LINEARS, LINEARS, Decoder
 from training.device import PROCESSES, RANK, peak_memory_mb
 from training.flags import CUT, NOT_OF_A_RUN, in_words, need
@@ -136,6 +138,25 @@ def announce(settings, line):
     """Prints the resolved settings and the line."""
     print("settings: " + " ".join(f"{k}={in_words(v)}" for k, v in settings.items()))
     print(line)
+
+
+def token_losses(model, x, targets, chunk=1024):
+    """Cross-entropy in float32 of the positions of x (b, t, d) that have a target: (n,). The
+    vocabulary is large: only `chunk` positions have their logits in memory at a time, in the
+    backward pass too, which computes them again."""
+    targets = targets.flatten()
+    asked = (targets != -100).nonzero().squeeze(1)  # (n,), numbers of positions
+    targets = send(targets[asked], x.device)  # (n,)
+    x = x.flatten(0, 1).index_select(0, send(asked, x.device))  # (n, d)
+
+    def losses(x, targets):
+        return F.cross_entropy(model.lm_head(x).float(), targets, reduction="none")
+
+    parts = zip(x.split(chunk), targets.split(chunk))
+    if not torch.is_grad_enabled():
+        return torch.cat([losses(*part) for part in parts])
+    return torch.cat([torch.utils.checkpoint.checkpoint(losses, *part, use_reentrant=False)
+                      for part in parts])
 
 
 class Log:
