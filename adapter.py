@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from data import InputError, need
+from data import InputError, need, sync
 from model import HEADS, TIED, full_name, open_tensors, output_names, read_json, weight_files
 from salora import GO_PAST, SaLoRALinear, adapters, find, plain, rank_map, unwrap, updated
 
@@ -119,6 +119,7 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
     # save_file lets nobody else read its file
     shutil.copymode(folder / "salora.json.new", folder / "adapter_model.safetensors.new")
     for name in ("salora.json", "adapter_model.safetensors", "adapter_config.json"):
+        sync(folder / f"{name}.new")
         os.replace(folder / f"{name}.new", folder / name)  # there is never half a file
 
 

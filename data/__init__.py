@@ -34,6 +34,15 @@ def locked(folder, wait=True):
         os.close(handle)
 
 
+def sync(path):
+    """Waits until a file, or a folder's list of its files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read_text(file, hint=""):
     """A text file without the byte order mark that it may start with, its line ends as they are.
     hint: what is added where it is not found."""

@@ -155,6 +155,27 @@ def test_a_kill_while_a_checkpoint_is_renamed_leaves_one(tmp_path, whole, capsys
         assert traces(out) == traces(whole[0] / "seed0")
 
 
+def test_a_power_cut_leaves_no_empty_file(tmp_path, monkeypatch):
+    """What is renamed is on the disk before: the files of the adapter and of the run."""
+    synced, moved = set(), set()
+    fsync, replace = os.fsync, os.replace
+
+    def noted(handle):
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def checked(new, old):
+        assert os.stat(new).st_ino in synced, old
+        moved.add(Path(old).name)
+        replace(new, old)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", checked)
+    train_glue.main([*PLAIN, "--max-steps", "2", "--limit-dev", "8", "--out", str(tmp_path / "r")])
+    assert moved >= {"result.json", "predictions.tsv", runs.CHECKPOINT, "adapter_config.json",
+                     "adapter_model.safetensors", "report.html"}
+
+
 def test_a_damaged_checkpoint_is_named_and_stays(tmp_path, capsys):
     out = tmp_path / "r"
     flags = [*SHORT, "--limit-dev", "20", "--max-steps", "3", "--out", str(out)]

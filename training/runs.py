@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import InputError, locked
+from data import InputError, locked, sync
 from model import read_json
 from training.device import PROCESSES, RANK, join_processes
 from training.flags import (
@@ -38,9 +38,10 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 def write_text(file, text):
-    """Writes all of it or nothing."""
+    """Writes all of it or nothing, a power cut included."""
     beside = file.with_name(file.name + ".new")
     beside.write_text(text, encoding="utf-8")
+    sync(beside)
     os.replace(beside, file)
 
 
@@ -52,15 +53,6 @@ def markdown(head, rows):
     """A table."""
     rows = (head, ["---"] * len(head), *rows)
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
-
-
-def sync(path):
-    """Waits until a file, or a folder's list of its files, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save_checkpoint(file, optimizer, lowrank, progress):
