@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 import salora as sl
 import train_glue
+from data import InputError
 from training import loop, runs
 
 PLAIN = ["--threads", "1", "--limit-train", "224", "--limit-dev", "60", "--epochs", "3",
@@ -153,6 +154,26 @@ def test_a_kill_while_a_checkpoint_is_renamed_leaves_one(tmp_path, whole, capsys
         train_glue.main([*SHORT, "--out", str(out), "--resume"])
         assert "resumed at step" in capsys.readouterr().out
         assert traces(out) == traces(whole[0] / "seed0")
+
+
+@pytest.mark.parametrize("other", ["--r 4", "--r 2 --targets q v", "alpha"])
+def test_resume_refuses_an_adapter_that_has_changed(other, tmp_path):
+    def run(name, *flags):
+        train_glue.main([*SHORT, "--limit-dev", "8", "--max-steps", "2", "--method", "lora",
+                         "--out", str(tmp_path / name), *flags])
+
+    run("start", "--r", "2")
+    run("r", "--adapter", str(tmp_path / "start" / "adapter"))
+    (tmp_path / "r" / "result.json").unlink()
+    if other == "alpha":
+        file = tmp_path / "start" / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(lora_alpha=6)))
+    else:
+        run("start", *other.split(), "--overwrite")
+    before = (tmp_path / "r" / runs.CHECKPOINT).read_bytes()
+    with pytest.raises(InputError, match="--resume: --adapter .* has other matrices, ranks or sca"):
+        run("r", "--adapter", str(tmp_path / "start" / "adapter"), "--resume")
+    assert before == (tmp_path / "r" / runs.CHECKPOINT).read_bytes()
 
 
 def test_a_power_cut_leaves_no_empty_file(tmp_path, monkeypatch):

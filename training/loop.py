@@ -270,8 +270,9 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
 
     # ---- resume, or start anew
     log, step, history = Log(out, plan, device), 0, []
+    matrices = {path: [m.r, m.scale] for path, m in sl.adapters(model).items()}
     if args.resume and (out / CHECKPOINT).exists():
-        progress = load_checkpoint(out / CHECKPOINT, optimizer, lowrank, settings)
+        progress = load_checkpoint(out / CHECKPOINT, optimizer, lowrank, settings, matrices)
         step, history = progress["step"], progress["history"]
         log.resume(step, progress["seconds"], progress["open_line"])
         print(f"resumed at step {step} of {steps}")
@@ -286,7 +287,7 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
         if RANK == 0:
             save_checkpoint(out / CHECKPOINT, optimizer, lowrank, dict(
                 step=step, history=history, seconds=log.seconds, settings=settings,
-                open_line=log.state()))
+                matrices=matrices, open_line=log.state()))
         log.restart_clock()
 
     # ---- the loop

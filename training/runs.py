@@ -82,8 +82,9 @@ def save_checkpoint(file, optimizer, lowrank, progress):
     sync(file.parent)
 
 
-def load_checkpoint(file, optimizer, lowrank, settings):
-    """The inverse of save_checkpoint. Returns progress."""
+def load_checkpoint(file, optimizer, lowrank, settings, matrices):
+    """The inverse of save_checkpoint. Returns progress. matrices: {path: [rank, scale]} of the
+    adapters at the start: the folder of --adapter may have changed since."""
     try:
         with safe_open(file, "pt") as f:
             progress = json.loads((f.metadata() or {})["progress"])
@@ -91,8 +92,12 @@ def load_checkpoint(file, optimizer, lowrank, settings):
     except (OSError, SafetensorError, ValueError, KeyError) as e:
         raise InputError(f"--resume: {file} is damaged ({e}): --overwrite without --resume starts "
                          "anew") from None
+    before, given = progress["settings"], settings["adapter"]
+    if given and before.get("adapter") == given and progress.get("matrices", matrices) != matrices:
+        raise InputError(f"--resume: --adapter {given} has other matrices, ranks or scales than "
+                         f"when {file} was written: put back what it held")
     for name, value in settings.items():
-        found = progress["settings"].get(name)
+        found = before.get(name)
         if found != value and name not in MAY_CHANGE:
             raise InputError(f"--resume: {flag(name)} is {in_words(value)}, but {file} was written "
                              f"with {in_words(found)}: give the run's own flags")
