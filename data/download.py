@@ -140,7 +140,10 @@ def model_folder(name):
         raise InputError(f"--model {name}: no such folder; expected a folder in Hugging Face "
                          "layout or a hub name such as roberta-base")
     from huggingface_hub import snapshot_download
-    wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    # all that model.py and batching.py may read: a cased BERT says so in tokenizer_config.json
+    wanted = ["model*.safetensors", "model.safetensors.index.json", "config.json",
+              "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+              "special_tokens_map.json", "added_tokens.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as e:  # the hub client's errors are many, and all mean the same here

@@ -1,5 +1,6 @@
 """Readers, downloads, batches and scores."""
 
+import fnmatch
 import functools
 import http.server
 import io
@@ -349,8 +350,17 @@ def test_model_folder_or_hub_name(tmp_path, monkeypatch):
         download.model_folder("roberta-base")
     assert "--model roberta-base" in str(e.value) and "no route" in str(e.value)
     assert "\n" not in str(e.value)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download",
-                        lambda name, allow_patterns: str(tmp_path / name))
+    files = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+             "special_tokens_map.json", "added_tokens.json", "model.safetensors.index.json",
+             "model-00001-of-00002.safetensors"}  # all that is read of a folder
+
+    def snapshot(name, allow_patterns):
+        found = {file for file in {*files, "pytorch_model.bin", "tf_model.h5"}
+                 if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns)}
+        assert found == files
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert download.model_folder("roberta-base") == tmp_path / "roberta-base"
 
 
