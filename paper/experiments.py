@@ -45,6 +45,7 @@ from data import InputError
 from data.batching import load_tokenizer, tokenize
 from data.download import model_folder
 from data.glue import load_task
+from data.metrics import spearmanr
 from model import LINEARS, Encoder, read_config
 from training.flags import need, new_parser
 from training.runs import finished, markdown, mean_std, write_json, write_text
@@ -440,13 +441,6 @@ def shuffled(ranks, model, seed):
     return table
 
 
-def spearman(a, b):
-    """Rank correlation of two lists of numbers; ties share the mean of their places."""
-    a, b = ((x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2 for x in map(np.array, (a, b)))
-    with np.errstate(invalid="ignore"):  # nan: all of one list are equal
-        return np.corrcoef(a, b)[0, 1]
-
-
 def shuffle(args, common):
     """A run of LoRA has the seed, so the head, order of rows and start of A, of the SaLoRA whose
     ranks it is given."""
@@ -482,7 +476,7 @@ def shuffle(args, common):
     if len(args.seeds) > 1:
         text += "\nRank correlation of the found ranks, mean of the pairs of seeds:"
         for task, lists in tables.items():
-            pairs = itertools.starmap(spearman, itertools.combinations(lists, 2))
+            pairs = itertools.starmap(spearmanr, itertools.combinations(lists, 2))
             text += f" {task} {statistics.mean(pairs):.2f}"
         text += "\n"
     return results, text, {"scores.png": (dots, results)}

@@ -143,12 +143,6 @@ def test_shuffled_ranks_stay_among_matrices_of_one_shape():
     assert dealt == experiments.shuffled(table, model, 0)
 
 
-def test_spearman_is_scipys():
-    """Right values: scipy.stats.spearmanr, 1.17.1."""
-    assert experiments.spearman([1, 2, 3], [9, 8, 7]) == pytest.approx(-1)
-    assert experiments.spearman([1, 2, 2, 5], [2, 1, 8, 9]) == pytest.approx(0.632455532)
-
-
 @pytest.mark.slow
 def test_shuffle_gives_lora_found_shuffled_and_equal_ranks_seed_by_seed(tmp_path, here, capsys):
     out = tmp_path / "a folder"
