@@ -86,7 +86,7 @@ class SaLoRALinear(nn.Module):
 
     def matrices(self):
         """A (r, k) and B diag(g) (d, r)."""
-        # inside a backward pass, which has an id, checkpointing computes again
+        # checkpointing computes activations again in the backward pass, which has an id from 0
         if self.spent and torch._C._current_graph_task_id() < 0:
             raise RuntimeError("a forward pass in the window needs its own salora.begin_step()")
         return self.lora_A, self.lora_B if self.gates is None else self.lora_B * self.gates
@@ -311,18 +311,18 @@ class SaLoRA:
         self.selection = selection or ("budget" if price is None else "paper")
         self.step = self.start = 0  # start: the first step, or the first after a resume
         self.pruned, self.final_density = False, None  # C just before the cut
-        device = self.layers[0].lora_A.device
-        self.log_theta = nn.Parameter(torch.zeros(len(self.layers), max(ranks), device=device))
+        device, shape = self.layers[0].lora_A.device, (len(self.layers), max(ranks))  # (K, r)
+        self.log_theta = nn.Parameter(torch.zeros(shape, device=device))
         self.lam = nn.Parameter(torch.zeros((), device=device))  # lambda
-        self.size = torch.tensor([sum(m.base.weight.shape) for m in self.layers], device=device)
+        sizes = [sum(m.base.weight.shape) for m in self.layers]  # parameters of a triplet, d + k
+        self.size = torch.tensor(sizes, device=device)  # (K,)
         self.initial_params = self.kept_params()
         self.generator = torch.Generator("cpu" if device.type == "meta" else device)
         self.rest()
 
     def param_groups(self, lr: float, weight_decay: float = 0.01) -> list:
-        """For a torch optimizer: the trainable weights; log theta; lambda, which climbs where the
-        others descend. A schedule of the learning rate is for the first group alone. Without a
-        window there is no other."""
+        """For a torch optimizer: the trainable weights and, with a window, log theta and lambda,
+        which is maximized. A schedule of the learning rate is for the first group alone."""
         weights = [p for p in self.model.parameters() if p.requires_grad]
         groups = [dict(params=weights, lr=lr, weight_decay=weight_decay)]
         if self.gated:
@@ -341,7 +341,7 @@ class SaLoRA:
              "the number of optimizer steps of the whole run")
         probe = max(self.layers, key=lambda m: m.rank).lora_B
         stepped = probe._version != self.begun  # counts changes in place, but not a fused step
-        stepped |= self.step == 0 and self.penalized and probe.grad is None
+        stepped |= self.step == 0 and self.zero.grad is not None and probe.grad is None
         need(self.begun is None or not stepped, "the optimizer has stepped since the last "
              "begin_step(): call salora.end_step(optimizer) after every optimizer.step()")
         self.begun = probe._version
@@ -369,16 +369,16 @@ class SaLoRA:
 
     def rest(self):
         """Between two steps: nothing has begun, and the gates are those of evaluation."""
-        self.begun, self.penalized = None, False  # begun: B's version at begin_step()
+        self.begun = None  # begin_step() notes how often a B has been changed in place
+        # in every penalty(): gets a gradient by any backward pass, also where nothing else does
+        self.zero = self.lam.new_zeros((), requires_grad=True)
         self.set_gates(deterministic_gates(self.log_theta) if self.in_window else None)
 
     def penalty(self) -> torch.Tensor:
         """What is added to the task loss, once a step: a scalar."""
-        self.penalized = True
-        # so that a loss without a gradient gets as far as check(), which says what is wrong
-        total = self.lam.new_zeros((), requires_grad=True)
+        total = self.zero
         if self.beta:
-            live = sum(m.rank > 0 for m in self.layers)  # mean over 2K matrices, or sum
+            live = sum(m.rank > 0 for m in self.layers)  # 2K matrices: their mean, or their sum
             orth = sum(self.orthogonality()) * (0.5 if self.orth_reduction == "mean" else live)
             total = total + self.beta * orth
         if self.in_window and self.price is not None:
@@ -396,7 +396,7 @@ class SaLoRA:
             self.check(optimizer)
         self.step += 1
         self.log_theta.grad = self.lam.grad = None  # a loop may zero the model's gradients alone
-        self.lam.clamp_(min=0)  # its gradient (C - b)^2 is never negative, so it does not fall
+        self.lam.clamp_(min=0)  # eq. 12's lambda is; its gradient (C - b)^2 never lowers it
         if self.in_window and self.step == self.first and self.turn:
             sigma = turn(self.layers, optimizer)  # (K, r)
             # AdamW moves all elements of B alike, so longer columns have larger singular values
@@ -409,8 +409,7 @@ class SaLoRA:
         self.rest()
 
     def density(self) -> torch.Tensor:
-        """C, the share of adapter parameters expected to stay; after the cut, the share that did:
-        a scalar."""
+        """C, the share of adapter parameters expected to stay; after the cut, that did."""
         if self.pruned or not self.gated:
             return self.lam.new_tensor(self.kept_params() / self.initial_params)
         expected = open_probability(self.log_theta).sum(1)  # (K,)
@@ -549,8 +548,7 @@ def merge(model: nn.Module) -> nn.Module:
     if any(layer.gates is not None for layer in layers.values()):
         warnings.warn("the window has not ended, nothing was cut: SaLoRA(steps=..) wants the "
                       "number of optimizer steps of the run", stacklevel=3)
-    for path, layer in layers.items():
-        trains = layer.base.weight.requires_grad
-        layer.base.weight = nn.Parameter(layer.weight, trains)  # new: the old one may be tied
+    for path, layer in layers.items():  # a new Parameter each, since the old one may be tied
+        layer.base.weight = nn.Parameter(layer.weight, layer.base.weight.requires_grad)
         replace(model, path, layer.base)
     return model
