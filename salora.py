@@ -355,6 +355,7 @@ class SaLoRA:
         leaf = gates.detach().requires_grad_()
 
         def learn(grad):  # in the backward pass; reentrant checkpointing comes here several times
+            self.learned = True
             gates.backward(grad, retain_graph=True)  # from the gates (K, r) to log theta
             for layer in self.layers:
                 layer.spent = True
@@ -369,7 +370,7 @@ class SaLoRA:
 
     def rest(self):
         """Between two steps: nothing has begun, and the gates are those of evaluation."""
-        self.begun = None  # begin_step() notes how often a B has been changed in place
+        self.begun, self.learned = None, False  # B's version at begin_step(); log theta has learned
         # in every penalty(): gets a gradient by any backward pass, also where nothing else does
         self.zero = self.lam.new_zeros((), requires_grad=True)
         self.set_gates(deterministic_gates(self.log_theta) if self.in_window else None)
@@ -460,9 +461,9 @@ class SaLoRA:
         """Goes on from a state_dict(). The model's own state has the ranks."""
         self.log_theta.copy_(state["log_theta"])
         self.lam.copy_(state["lam"])
-        self.seed, self.step, self.final_density = (
-            state[name] for name in ("seed", "step", "final_density"))
-        self.pruned, self.start = self.final_density is not None, self.step
+        self.seed, self.step, self.start = state["seed"], state["step"], state["step"]
+        self.final_density = state["final_density"]
+        self.pruned = self.final_density is not None
         self.rest()
 
     def check(self, optimizer):
@@ -487,9 +488,8 @@ class SaLoRA:
                  "gates of its own: call average_gradients(optimizer) before optimizer.step()")
             need(self.lam.grad is not None or self.price is not None,
                  "the task loss lacks `+ salora.penalty()`")
-            need(not reached or any(m.spent for m in self.layers), "the task loss does not reach "
-                 "the gates: call salora.begin_step() before the forward pass, and "
-                 "loss.backward() after it")
+            need(self.learned or not reached, "the task loss does not reach the gates: call "
+                 "salora.begin_step() before the forward pass, and loss.backward() after it")
         need(all(v.shape == p.shape for p in params for v in optimizer.state.get(p, {}).values()
                  if torch.is_tensor(v) and v.dim()), f"{type(optimizer).__name__} keeps a state of "
              "another shape than its weights: it cannot be cut: use AdamW")
