@@ -58,8 +58,7 @@ def open_probability(log_theta: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(log_theta - TAU * math.log(-GAMMA / ZETA))  # eq. 8
 
 def deterministic_gates(log_theta: torch.Tensor) -> torch.Tensor:
-    """The gates without noise (and without tau, as in Louizos et al.), elementwise in [0, 1]: what
-    evaluation in the window uses."""
+    """The gates without noise, elementwise in [0, 1]: what evaluation in the window uses."""
     return (torch.sigmoid(log_theta) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 # ---- the layer, and where it goes ---------------------------------------------------------------
@@ -87,7 +86,7 @@ class SaLoRALinear(nn.Module):
 
     def matrices(self):
         """A (r, k) and B diag(g) (d, r)."""
-        # inside a backward pass, which has an id, checkpointing computes again
+        # checkpointing computes activations again in the backward pass, which has an id from 0
         if self.spent and torch._C._current_graph_task_id() < 0:
             raise RuntimeError("a forward pass in the window needs its own salora.begin_step()")
         return self.lora_A, self.lora_B if self.gates is None else self.lora_B * self.gates
@@ -100,8 +99,7 @@ class SaLoRALinear(nn.Module):
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         z = F.linear(x, a.to(x.dtype)).reshape(-1, self.rank)  # (n, r)
         h2 = h.reshape(-1, h.shape[-1])  # (n, d)
-        h2 = torch.addmm(h2, z, b.mT.to(z.dtype), alpha=self.scale)  # eq. 3, 5
-        return h2.view_as(h)
+        return torch.addmm(h2, z, b.mT.to(z.dtype), alpha=self.scale).view_as(h)  # eq. 3, 5
 
     @property
     def weight(self) -> torch.Tensor:
@@ -166,8 +164,8 @@ def find(linears: dict, targets) -> dict:
         names = {"lm_head", "classifier", "score", "qa_outputs", "head"}
         heads = {path for path in linears if names & set(path.split("."))} or list(linears)[-1:]
         return {path: m for path, m in linears.items() if path not in heads}
-    targets, found = [targets] if isinstance(targets, str) else targets, {}
-    for target in targets:
+    found = {}
+    for target in [targets] if isinstance(targets, str) else targets:
         hits = {path: m for path, m in linears.items() if f".{path}".endswith(f".{target}")}
         if not hits:
             names = ", ".join(sorted({path.split(".")[-1] for path in linears}))
@@ -210,9 +208,9 @@ PAPER = dict(  # the method as published: SaLoRA(.., **PAPER)
 @torch.no_grad()
 def turn(layers: list, optimizer) -> torch.Tensor:
     """A and B become the factors of BA's singular value decomposition: the rows of A orthonormal,
-    the columns of B as long as the singular values. BA stays; the optimizer's moments, which belong
-    to other directions, are dropped. Returns the singular values (K, r). No d x k matrix is
-    decomposed; in float64, since the last bits of LAPACK vary from call to call."""
+    the columns of B as long as the singular values (K, r), which are returned. The optimizer's
+    moments belong to other directions and are dropped. No d x k matrix is decomposed; in float64,
+    since the last bits of LAPACK vary from call to call."""
     sigma = []
     for m in layers:
         qa, ra = torch.linalg.qr(m.lora_A.mT.double())  # A' = Qa Ra
@@ -246,18 +244,22 @@ def window_steps(window, steps: int) -> tuple:
     first = max(1, min(math.ceil(window[0] * steps - 1e-9), steps - 1))
     return first, max(first + 1, math.ceil(window[1] * steps - 1e-9))
 
+def need(ok, words: str):
+    """A mistake in a loop, with which training would go on, is told in one sentence."""
+    if not ok:
+        raise RuntimeError(words)
+
 class SaLoRA:
     """Puts a SaLoRALinear around every target of `model`, freezes the rest, and trains the gates.
-    Move the model to its device and dtype first. Unfreeze a new head afterwards, before
-    param_groups().
+    Move the model to its device and dtype before, and unfreeze a new head between this and
+    param_groups(). ValueError: a setting is out of range.
 
     targets: names of nn.Linear modules or their ends, as "query" or "output.dense"; "all-linear" is
         all but the head; None is the adapters that the model has already
     steps: optimizer steps of the whole run
     r, alpha: the rank at the start; the update is scaled by alpha / r (alpha = r by default)
     budget: b, the share of adapter parameters to keep, in (0, 1]
-    beta, orth_reduction: weight of R_orth, of its "mean" over the 2K matrices or of its "sum"; 0.1
-        and "sum" in the paper
+    beta, orth_reduction: weight of R_orth, of its "mean" over the 2K matrices or of its "sum"
     window: the part of the run, as fractions, in which gates are learned; None: plain LoRA
     seed: of the gates' own random generator
     gate_lr: of log theta and lambda. By default 8/n and 24/n for a window of n steps (n = 12 if it
@@ -270,7 +272,7 @@ class SaLoRA:
     price: a constant lambda (eq. 10) instead of a budget; the selection is then "paper"
 
     At the end of the window A and B become smaller. They stay the same Parameters, but a copy, such
-    as a moving average, keeps its shape. ValueError: a setting is out of range."""
+    as a moving average, keeps its shape."""
 
     def __init__(self, model: nn.Module, targets, steps: int, r: int = 8, alpha: float = None,
                  budget: float = 0.5, beta: float = 0.0, window: tuple = (0.5, 0.6), seed: int = 0,
@@ -307,23 +309,20 @@ class SaLoRA:
         self.gate_lr, self.lam_lr = gate_lr or 8 * travel, gate_lr or 24 * travel
         self.turn, self.orth_reduction, self.fold_gates = turn, orth_reduction, fold_gates
         self.selection = selection or ("budget" if price is None else "paper")
-        self.step, self.pruned = 0, False
-        self.final_density = None  # C just before the cut
-        self.start = 0  # the first step, or the first after a resume
-        self.begun = self.penalized = self.learned = False  # in this step
-        self.version = None
-        device = self.layers[0].lora_A.device
-        self.log_theta = nn.Parameter(torch.zeros(len(self.layers), max(ranks), device=device))
+        self.step = self.start = 0  # start: the first step, or the first after a resume
+        self.pruned, self.final_density = False, None  # C just before the cut
+        device, shape = self.layers[0].lora_A.device, (len(self.layers), max(ranks))  # (K, r)
+        self.log_theta = nn.Parameter(torch.zeros(shape, device=device))
         self.lam = nn.Parameter(torch.zeros((), device=device))  # lambda
-        self.size = torch.tensor([sum(m.base.weight.shape) for m in self.layers], device=device)
+        sizes = [sum(m.base.weight.shape) for m in self.layers]  # parameters of a triplet, d + k
+        self.size = torch.tensor(sizes, device=device)  # (K,)
         self.initial_params = self.kept_params()
         self.generator = torch.Generator("cpu" if device.type == "meta" else device)
-        self.set_gates(None)
+        self.rest()
 
     def param_groups(self, lr: float, weight_decay: float = 0.01) -> list:
-        """For a torch optimizer: the trainable weights; log theta; lambda, which climbs where the
-        others descend. A schedule of the learning rate is for the first group alone. Without a
-        window there is no other."""
+        """For a torch optimizer: the trainable weights and, with a window, log theta and lambda,
+        which is maximized. A schedule of the learning rate is for the first group alone."""
         weights = [p for p in self.model.parameters() if p.requires_grad]
         groups = [dict(params=weights, lr=lr, weight_decay=weight_decay)]
         if self.gated:
@@ -338,26 +337,29 @@ class SaLoRA:
     def begin_step(self):
         """Call it before every forward pass of training. In the window it draws the gates; within
         one step, accumulated batches get the same ones."""
-        if self.step >= self.steps:
-            raise RuntimeError(f"step {self.step + 1} of {self.steps}: give SaLoRA(steps=..) the "
-                               "number of optimizer steps of the whole run")
+        need(self.step < self.steps, f"step {self.step + 1} of {self.steps}: give SaLoRA(steps=..) "
+             "the number of optimizer steps of the whole run")
         probe = max(self.layers, key=lambda m: m.rank).lora_B
-        stepped = probe._version != self.version  # counts changes in place, but not a fused step
-        stepped |= self.step == 0 and self.penalized and probe.grad is None
-        if self.begun and stepped:
-            raise RuntimeError("the optimizer has stepped since the last begin_step(): call "
-                               "salora.end_step(optimizer) after every optimizer.step()")
-        self.begun, self.version = True, probe._version
+        stepped = probe._version != self.begun  # counts changes in place, but not a fused step
+        stepped |= self.step == 0 and self.zero.grad is not None and probe.grad is None
+        need(self.begun is None or not stepped, "the optimizer has stepped since the last "
+             "begin_step(): call salora.end_step(optimizer) after every optimizer.step()")
+        self.begun = probe._version
         if not self.in_window:
             return
-        if not all(layer.training for layer in self.layers):
-            raise RuntimeError("an adapted layer is in eval(), where its gates cannot learn: call "
-                               "model.train() before the step")
+        need(all(m.training for m in self.layers), "an adapted layer is in eval(), where its gates "
+             "cannot learn: call model.train() before the step")
         generator = self.generator.manual_seed(self.seed * self.steps + self.step)
         u = torch.rand(self.log_theta.shape, generator=generator, device=self.log_theta.device)
         gates = sample_gates(self.log_theta, u)  # (K, r)
-        leaf = gates.detach().requires_grad_()  # reentrant checkpointing comes here several times
-        leaf.register_hook(lambda grad: self.learn(gates, grad))
+        leaf = gates.detach().requires_grad_()
+
+        def learn(grad):  # in the backward pass; reentrant checkpointing comes here several times
+            self.learned = True
+            gates.backward(grad, retain_graph=True)  # from the gates (K, r) to log theta
+            for layer in self.layers:
+                layer.spent = True
+        leaf.register_hook(learn)
         self.set_gates(leaf)
 
     def set_gates(self, gates):
@@ -366,20 +368,18 @@ class SaLoRA:
         for layer, g in zip(self.layers, each):
             layer.gates, layer.spent = g, False
 
-    def learn(self, gates, grad):
-        """In the backward pass: from the gates' gradient (K, r) to that of log theta."""
-        self.learned = True
-        gates.backward(grad, retain_graph=True)
-        for layer in self.layers:
-            layer.spent = True
+    def rest(self):
+        """Between two steps: nothing has begun, and the gates are those of evaluation."""
+        self.begun, self.learned = None, False  # B's version at begin_step(); log theta has learned
+        # in every penalty(): gets a gradient by any backward pass, also where nothing else does
+        self.zero = self.lam.new_zeros((), requires_grad=True)
+        self.set_gates(deterministic_gates(self.log_theta) if self.in_window else None)
 
     def penalty(self) -> torch.Tensor:
         """What is added to the task loss, once a step: a scalar."""
-        self.penalized = True
-        # so that a loss without a gradient gets as far as check(), which says what is wrong
-        total = self.lam.new_zeros((), requires_grad=True)
+        total = self.zero
         if self.beta:
-            live = sum(m.rank > 0 for m in self.layers)  # mean over 2K matrices, or sum
+            live = sum(m.rank > 0 for m in self.layers)  # 2K matrices: their mean, or their sum
             orth = sum(self.orthogonality()) * (0.5 if self.orth_reduction == "mean" else live)
             total = total + self.beta * orth
         if self.in_window and self.price is not None:
@@ -392,14 +392,12 @@ class SaLoRA:
     def end_step(self, optimizer):
         """After optimizer.step() and before zero_grad(). Keeps lambda >= 0; turns A and B when the
         window opens, and cuts them when it closes."""
-        if not self.begun:
-            raise RuntimeError("end_step() without a begin_step() before the forward pass")
+        need(self.begun is not None, "end_step() without a begin_step() before the forward pass")
         if self.step in (self.start, self.first, self.last - 1):
             self.check(optimizer)
-        self.begun = self.penalized = self.learned = False
         self.step += 1
         self.log_theta.grad = self.lam.grad = None  # a loop may zero the model's gradients alone
-        self.lam.clamp_(min=0)  # its gradient (C - b)^2 is never negative, so it does not fall
+        self.lam.clamp_(min=0)  # eq. 12's lambda is; its gradient (C - b)^2 never lowers it
         if self.in_window and self.step == self.first and self.turn:
             sigma = turn(self.layers, optimizer)  # (K, r)
             # AdamW moves all elements of B alike, so longer columns have larger singular values
@@ -409,48 +407,10 @@ class SaLoRA:
             self.log_theta.copy_(theta.clamp(1e-3, 1e3).log())
         if self.last and self.step >= self.last and not self.pruned:
             self.prune(optimizer)
-        self.set_gates(deterministic_gates(self.log_theta) if self.in_window else None)
-
-    def check(self, optimizer):
-        """RuntimeError where training could go on without an error, but not as it should."""
-        groups = getattr(optimizer, "param_groups", [])
-        held = {id(p): group for group in groups for p in group["params"]}
-        params = [p for m in self.layers for p in m.parameters(recurse=False) if p.numel()]
-        gates = [self.log_theta, self.lam] if self.gated and not self.pruned else []
-        # at step 0 R_orth alone gives B a gradient of zeros, since B is zero
-        grads = [m.lora_B.grad for m in self.layers if m.rank]
-        learns = [g is not None and (self.beta == 0 or g.any()) for g in grads]
-        for wrong, words in (
-                (any(p.dtype != torch.float32 or p.device != self.lam.device for p in params),
-                 "the model got another dtype or device after SaLoRA(..): move it before"),
-                (not all(id(p) in held for p in params + gates),
-                 "the optimizer does not hold all of SaLoRA's parameters: make it of "
-                 "salora.param_groups(lr)"),
-                (gates and not held.get(id(self.lam), {}).get("maximize")
-                 or self.in_window and self.lam < 0,
-                 "the optimizer would minimize lambda: it needs the groups of "
-                 "salora.param_groups(lr) and an option `maximize`, as AdamW has"),
-                (self.in_window and processes() > 1 and not hasattr(optimizer, "averaged"),
-                 "each process would learn gates of its own: call average_gradients(optimizer) "
-                 "before optimizer.step()"),
-                (self.in_window and self.lam.grad is None and self.price is None,
-                 "the task loss lacks `+ salora.penalty()`"),
-                (self.in_window and any(learns) and not self.learned,
-                 "the task loss does not reach the gates: call salora.begin_step() before the "
-                 "forward pass, and loss.backward() after it"),
-                (any(v.dim() and v.shape != p.shape for p in params if id(p) in held
-                     for v in optimizer.state.get(p, {}).values() if torch.is_tensor(v)),
-                 f"{type(optimizer).__name__} keeps a state of another shape than its weights: it "
-                 "cannot be cut: use AdamW"),
-                (grads and not any(learns),
-                 "the task loss does not reach the adapters, no lora_B has a gradient: gradient "
-                 "checkpointing needs use_reentrant=False; zero_grad() comes after end_step()")):
-            if wrong:
-                raise RuntimeError(words)
+        self.rest()
 
     def density(self) -> torch.Tensor:
-        """C, the share of adapter parameters expected to stay; after the cut, the share that did:
-        a scalar."""
+        """C, the share of adapter parameters expected to stay; after the cut, that did."""
         if self.pruned or not self.gated:
             return self.lam.new_tensor(self.kept_params() / self.initial_params)
         expected = open_probability(self.log_theta).sum(1)  # (K,)
@@ -501,11 +461,41 @@ class SaLoRA:
         """Goes on from a state_dict(). The model's own state has the ranks."""
         self.log_theta.copy_(state["log_theta"])
         self.lam.copy_(state["lam"])
-        self.seed, self.step, self.final_density = (
-            state[name] for name in ("seed", "step", "final_density"))
-        self.pruned, self.start = self.final_density is not None, self.step
-        self.begun = self.penalized = self.learned = False
-        self.set_gates(deterministic_gates(self.log_theta) if self.in_window else None)
+        self.seed, self.step, self.start = state["seed"], state["step"], state["step"]
+        self.final_density = state["final_density"]
+        self.pruned = self.final_density is not None
+        self.rest()
+
+    def check(self, optimizer):
+        """RuntimeError where training could go on without an error, but not as it should."""
+        held = {id(p): group for group in getattr(optimizer, "param_groups", [])
+                for p in group["params"]}
+        params = [p for m in self.layers for p in m.parameters(recurse=False) if p.numel()]
+        gates = [self.log_theta, self.lam] if self.gated and not self.pruned else []
+        need(all(p.dtype == torch.float32 and p.device == self.lam.device for p in params),
+             "the model got another dtype or device after SaLoRA(..): move it before")
+        need(all(id(p) in held for p in params + gates), "the optimizer does not hold all of "
+             "SaLoRA's parameters: make it of salora.param_groups(lr)")
+        # at step 0 R_orth alone gives B a gradient of zeros, since B is zero
+        grads = [m.lora_B.grad for m in self.layers if m.rank]
+        reached = any(g is not None and (self.beta == 0 or g.any()) for g in grads)
+        if gates:
+            need(held[id(self.lam)].get("maximize") and not (self.in_window and self.lam < 0),
+                 "the optimizer would minimize lambda: it needs the groups of "
+                 "salora.param_groups(lr) and an option `maximize`, as AdamW has")
+        if self.in_window:
+            need(processes() == 1 or hasattr(optimizer, "averaged"), "each process would learn "
+                 "gates of its own: call average_gradients(optimizer) before optimizer.step()")
+            need(self.lam.grad is not None or self.price is not None,
+                 "the task loss lacks `+ salora.penalty()`")
+            need(self.learned or not reached, "the task loss does not reach the gates: call "
+                 "salora.begin_step() before the forward pass, and loss.backward() after it")
+        need(all(v.shape == p.shape for p in params for v in optimizer.state.get(p, {}).values()
+                 if torch.is_tensor(v) and v.dim()), f"{type(optimizer).__name__} keeps a state of "
+             "another shape than its weights: it cannot be cut: use AdamW")
+        need(reached or not grads, "the task loss does not reach the adapters, no lora_B has a "
+             "gradient: gradient checkpointing needs use_reentrant=False; zero_grad() comes after "
+             "end_step()")
 
 def processes() -> int:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -533,19 +523,17 @@ def ranks(model: nn.Module) -> dict:
 def rank_map(table: dict, r: int) -> str:
     """The ranks {path: rank} out of r as text: a row for each kind of module, a column for each
     layer, which is the first number in a path."""
-    rows, columns, stacks = {}, [], set()
+    rows, head = {}, {}  # {(stack, kind): {layer: cell}}, {layer: cell}
     for path, rank in table.items():
         stack, layer, kind = re.fullmatch(r"(.*?)(\b\d+\b|$)\.?(.*)", path).groups()
-        stacks |= {stack} if layer else set()
-        columns += [layer] if layer not in columns else []
         bar = " ▁▂▃▄▅▆▇█"[math.ceil(8 * min(rank / r, 1))]
         rows.setdefault((stack, kind), {})[layer] = f"{rank:>3}{bar}"
-    names = {key: key[1] if key[1] and len(stacks) == 1 else "".join(key).strip(".")
-             for key in rows}
-    width = max(map(len, names.values()), default=0)
-    lines = [" " * width + "".join(f"{layer:>4}" for layer in columns)]
-    for key, cells in rows.items():
-        lines.append(f"{names[key]:<{width}}" + "".join(cells.get(c, "    ") for c in columns))
+        head[layer] = f"{layer:>4}"
+    one = len({stack for (stack, _), cells in rows.items() if any(cells)}) == 1
+    names = ["", *(kind if kind and one else (stack + kind).strip(".") for stack, kind in rows)]
+    width = max(map(len, names))
+    lines = (f"{name:<{width}}" + "".join(cells.get(layer, "    ") for layer in head)
+             for name, cells in zip(names, [head, *rows.values()]))
     return "\n".join(line.rstrip() for line in lines)
 
 @torch.no_grad()
@@ -560,8 +548,7 @@ def merge(model: nn.Module) -> nn.Module:
     if any(layer.gates is not None for layer in layers.values()):
         warnings.warn("the window has not ended, nothing was cut: SaLoRA(steps=..) wants the "
                       "number of optimizer steps of the run", stacklevel=3)
-    for path, layer in layers.items():
-        trains = layer.base.weight.requires_grad
-        layer.base.weight = nn.Parameter(layer.weight, trains)  # new: the old one may be tied
+    for path, layer in layers.items():  # a new Parameter each, since the old one may be tied
+        layer.base.weight = nn.Parameter(layer.weight, layer.base.weight.requires_grad)
         replace(model, path, layer.base)
     return model

@@ -319,7 +319,7 @@ def test_a_number_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(
         monkeypatch.setattr(train_glue.F, "cross_entropy", broken_loss)
     else:
         monkeypatch.setattr(sl.SaLoRA, "density", lambda self: (
-            density(self) * (math.inf if self.begun and self.step == 9 else 1)))
+            density(self) * (math.inf if self.begun is not None and self.step == 9 else 1)))
     with pytest.raises(SystemExit) as e:
         train_glue.command([*SHORT, "--out", str(tmp_path / "r")])
     text = capsys.readouterr().err

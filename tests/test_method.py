@@ -618,6 +618,19 @@ def test_a_loop_without_end_step_is_told_at_its_second_step(make):
         salora.begin_step()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_two_forward_passes_before_the_first_backward_pass_are_fine(fused):
+    model, salora = wrapped()
+    optimizer = torch.optim.AdamW(salora.param_groups(1e-2), fused=fused)
+    salora.begin_step()
+    loss = model(torch.randn(5, 10)).sum() + salora.penalty()
+    salora.begin_step()
+    (loss + model(torch.randn(5, 10)).sum()).backward()
+    optimizer.step()
+    salora.end_step(optimizer)
+    assert salora.step == 1
+
+
 def test_an_end_step_without_begin_step_is_told():
     model, salora = wrapped()
     with pytest.raises(RuntimeError, match="without a begin_step"):
