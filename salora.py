@@ -318,7 +318,7 @@ class SaLoRA:
         self.size = torch.tensor(sizes, device=device)  # (K,)
         self.initial_params = self.kept_params()
         self.generator = torch.Generator("cpu" if device.type == "meta" else device)
-        self.rest()
+        self.reset()
 
     def param_groups(self, lr: float, weight_decay: float = 0.01) -> list:
         """For a torch optimizer: the trainable weights and, with a window, log theta and lambda,
@@ -368,7 +368,7 @@ class SaLoRA:
         for layer, g in zip(self.layers, each):
             layer.gates, layer.spent = g, False
 
-    def rest(self):
+    def reset(self):
         """Between two steps: nothing has begun, and the gates are those of evaluation."""
         self.begun, self.learned = None, False  # B's version at begin_step(); log theta has learned
         # in every penalty(): gets a gradient by any backward pass, also where nothing else does
@@ -377,7 +377,7 @@ class SaLoRA:
 
     def penalty(self) -> torch.Tensor:
         """What is added to the task loss, once a step: a scalar."""
-        total = self.zero
+        total = self.zero.clone()  # a loop may add to it in place
         if self.beta:
             live = sum(m.rank > 0 for m in self.layers)  # 2K matrices: their mean, or their sum
             orth = sum(self.orthogonality()) * (0.5 if self.orth_reduction == "mean" else live)
@@ -407,7 +407,7 @@ class SaLoRA:
             self.log_theta.copy_(theta.clamp(1e-3, 1e3).log())
         if self.last and self.step >= self.last and not self.pruned:
             self.prune(optimizer)
-        self.rest()
+        self.reset()
 
     def density(self) -> torch.Tensor:
         """C, the share of adapter parameters expected to stay; after the cut, that did."""
@@ -464,7 +464,7 @@ class SaLoRA:
         self.seed, self.step, self.start = state["seed"], state["step"], state["step"]
         self.final_density = state["final_density"]
         self.pruned = self.final_density is not None
-        self.rest()
+        self.reset()
 
     def check(self, optimizer):
         """RuntimeError where training could go on without an error, but not as it should."""

@@ -631,6 +631,18 @@ def test_two_forward_passes_before_the_first_backward_pass_are_fine(fused):
     assert salora.step == 1
 
 
+def test_a_loop_may_add_to_the_penalty_in_place():
+    model, salora = wrapped()
+    optimizer = torch.optim.AdamW(salora.param_groups(1e-2))
+    salora.begin_step()
+    loss = salora.penalty()
+    loss += model(torch.randn(5, 10)).sum()
+    loss.backward()
+    optimizer.step()
+    salora.end_step(optimizer)
+    assert salora.step == 1
+
+
 def test_an_end_step_without_begin_step_is_told():
     model, salora = wrapped()
     with pytest.raises(RuntimeError, match="without a begin_step"):
