@@ -86,6 +86,20 @@ def test_scores_are_those_of_the_runs(file):
     assert checked or file.parent.name == "components"  # which shows no scores
 
 
+def test_speed_shows_its_raw_numbers():
+    raw = json.loads((RESULTS / "speed.json").read_text())
+    shown = [[cell for cell in row if cell] for row in rows_of((RESULTS / "speed.md").read_text())]
+    assert {"step", "loop", "start", "size", "memory", "gpu-llama"} <= set(raw)
+    for row in raw.pop("gpu")["rows"]:  # shown as a table of times and one of memory
+        key = [row["model"], str(row["batch"])]
+        times, memory = (cells for cells in shown if cells[:2] == key)
+        assert str(row["ms"]) in [cell.split(" ")[0] for cell in times], row
+        assert str(row["peak MB"]) in memory, row
+    for name, rows in raw.items():
+        for row in rows:
+            assert [str(value) for value in row.values() if value != ""] in shown, (name, row)
+
+
 def test_pictures_and_tables_are_linked():
     for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *RESULTS.glob("**/*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
