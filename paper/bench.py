@@ -87,11 +87,10 @@ def make_step(model, kind, r=8, targets="qkvoud", loss_of=classify):
     measurement reaches."""
     torch.manual_seed(0)
     device, paths, steps = next(model.parameters()).device, model.target_paths(targets), 10**9
-    if kind in ("ft", "adalora"):
+    if kind in baselines.METHODS:
         method = baselines.install(model, kind, paths, steps, r, window=(0, 1))
     else:
-        method = SaLoRA(model, paths, steps, r, budget=0.5, turn=kind == "salora",
-                        window=None if kind == "lora" else (0, 1))
+        method = SaLoRA(model, paths, steps, r, budget=0.5, window=(0, 1), turn=kind == "salora")
     for module in getattr(model, "head", ()):
         module.requires_grad_(True)
     params = [p for p in model.parameters() if p.requires_grad]
