@@ -1,5 +1,5 @@
 """
-Tunes a LLaMA on instructions with SaLoRA or LoRA, and lets it answer.
+Tunes a LLaMA on instructions with SaLoRA or a LoRA, and lets it answer.
 
     python train_instruct.py                                   # offline demo, about a minute
     python train_instruct.py --model DIR --data alpaca.json --out runs/NAME
@@ -60,8 +60,8 @@ def parse_args(argv=None):
     arg("--data", help="JSON or JSONL file of instructions (default: the demo's)")
     arg("--template", choices=list(TEMPLATES), default="alpaca",
         help="how an instruction becomes a prompt: Alpaca's, or a turn of a chat")
-    main_flags(arg, ("salora", "lora"), epochs="3", batch_size=16, lr="3e-4; for demo 5e-3",
-               out="runs/DATA-METHOD")
+    main_flags(arg, ("salora", "lora", "lora-svd"), epochs="3", batch_size=16,
+               lr="3e-4; for demo 5e-3", out="runs/DATA-METHOD")
 
     arg = flag_group(parser, "rows and tokens")
     arg("--train-on-prompt", action="store_true", default=False,
