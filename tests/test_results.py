@@ -86,6 +86,22 @@ def test_scores_are_those_of_the_runs(file):
     assert checked or file.parent.name == "components"  # which shows no scores
 
 
+def test_losses_of_the_language_model_are_those_of_the_runs():
+    page, shown = RESULTS / "language" / "table.md", {}
+    runs = [json.loads(line) for line in page.with_name("runs.jsonl").read_text().splitlines()]
+    for name, *cells in rows_of(page.read_text()):  # one table by rates, one by sizes
+        losses = [run["loss"] for run in runs if f"{run['lr']:g}" == name and run["steps"] > 200]
+        if name.endswith("M"):
+            size = float(name[:-1])
+            losses = [run["loss"] for run in runs if run["data"] == "yelp"
+                      and abs(run["kept_params"] / 1e6 - size) < 0.006]
+        if losses:
+            cells = re.findall(r"\d\.\d{4}", " ".join(cells))
+            assert sorted(cells) == sorted(f"{loss:.4f}" for loss in losses), name
+            shown[name] = len(cells)
+    assert len(shown) == 10 and sum(shown.values()) == 32
+
+
 def test_speed_shows_its_raw_numbers():
     raw = json.loads((RESULTS / "speed.json").read_text())
     shown = [[cell for cell in row if cell] for row in rows_of((RESULTS / "speed.md").read_text())]

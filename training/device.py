@@ -45,9 +45,6 @@ def own_device(args):
         torch.cuda.set_device(device)  # which wants the number
         torch.cuda.reset_peak_memory_stats(device)
         torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-        if args.tf32 and RANK == 0:
-            print("float32 products are computed through TensorFloat-32 (--no-tf32: in full)",
-                  file=sys.stderr)
     return device
 
 

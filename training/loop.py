@@ -137,6 +137,8 @@ def settings_of(args, seed, plan, lowrank):
 def announce(settings, line):
     """Prints the resolved settings and the line."""
     print("settings: " + " ".join(f"{k}={in_words(v)}" for k, v in settings.items()))
+    if settings["tf32"]:
+        print("float32 products are computed through TensorFloat-32 (--no-tf32: in full)")
     print(line)
 
 
