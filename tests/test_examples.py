@@ -1,6 +1,6 @@
 """
 examples/, executed as printed beside a lone copy of salora.py: what somebody does who copies it.
-Those that save an adapter need the whole project.
+Those that save an adapter have the files beside it that README names.
 """
 
 import importlib.util
@@ -41,10 +41,10 @@ def test_example_runs(name, tmp_path):
     saves = "\nimport adapter\n" in text
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     env["OMP_NUM_THREADS"] = "1"
-    if saves:
-        env["PYTHONPATH"] = str(ROOT)
-    else:
-        shutil.copy(ROOT / "salora.py", tmp_path)
+    more = ["adapter.py", "model.py", "data/__init__.py"] if saves else []
+    for file in ["salora.py", *more]:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
     shutil.copy(ROOT / "examples" / name, tmp_path)
     start = [sys.executable] + (TORCHRUN if name == "distributed.py" else [])
     for _ in range(6):
@@ -59,7 +59,8 @@ def test_example_runs(name, tmp_path):
     assert len(losses) >= 10 and losses[-1] < losses[0] / 2
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists() == saves
     assert ("\nadapter/" in done.stdout) == saves and len(done.stdout.splitlines()) < 40
-    left = {path.name for path in tmp_path.iterdir()} - {name, "salora.py", "__pycache__"}
+    left = {path.name for path in tmp_path.iterdir()} - {
+        name, "salora.py", "adapter.py", "model.py", "data", "__pycache__"}
     assert left == ({"adapter"} if saves else set())
 
 
