@@ -25,7 +25,7 @@ from torch import nn
 
 from data import InputError, need, sync
 from model import HEADS, TIED, full_name, open_tensors, output_names, read_json, weight_files
-from salora import GO_PAST, SaLoRALinear, adapters, find, plain, rank_map, unwrap, updated
+from salora import SaLoRALinear, adapters, find, plain, rank_map, reachable, unwrap, updated
 
 
 def within(name, modules):
@@ -350,16 +350,9 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     state = {plain(name): t for name, t in model.state_dict(keep_vars=True).items()}
     sizes = {path: (m.out_features, m.in_features) for path, m in linears.items()}
     saved = {name: t.shape for name, t in state.items() if replaced(name, whole)}
-    everywhere = [id(m) for _, m in model.named_modules(remove_duplicate=False)]
     try:
         layers = match(folder, settings, tensors, sizes, saved, state.get)
-        for path in [*layers, *(name.rpartition(".")[0] for name in saved)]:
-            if path not in modules or everywhere.count(id(modules[path])) > 1:
-                raise ValueError(f"{path} is in the model under two names: not implemented")
-            parent = modules[path.rpartition(".")[0]]
-            if isinstance(parent, GO_PAST):
-                raise ValueError(f"{path} is inside a {type(parent).__name__}, which reads its "
-                                 "weight and goes past an adapter: not implemented")
+        reachable(model, [*layers, *(name.rpartition(".")[0] for name in saved)])
     except ValueError as e:
         raise ValueError(f"{folder}: {e}") from None
 

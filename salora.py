@@ -174,26 +174,29 @@ def find(linears: dict, targets) -> dict:
         found |= hits
     return {path: m for path, m in linears.items() if path in found}
 
-# parents that read a Linear's weight themselves and go past its forward
-GO_PAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+def reachable(model: nn.Module, paths):
+    """ValueError: a forward pass would go past an adapter at one of the paths, or reach it twice."""
+    everything = [m for _, m in unwrap(model).named_modules(remove_duplicate=False)]
+    for path in paths:
+        m, parent = map(unwrap(model).get_submodule, (path, path.rpartition(".")[0]))
+        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            raise ValueError(f"{path} is inside a {type(parent).__name__}, which reads its weight "
+                             "and goes past an adapter: do not target it")
+        if everything.count(m) > 1:
+            raise ValueError(f"{path} is in the model under two names: do not target it")
 
 def adapt(model, targets, r, alpha=None, kind=SaLoRALinear) -> list:
     """Freezes the model, puts a `kind` layer around every target, returns these layers."""
     if adapters(model):
         raise ValueError("the model has adapters already: merge() them, or go on with targets=None")
-    everything = adapters(model, nn.Linear)
-    linears = find(everything, targets)
+    linears = find(adapters(model, nn.Linear), targets)
     if not linears:
         raise ValueError("targets is empty, or the model has no nn.Linear but its head")
+    reachable(model, linears)
     for path, m in linears.items():
-        parent, most = unwrap(model).get_submodule(path.rpartition(".")[0]), min(m.weight.shape)
-        if isinstance(parent, GO_PAST):
-            raise ValueError(f"{path} is inside a {type(parent).__name__}, which reads its weight "
-                             "and goes past an adapter: do not target it")
-        if list(everything.values()).count(m) > 1:
-            raise ValueError(f"{path} is in the model under two names: do not target it")
-        if not 1 <= r <= most:
-            raise ValueError(f"r is {r}, expected 1 to {most}: {path} is {tuple(m.weight.shape)}")
+        if not 1 <= r <= min(m.weight.shape):
+            raise ValueError(f"r is {r}, expected 1 to {min(m.weight.shape)}: {path} is "
+                             f"{tuple(m.weight.shape)}")
     model.requires_grad_(False)
     for path, m in linears.items():
         replace(model, path, kind(m, r, (r if alpha is None else alpha) / r))
