@@ -175,7 +175,7 @@ def find(linears: dict, targets) -> dict:
     return {path: m for path, m in linears.items() if path in found}
 
 def reachable(model: nn.Module, paths):
-    """ValueError: a forward pass would go past an adapter at one of the paths, or reach it twice."""
+    """ValueError: a forward pass would go past an adapter at a path, or reach it twice."""
     everything = [m for _, m in unwrap(model).named_modules(remove_duplicate=False)]
     for path in paths:
         m, parent = map(unwrap(model).get_submodule, (path, path.rpartition(".")[0]))
