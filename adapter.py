@@ -357,21 +357,19 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
         raise ValueError(f"{folder}: {e}") from None
 
     # matrices without a rank, for the next save() and its rank map
-    empty = [path for path, rank in (own.get("ranks") or {}).items()
-             if rank == 0 and path in linears and path not in layers
-             and not within(f"{path}.weight", whole)]
+    layers |= {path: (0, 1.0) for path, rank in (own.get("ranks") or {}).items()
+               if rank == 0 and path in linears and path not in layers
+               and not within(f"{path}.weight", whole)}
     model.requires_grad_(False)
-    for path, linear in linears.items():
-        if path in layers or path in empty:
-            r, scale = layers.get(path, (0, 1.0))
-            layer = SaLoRALinear(linear, r, scale, settings["lora_dropout"]).requires_grad_(r > 0)
-            linear.requires_grad_(False)
-            layer.r = max(r, own.get("r") or 0)
-            if r:
-                layer.lora_A.data.copy_(tensors[f"{path}.lora_A.weight"])
-                layer.lora_B.data.copy_(tensors[f"{path}.lora_B.weight"])
-            parent, _, name = path.rpartition(".")
-            setattr(modules[parent], name, layer)
+    for path, (r, scale) in layers.items():
+        layer = SaLoRALinear(linears[path], r, scale, settings["lora_dropout"])
+        layer.requires_grad_(r > 0).base.requires_grad_(False)
+        layer.r = max(r, own.get("r") or 0)
+        if r:
+            layer.lora_A.data.copy_(tensors[f"{path}.lora_A.weight"])
+            layer.lora_B.data.copy_(tensors[f"{path}.lora_B.weight"])
+        parent, _, name = path.rpartition(".")
+        setattr(modules[parent], name, layer)
     for name in saved:
         path, _, leaf = name.rpartition(".")
         value = tensors[name].to(state[name].device, state[name].dtype)

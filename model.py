@@ -37,6 +37,8 @@ DECODER_LINEARS = {
     "d": "mlp.down_proj",
     "g": "mlp.gate_proj",
 }
+LETTERS = {name: letter.upper() for names in (LINEARS, DECODER_LINEARS)
+           for letter, name in names.items()}
 
 # -------------------------------------------------------------------------------------------------
 # RoBERTa and BERT
@@ -103,6 +105,15 @@ def attention(q, k, v, mask, p: float, training: bool) -> torch.Tensor:
     return dropout(scores.softmax(-1), p, training) @ v
 
 
+def init_weights(model):
+    """Matrices at random, biases of 0; a norm starts with weights of 1."""
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=model.config.initializer_range)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+
+
 class EncoderLayer(nn.Module):
     """One post-norm transformer layer: x (b, t, d) -> (b, t, d)."""
 
@@ -167,13 +178,7 @@ class Encoder(nn.Module):
         else:
             body["pooler"] = nn.ModuleDict(dict(dense=nn.Linear(d, d)))
             self.classifier = nn.Linear(d, num_labels)
-        self.apply(self._init_weights)
-
-    def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
+        init_weights(self)
 
     @property
     def body(self) -> nn.Module:
@@ -217,9 +222,7 @@ class Encoder(nn.Module):
             x = torch.cat([x[:, :1], prompt, x[:, n + 1:]], 1)
         x = x + e.token_type_embeddings(token_type_ids) + e.position_embeddings(positions)
         x = dropout(e.LayerNorm(x), c.hidden_dropout_prob, self.training)
-        mask = attention_mask
-        if mask is not None:
-            mask = mask[:, None, None, :].bool()  # (b, 1, 1, t)
+        mask = None if attention_mask is None else attention_mask[:, None, None].bool()  # b 1 1 t
         layers = self.body.encoder.layer
         prefix = [None] * len(layers)
         if self.prefix is not None:
@@ -379,11 +382,7 @@ class Decoder(nn.Module):
             layers=nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers)),
             norm=RMSNorm(c.hidden_size, c.rms_norm_eps)))
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        for name, p in self.named_parameters():
-            if p.dim() > 1:
-                nn.init.normal_(p, std=c.initializer_range)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+        init_weights(self)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -155,7 +155,7 @@ def adapters(model: nn.Module, kind=SaLoRALinear) -> dict:
 
 def replace(model: nn.Module, path: str, module: nn.Module):
     parent, _, name = path.rpartition(".")
-    setattr(unwrap(model).get_submodule(parent), name, module)
+    setattr(adapters(model, nn.Module)[parent], name, module)  # in a wrapper: of what is inside
 
 def find(linears: dict, targets) -> dict:
     """The entries of {path: nn.Linear} whose path is one of the targets or ends in "." + it.
@@ -176,13 +176,13 @@ def find(linears: dict, targets) -> dict:
 
 def reachable(model: nn.Module, paths):
     """ValueError: a forward pass would go past an adapter at a path, or reach it twice."""
-    everything = [m for _, m in unwrap(model).named_modules(remove_duplicate=False)]
+    modules = adapters(model, nn.Module)
     for path in paths:
-        m, parent = map(unwrap(model).get_submodule, (path, path.rpartition(".")[0]))
+        parent = modules[path.rpartition(".")[0]]
         if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise ValueError(f"{path} is inside a {type(parent).__name__}, which reads its weight "
                              "and goes past an adapter: do not target it")
-        if everything.count(m) > 1:
+        if list(modules.values()).count(modules[path]) > 1:
             raise ValueError(f"{path} is in the model under two names: do not target it")
 
 def adapt(model, targets, r, alpha=None, kind=SaLoRALinear) -> list:

@@ -24,50 +24,35 @@ import torch.nn.functional as F
 
 import adapter
 import baselines
-from data import InputError
+from data import InputError, need
 from data.batching import collate, load_tokenizer, send, tokenize
 from data.download import model_folder
 from data.glue import HERE, TASKS, load_task, read_texts, score
 from model import LINEARS, load_encoder, output_names, read_config
-from training import loop, runs
+from training import flags, loop, runs
 from training.device import RANK, own_device
-from training.flags import (
-    at_least,
-    check_sizes,
-    fill_in,
-    flag_group,
-    machine_flags,
-    main_flags,
-    method_flags,
-    need,
-    new_parser,
-    run_flags,
-    settle,
-    use_machine,
-)
 from training.inference import evaluate, open_classifier, read_run, subcommand
 
 METHODS = ("salora", *baselines.METHODS)
 LEARNING_RATES = dict(ft=3e-5, prefix=1e-3, prompt=1e-3)  # others: 3e-4
 DEMO_LEARNING_RATES = dict(ft=5e-4, prompt=1e-2)  # others: 3e-3
 TASK = f"one of {', '.join(TASKS)}, or a folder with train.tsv and dev.tsv"
-EXPERIMENTS = ("table1", "ablation", "efficiency", "ranks", "shuffle", "sweep",
-               "components")
+EXPERIMENTS = ("table1", "ablation", "efficiency", "ranks", "shuffle", "sweep", "components")
 
 
 def parse_args(argv=None):
-    parser = new_parser(usage="train_glue.py [flags]", description=__doc__,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
-    arg = flag_group(parser, "what most runs need")
+    parser = flags.new_parser(usage="train_glue.py [flags]", description=__doc__,
+                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    arg = flags.flag_group(parser, "what most runs need")
     arg("--task", default="demo", help=TASK)
     arg("--model", help="folder in Hugging Face layout, or a hub name (default: roberta-base; for "
         "demo the built-in one)")
     arg("--data", help="folder in GLUE's layout, DIR/CoLA/train.tsv .. (default: data/, where a "
         "missing task is downloaded)")
-    main_flags(arg, METHODS, epochs="by task, 3 to 20", batch_size=32, out="runs/TASK-METHOD",
-               lr="3e-4; ft 3e-5, prefix and prompt 1e-3; more for demo")
+    flags.main_flags(arg, METHODS, epochs="by task, 3 to 20", batch_size=32, out="runs/TASK-METHOD",
+                     lr="3e-4; ft 3e-5, prefix and prompt 1e-3; more for demo")
 
-    arg = flag_group(parser, "rows and tokens")
+    arg = flags.flag_group(parser, "rows and tokens")
     arg("--limit-train", type=int, metavar="N", help="use the first N training rows (default: all)")
     arg("--limit-dev", type=int, metavar="N", help="use the first N dev rows (default: all)")
     arg("--hold-out", type=float, metavar="N",
@@ -76,14 +61,14 @@ def parse_args(argv=None):
     arg("--max-length", type=int, help="longer inputs are cut to this many tokens (default: 128, "
         "or what the model has positions for)")
 
-    method_flags(parser, LINEARS)
-    arg = flag_group(parser, "some baselines")
+    flags.method_flags(parser, LINEARS)
+    arg = flags.flag_group(parser, "some baselines")
     arg("--bottleneck", type=int, help="width of adapter-h and adapter-p (default: 32 and 64, "
         "which makes them as large as LoRA of rank 8)")
     arg("--virtual-tokens", type=int, default=20, help="length of the prefix or the prompt")
 
-    run_flags(parser, dtype="float32")
-    arg = flag_group(parser, "choice of the learning rate")
+    flags.run_flags(parser, dtype="float32")
+    arg = flags.flag_group(parser, "choice of the learning rate")
     arg("--lr-grid", type=float, nargs="+", metavar="LR",
         help="a run for each, with a seed of its own, scored on rows held out of training "
         "(--hold-out, by default a fifth, at most 3000); then the run, or those of --seeds, on all "
@@ -91,12 +76,12 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     if args.task == "demo":
-        fill_in(args, model=str(HERE / "demo" / "model"), threads=1,
-                lr=DEMO_LEARNING_RATES.get(args.method, 3e-3))
-    fill_in(args, model="roberta-base", lr=LEARNING_RATES.get(args.method, 3e-4), dtype="float32",
-            bottleneck=64 if args.method == "adapter-p" else 32)
-    settle(args)
-    at_least(args, 1, "bottleneck", "virtual_tokens")
+        flags.fill_in(args, model=str(HERE / "demo" / "model"), threads=1,
+                      lr=DEMO_LEARNING_RATES.get(args.method, 3e-3))
+    flags.fill_in(args, model="roberta-base", lr=LEARNING_RATES.get(args.method, 3e-4),
+                  dtype="float32", bottleneck=64 if args.method == "adapter-p" else 32)
+    flags.settle(args)
+    flags.at_least(args, 1, "bottleneck", "virtual_tokens")
     if args.task not in TASKS:
         need(Path(args.task).is_dir(), "--task", repr(args.task), TASK)
         need(args.data is None, "--data", repr(args.data),
@@ -148,7 +133,7 @@ def train(args, seed, out):
         args.task, args.data, args.limit_train, args.limit_dev, args.hold_out)
     folder = model_folder(args.model)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
-    check_sizes(args, config)
+    flags.check_sizes(args, config)
     prompt = args.virtual_tokens if args.method == "prompt" else 0
     room = config.max_length - prompt
     max_length = min(128, room) if args.max_length is None else args.max_length
@@ -225,7 +210,7 @@ def train(args, seed, out):
             runs.write_text(out / name, "\n".join(lines) + "\n")
         if lowrank:
             head = ["classifier"] if config.model_type == "roberta" else ["classifier", "pooler"]
-            adapter.save(model, out / "adapter", head, loop.budget_of(args), task.label_names,
+            adapter.save(model, out / "adapter", head, plan.budget, task.label_names,
                          base_model_name_or_path=str(args.model), task_type="SEQ_CLS")
         if args.method == "prefix":
             model.prefix.finish()
@@ -245,7 +230,7 @@ def report(args, result, out):
     rows = "held-out" if args.hold_out else "dev"
     print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} {rows} rows "
           f"after {result['steps']} steps, {result['seconds']:.0f} s")
-    loop.report_ranks(args, result, LINEARS, at=3)
+    loop.report_ranks(args, result)
     loads = ", adapter/ (loads in PEFT)" if result["ranks"] else ""
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv{loads}")
     from paper.report import write_page
@@ -262,7 +247,7 @@ def predict(argv):
         "sentence1 and sentence2) as GLUE's test.tsv has them; or plain lines, a sentence each")
     arg("--out", metavar="FILE", help="file to write (default: standard output)")
     arg("--model", help="the model of the run, if it has moved (default: as the run was given it)")
-    machine_flags(parser)
+    flags.machine_flags(parser)
     args = parser.parse_args(argv)
     out = args.out and Path(args.out)
     need(not out or not out.exists(), "--out", f"{out}, which is there", "a new file")
@@ -271,7 +256,7 @@ def predict(argv):
     need("columns" in result, f"--run {args.run}: its result.json", "without columns of text",
          "that of a run of train_glue.py, by this version of it")
     names, (numbers, texts) = result["labels"], read_texts(args.text, result["columns"])
-    logits = open_classifier("--run", args.run, result, use_machine(args), args.model)(texts)
+    logits = open_classifier("--run", args.run, result, flags.use_machine(args), args.model)(texts)
     columns = ["index", "prediction"] + ["probability"] * bool(names)
     lines = ["\t".join(columns + [f"logit_{i}" for i in range(logits.shape[1])])]
     for number, row in zip(numbers, logits):

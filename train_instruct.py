@@ -22,25 +22,13 @@ import torch
 import torch.distributed as dist
 
 import adapter
-from data import InputError
+from data import InputError, need
 from data.batching import batch_order, load_tokenizer, send
 from data.download import model_folder
 from data.instruct import DEMO, TEMPLATES, encode, fill, load_instructions, split
 from model import DECODER_LINEARS, DecoderConfig, load_decoder, read_config, stop_ids
-from training import loop, runs
+from training import flags, loop, runs
 from training.device import PROCESSES, RANK, own_device
-from training.flags import (
-    at_least,
-    check_sizes,
-    fill_in,
-    flag_group,
-    main_flags,
-    method_flags,
-    need,
-    new_parser,
-    run_flags,
-    settle,
-)
 from training.inference import (
     MODEL,
     answer,
@@ -53,17 +41,17 @@ from training.loop import token_losses
 
 
 def parse_args(argv=None):
-    parser = new_parser(usage="train_instruct.py [flags]", description=__doc__,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
-    arg = flag_group(parser, "what most runs need")
+    parser = flags.new_parser(usage="train_instruct.py [flags]", description=__doc__,
+                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    arg = flags.flag_group(parser, "what most runs need")
     arg("--model", help=MODEL)
     arg("--data", help="JSON or JSONL file of instructions (default: the demo's)")
     arg("--template", choices=list(TEMPLATES), default="alpaca",
         help="how an instruction becomes a prompt: Alpaca's, or a turn of a chat")
-    main_flags(arg, ("salora", "lora", "lora-svd"), epochs="3", batch_size=16,
-               lr="3e-4; for demo 5e-3", out="runs/DATA-METHOD")
+    flags.main_flags(arg, ("salora", "lora", "lora-svd"), epochs="3", batch_size=16,
+                     lr="3e-4; for demo 5e-3", out="runs/DATA-METHOD")
 
-    arg = flag_group(parser, "rows and tokens")
+    arg = flags.flag_group(parser, "rows and tokens")
     arg("--train-on-prompt", action="store_true", default=False,
         help="train on the tokens of the prompt too, not only on those of the response")
     arg("--limit-train", type=int, metavar="N", help="use the first N training rows (default: all)")
@@ -75,8 +63,8 @@ def parse_args(argv=None):
         help="prompt and response are cut to this many tokens")
     arg("--generate", type=int, metavar="N", help="held-out rows that are answered before and "
         "after training (default: 8; for demo 100)")
-    method_flags(parser, DECODER_LINEARS)
-    run_flags(parser, dtype="bfloat16; for demo float32")
+    flags.method_flags(parser, DECODER_LINEARS)
+    flags.run_flags(parser, dtype="bfloat16; for demo float32")
     args = parser.parse_args(argv)
 
     demo = args.model is None and args.data is None
@@ -84,11 +72,11 @@ def parse_args(argv=None):
     need(demo or (args.model and args.data), missing, "not given",
          "both --model and --data (or neither, for the demo)")
     if demo:
-        fill_in(args, model=str(DEMO / "llama"), data=str(DEMO / "instruct.jsonl"), threads=1,
-                lr=5e-3, dtype="float32", generate=100)
-    fill_in(args, lr=3e-4, dtype="bfloat16", generate=8, epochs=3)
-    settle(args)
-    at_least(args, 0, "generate")
+        flags.fill_in(args, model=str(DEMO / "llama"), data=str(DEMO / "instruct.jsonl"), threads=1,
+                      lr=5e-3, dtype="float32", generate=100)
+    flags.fill_in(args, lr=3e-4, dtype="bfloat16", generate=8, epochs=3)
+    flags.settle(args)
+    flags.at_least(args, 0, "generate")
     return args
 
 
@@ -142,7 +130,7 @@ def train(args, seed, out):
     if args.max_length > config.max_length:
         raise InputError(f"--max-length is {args.max_length}, but {args.model} has positions for "
                          f"{config.max_length} tokens")
-    check_sizes(args, config)
+    flags.check_sizes(args, config)
     end_of_turn = tokenizer.token_to_id("<|im_end|>")
     end_id = end_of_turn if end_of_turn in stop else min(stop)
     examples, dev = (encode(tokenizer, part, args.template, end_id, args.max_length,
@@ -191,7 +179,7 @@ def train(args, seed, out):
         for i, (row, text) in enumerate(zip(held, answers)):
             lines.append(f"{i}\t{escape(row['output'])}\t{escape(text)}")
         runs.write_text(out / "predictions.tsv", "\n".join(lines) + "\n")
-        adapter.save(model, out / "adapter", budget=loop.budget_of(args),
+        adapter.save(model, out / "adapter", budget=plan.budget,
                      base_model_name_or_path=str(args.model), task_type="CAUSAL_LM")
         shown = [dict(instruction=row["instruction"], input=row["input"], reference=row["output"],
                       before=b, after=a) for row, b, a in zip(held, before, answers)]
@@ -234,7 +222,7 @@ def report(args, result, out):
         few = any(e["after"] != e["reference"] for e in result["examples"])
         print(f"{right} of {result['answered']} held-out instructions answered exactly"
               + "; fewer than three to show, so not all examples above are right" * few)
-    loop.report_ranks(args, result, DECODER_LINEARS, at=2)
+    loop.report_ranks(args, result)
     print(f"\n{out}/: result.json, log.jsonl, predictions.tsv, adapter/ (loads in PEFT)")
     from paper.report import write_page
     write_page([out], out / "report.html")

@@ -8,7 +8,7 @@ CoLA. Labels are read as they stand in the files, without white space around the
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from data import InputError, draw_rows, metrics, read_text
@@ -172,9 +172,8 @@ def own_task(folder):
             raise InputError(f"{file}: columns are {', '.join(map(repr, names))}, expected "
                              "sentence (or sentence1 and sentence2) and label (or score), "
                              "separated by tabs")
-    task = Task(str(folder), text, label, None, "pearson")
     if label == "score":
-        return task
+        return Task(str(folder), text, label, None, "pearson")
     at = names.index(label)
     labels = {cells[at].strip() for _, cells in table if len(cells) > at}
     if "" in labels:
@@ -188,8 +187,7 @@ def own_task(folder):
         number = re.fullmatch(r"[+-]?\d+(\.\d+)?", label)
         return not number, float(label) if number else 0, label
 
-    labels = sorted(labels, key=order)
-    return replace(task, labels=tuple(labels), metric="accuracy")
+    return Task(str(folder), text, label, tuple(sorted(labels, key=order)), "accuracy")
 
 
 def load_task(name, data=None, limit_train=None, limit_dev=None, hold_out=None):

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import InputError, draw_rows, read_text
+from data import InputError, draw_rows, need, read_text
 from data.batching import check_ids
 
 DEMO = Path(__file__).parent / "demo"
@@ -89,8 +89,7 @@ def split(rows, hold_out):
     """Training rows and held-out rows, in the order of the file. `hold_out` of them, or below 1
     this share of them, are held out, at random but always the same."""
     n = int(hold_out) if hold_out >= 1 else max(1, round(hold_out * len(rows)))
-    if n >= len(rows):
-        raise InputError(f"--hold-out is {hold_out}, expected fewer than the {len(rows)} rows")
+    need(n < len(rows), "--hold-out", hold_out, f"fewer than the {len(rows)} rows")
     return tuple([rows[i] for i in part] for part in draw_rows(len(rows), n))
 
 

@@ -74,9 +74,9 @@ class Grammar:
     def chance(self, p):
         return self.rng.random() < p
 
-    def noun_phrase(self, number=None, person=True, modified=True):
+    def noun_phrase(self, person=True, modified=True):
         """Words, number, reflexive pronoun that agrees."""
-        number = self.rng.randrange(2) if number is None else number
+        number = self.rng.randrange(2)
         if person and number == 0 and self.chance(0.15):
             name, reflexive = self.pick(NAMES)
             return [name], 0, reflexive

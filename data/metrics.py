@@ -71,7 +71,7 @@ def ngrams(words):
     return Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
 
 
-def bleu(outputs, references, tokenize=tokenize_13a):
+def bleu(outputs, references):
     """BLEU, 0 to 100 (Papineni et al. 2002), of a list of sentences against lists of references,
     each as long. As sacrebleu's default: 13a tokens, case kept, the brevity penalty from the
     reference of closest length, and a precision of 0 replaced by 1 / (2^k total) at the k-th such
@@ -79,7 +79,7 @@ def bleu(outputs, references, tokenize=tokenize_13a):
     correct, total = [0] * 4, [0] * 4
     length = reference_length = 0
     for output, *others in zip(outputs, *references, strict=True):
-        words, others = tokenize(output), [tokenize(other) for other in others]
+        words, *others = map(tokenize_13a, (output, *others))
         length += len(words)
         reference_length += min(map(len, others), key=lambda n: (abs(n - len(words)), n))
         known = Counter()
@@ -90,8 +90,7 @@ def bleu(outputs, references, tokenize=tokenize_13a):
             correct[len(ngram) - 1] += min(count, known[ngram])
     if not any(correct) or not all(total):
         return 0.0
-    zeros = 0
-    log_precision = 0.0
+    zeros, log_precision = 0, 0.0
     for c, n in zip(correct, total):
         if c == 0:
             zeros += 1

@@ -381,7 +381,7 @@ ROBERTA = {
                           intermediate_size=4096)}
 ROBERTA_REST = dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
 BATCHES, SIDE = (8, 16, 32, 64), 8192
-GPU_KINDS = {"ft": "FT", "lora": "LoRA", "adalora": "AdaLoRA"} | KINDS
+GPU_KINDS = {"lora": "LoRA", "ft": "FT", "adalora": "AdaLoRA"} | KINDS  # ratios are to the first
 LLAMA_7B = DecoderConfig(vocab_size=32000, hidden_size=4096, num_hidden_layers=32,
                          num_attention_heads=32, intermediate_size=11008)
 
@@ -434,11 +434,8 @@ def bench_gpu(args):
             for _ in range(3):  # the third is in the window, with gates that were learned once
                 steps[label](*data[0])
             peaks[label] = torch.cuda.max_memory_allocated() - before
-        order = sorted(steps, key=lambda label: label != GPU_KINDS["lora"])  # ratios to the first
-        times = time_steps([steps[label] for label in order], data, args.repeats * 2, 3)
-        times = dict(zip(order, times))
-        for label in steps:
-            ms, ratio, error = times[label]
+        times = time_steps(list(steps.values()), data, args.repeats * 2, 3)
+        for label, (ms, ratio, error) in zip(steps, times):
             table.append({"model": name, "batch": batch, "step": label, "ms": round(ms, 1),
                           "ratio to LoRA": round(ratio, 3), "± standard error": round(error, 3),
                           "peak MB": round(peaks[label] / 2**20)})
@@ -511,7 +508,7 @@ def main(argv):
         help="folder in Hugging Face layout (default: the demo's)")
     arg("--data", help="folder in GLUE's layout")
     arg("--peers", metavar="PYTHON",
-        help="python that has transformers and peft (loop; needs --task cola)")
+        help="python that has transformers and peft (loop; needs --task cola and --data)")
     arg("--device", default="cpu", help="for step, size and llama: cpu or cuda (default: cpu)")
     arg("--threads", type=int, default=min(2, os.cpu_count()),
         help="CPU threads (default: %(default)s)")
@@ -521,8 +518,8 @@ def main(argv):
     args = parser.parse_args(argv)
     if unknown := set(args.what) - set(BENCHES):
         parser.error(f"{', '.join(unknown)}: no such table, expected any of {', '.join(BENCHES)}")
-    if args.peers and args.task != "cola":
-        parser.error(f"--peers: the peers run cola, --task is {args.task}")
+    if args.peers and not (args.task == "cola" and args.data):
+        parser.error("--peers: the peers run cola, give --task cola and --data")
     if any(name.startswith("gpu") for name in args.what):
         if not torch.cuda.is_available():
             parser.error("gpu: torch finds no CUDA GPU, and this is measured on one")

@@ -86,8 +86,7 @@ def parse_args(name, argv):
     arg("--jobs", type=int, default=1, help="runs at a time")
     arg("--out", default=f"runs/{name}", help="folder of the runs and the results")
     args, common = parser.parse_known_args(argv)
-    if args.jobs < 1:
-        raise InputError(f"--jobs is {args.jobs}, expected at least 1")
+    need(args.jobs >= 1, "--jobs", args.jobs, "at least 1")
     entries = args.tasks + getattr(args, "methods", [])
     if not all(entry.rpartition("=")[2].split() for entry in entries):
         raise InputError("--tasks or --methods has an empty entry")
@@ -120,13 +119,12 @@ class Cell:
         self.folder = Path(args.out) / Path(self.task).name / self.label.replace(" ", "_")
         # refuses what is wrong before anything is loaded
         self.settings = args.parse([*self.flags, "--seeds", *map(str, self.seeds)])
+        if self.settings.lr_grid:  # the run chooses the one and is without the other
+            self.settings.lr = self.settings.hold_out = None
 
     def results(self):
         """[result or None] of its seeds."""
-        settings = argparse.Namespace(**vars(self.settings))
-        if settings.lr_grid:
-            settings.lr = settings.hold_out = None
-        return [finished(settings, self.folder / f"seed{seed}") for seed in self.seeds]
+        return [finished(self.settings, self.folder / f"seed{seed}") for seed in self.seeds]
 
     def missing(self):
         """How many runs are left to do, those of --lr-grid included."""
@@ -384,8 +382,7 @@ def ablation(args, common):
 
 
 def efficiency(args, common):
-    if "--max-steps" not in common:
-        common = [*common, "--max-steps", "20"]
+    common = ["--max-steps", "20", *common]  # a --max-steps of the command comes later and counts
 
     def sized(method, b):
         """The entry with that batch size in its flags and its name."""
@@ -519,8 +516,9 @@ def components(args, common):
             panels[title] = {"SaLoRA": [(entry["step"], entry[what], 0.0) for entry in log]}
             bands[title] = [share * run["steps"] for share in run["settings"]["window"]]
             rows.append([task, what, *(f"{v:.4f}" for v in (y[0], min(y), max(y), y[-1]))])
-        budget = [(entry["step"], run["budget"], 0.0) for entry in log]
-        panels[f"{task}: density"]["budget"] = budget
+        if run["budget"] is not None:  # there is none with --price
+            budget = [(entry["step"], run["budget"], 0.0) for entry in log]
+            panels[f"{task}: density"]["budget"] = budget
     table = markdown(["task", "", "first", "smallest", "largest", "last"], rows)
     return results, table, {"components.png": (curves, panels, "step", bands)}
 

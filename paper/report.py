@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from urllib.parse import quote
 
 from data import InputError, read_text
-from model import DECODER_LINEARS, LINEARS
+from model import LETTERS
 from salora import window_steps
 from training.device import RANK
 from training.flags import in_words, need, new_parser
@@ -31,8 +31,6 @@ from training.runs import read_result, run_command, write_text
 
 TEMPLATE = Path(__file__).with_name("report.html")
 ROOT = Path(__file__).parents[1]
-LETTERS = {name: letter.upper() for names in (LINEARS, DECODER_LINEARS)
-           for letter, name in names.items()}
 WIDTH, HEIGHT = 340, 200  # of a chart
 LEFT, RIGHT, TOP, BOTTOM = 40, 322, 8, 166  # where its axes are
 POINTS = 200  # of a curve, at most

@@ -106,3 +106,9 @@ def test_a_wrong_folder_is_one_line(tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"{tmp_path}/config.json" in done.stderr
+
+
+def test_peers_without_data_are_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        bench.main(["loop", "--peers", "python", "--task", "cola"])
+    assert end.value.code == 2 and "give --task cola and --data" in capsys.readouterr().err

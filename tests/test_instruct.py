@@ -124,6 +124,17 @@ def test_lora_takes_the_ranks_of_another_run(short, tmp_path):
     assert lora["trainable_params"] == lora["kept_params"] == found["kept_params"]
 
 
+def test_an_adapter_of_the_head_is_gone_on_from(tmp_path, capsys):
+    model = load_decoder(DEMO / "llama")
+    sl.SaLoRA(model, ["lm_head", "layers.0.self_attn.q_proj"], 1, r=2, window=None)
+    adapter.save(model, tmp_path / "a")
+    result = run(tmp_path / "r", "--method", "lora", "--adapter", tmp_path / "a",
+                 "--max-steps", 1)
+    assert result["ranks"] == {"model.layers.0.self_attn.q_proj": 2, "lm_head": 2}
+    shown = capsys.readouterr().out
+    assert re.search(r"^W\^Q +2", shown, re.M) and re.search(r"^lm_head +2", shown, re.M)
+
+
 def test_result_and_log_have_the_fields_of_the_other_script(short):
     out, result = short
     assert {"task", "model", "method", "seed", "metric", "score", "metrics", "best_score",

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import salora as sl
 import train_glue
 from data import InputError
-from training import loop, runs
+from training import runs
 
 PLAIN = ["--threads", "1", "--limit-train", "224", "--limit-dev", "60", "--epochs", "3",
          "--log-every", "2", "--window", "0.2", "0.5"]
@@ -105,7 +105,7 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bytes(whole, tmp_path):
 @pytest.mark.slow
 def test_the_optimizer_goes_on_with_its_moments(stop, tmp_path, monkeypatch):
     flags = [*PLAIN, "--epochs", "1", "--limit-train", "672", "--save-every", "2"]
-    save, states = loop.save_checkpoint, {}
+    save, states = runs.save_checkpoint, {}
 
     def saved(folder, optimizer, lowrank, progress):
         save(folder, optimizer, lowrank, progress)
@@ -115,7 +115,7 @@ def test_the_optimizer_goes_on_with_its_moments(stop, tmp_path, monkeypatch):
         if folder.parent.name == "cut" and progress["step"] == stop and not resuming:
             raise SystemExit
 
-    monkeypatch.setattr(loop, "save_checkpoint", saved)
+    monkeypatch.setattr(runs, "save_checkpoint", saved)
     resuming = []
     train_glue.main([*flags, "--out", str(tmp_path / "whole")])
     with pytest.raises(SystemExit):

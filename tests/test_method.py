@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
 import salora as sl
@@ -171,6 +172,20 @@ def test_the_names_of_wrappers_are_left_out():
     assert ranks(model) == {"module.0": 2, "module.2": 2}
     merge(nn.DataParallel(model))
     assert not adapters(model) and len(adapters(model, nn.Linear)) == 3
+
+
+def test_adapters_go_into_what_a_wrapper_wraps():
+    model, x = nn.Sequential(checkpoint_wrapper(mlp())), torch.randn(6, 10)
+    before = model(x)
+    SaLoRA(model, ["0.0", "0.2"], 10, r=2, window=None)
+    assert ranks(model) == {"0.0": 2, "0.2": 2}
+    for layer in adapters(model).values():
+        nn.init.normal_(layer.lora_B)
+    adapted = model(x)
+    adapted.sum().backward()
+    assert all(layer.lora_B.grad.any() for layer in adapters(model).values())
+    assert not torch.allclose(adapted, before, atol=0.1)
+    assert torch.allclose(merge(model)(x), adapted, atol=1e-5) and not adapters(model)
 
 
 # ---- the turn into singular directions

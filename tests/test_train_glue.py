@@ -223,6 +223,17 @@ def test_outputs_of_other_names_are_taken_as_they_are_unless_some_are_in_the_wro
         assert not (tmp_path / "r").exists()
 
 
+def test_gates_go_on_from_an_adapter_with_matrices_of_rank_0(tmp_path):
+    run(tmp_path / "a", "--r", 1, "--max-steps", 4, "--window", 0.25, 0.5)
+    flags = ["--adapter", tmp_path / "a" / "adapter", "--max-steps", 4, "--window", 0.25, 0.5]
+    result = run(tmp_path / "b", *flags)  # makes its page, which wants gates of all matrices
+    before = json.loads((tmp_path / "a" / "result.json").read_text())["ranks"]
+    gates = json.loads((tmp_path / "b" / "gates.jsonl").read_text().splitlines()[0])["open"]
+    for (path, rank), row in zip(result["ranks"].items(), gates, strict=True):
+        assert rank <= before[path] and any(row) == before[path]
+    assert (tmp_path / "b" / "report.html").exists() and 0 in before.values()
+
+
 def test_names_go_with_an_adapter_into_the_merged_model_and_the_next_run(named, tmp_path, capsys):
     flags = ["--task", named / "data", "--model", named / "other"]
     run(tmp_path / "r", *flags, "--method", "lora", "--max-steps", 2)
@@ -946,7 +957,7 @@ def test_bad_input_from_the_shell_has_no_traceback(tmp_path):
 
 def test_every_flag_of_the_design_is_there_and_every_flag_has_a_help_sentence(monkeypatch):
     parsers = []
-    monkeypatch.setattr(train_glue, "new_parser",
+    monkeypatch.setattr(train_glue.flags, "new_parser",
                         lambda **kw: parsers.append(new_parser(**kw)) or parsers[-1])
     train_glue.parse_args([])
     flags = {option: action for action in parsers[0]._actions for option in action.option_strings}

@@ -147,9 +147,8 @@ def run_flags(parser, dtype):
 def settle(args):
     """Fills in what the recipe decides, then checks."""
     adalora = args.method == "adalora"
-    fill_in(args, window=WINDOWS.get(args.method), beta=0.1 if adalora else None)
-    if args.method not in ("salora", "lora-svd"):
-        fill_in(args, rewarm=False)
+    fill_in(args, window=WINDOWS.get(args.method), beta=0.1 if adalora else None,
+            rewarm=None if args.method in ("salora", "lora-svd") else False)
     fill_in(args, **RECIPES[args.recipe])
     args.window = list(args.window)  # as JSON gives it back
     if args.adapter is None:

@@ -11,22 +11,13 @@ import torch
 import torch.distributed as dist
 
 import salora as sl
-from data import InputError
+from data import InputError, need
 from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.download import model_folder
 from data.instruct import DEMO, TEMPLATES, encode_prompt
 from model import load_decoder, load_encoder, read_json, stop_ids
+from training import flags
 from training.device import PROCESSES, RANK
-from training.flags import (
-    LOW_RANK,
-    at_least,
-    fill_in,
-    flag_group,
-    machine_flags,
-    need,
-    new_parser,
-    use_machine,
-)
 from training.loop import load_adapter
 from training.runs import read_result
 
@@ -64,7 +55,7 @@ def open_classifier(flag, folder, result, device, model=None):
     settings, labels = result["settings"], result["labels"]
     if not (Path(folder) / "adapter").is_dir():
         raise InputError(f"{flag} {folder}: has no adapter/ (method {settings['method']}); "
-                         f"expected a run of {', '.join(LOW_RANK)}")
+                         f"expected a run of {', '.join(flags.LOW_RANK)}")
     source = model_folder(model or settings["model"])
     tokenizer = load_tokenizer(source)
     with contextlib.redirect_stdout(io.StringIO()):  # of its head, which comes with the adapter
@@ -98,8 +89,8 @@ def answer(model, tokenizer, prompts, stop, max_new_tokens, batch_size=16, **sam
 
 
 def subcommand(name, description, script="train_instruct.py"):
-    parser = new_parser(prog=f"{script} {name}", description=description)
-    return parser, flag_group(parser, "flags")
+    parser = flags.new_parser(prog=f"{script} {name}", description=description)
+    return parser, flags.flag_group(parser, "flags")
 
 
 def model_flags(parser, arg):
@@ -115,22 +106,22 @@ def model_flags(parser, arg):
     arg("--top-p", type=float, default=1.0,
         help="draw from the smallest set of tokens whose probabilities reach this")
     arg("--seed", type=int, default=0, help="of the draw")
-    machine_flags(parser, dtype="that of the adapter's run, else of the model")
+    flags.machine_flags(parser, dtype="that of the adapter's run, else of the model")
 
 
 def open_model(args):
     """The model of model_flags, its tokenizer and the ids that end a text. Fills in defaults."""
-    at_least(args, 1, "max_new_tokens")
-    at_least(args, 0, "temperature", "seed")
+    flags.at_least(args, 1, "max_new_tokens")
+    flags.at_least(args, 0, "temperature", "seed")
     need(0 < args.top_p <= 1, "--top-p", args.top_p, "a share in (0, 1]")
     need(args.temperature == 0 or args.temperature >= 0.001, "--temperature", args.temperature,
          "0, or at least 0.001")
-    device = use_machine(args)
+    device = flags.use_machine(args)
     run = read_result(Path(args.adapter) / "..") if args.adapter else None
     settings = run["settings"] if run else {}
-    fill_in(args, model=str(DEMO / "llama"), template=settings.get("template", "alpaca"))
+    flags.fill_in(args, model=str(DEMO / "llama"), template=settings.get("template", "alpaca"))
     folder = model_folder(args.model)
-    fill_in(args, dtype=settings.get("dtype") or dtype_of(folder))
+    flags.fill_in(args, dtype=settings.get("dtype") or dtype_of(folder))
     tokenizer, stop = load_tokenizer(folder), stop_ids(folder)
     model = load_decoder(folder, getattr(torch, args.dtype), device).eval()
     if args.adapter:

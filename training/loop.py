@@ -5,6 +5,7 @@ One run: learning rate schedule, method put into the model, a LLaMA's loss, trai
 import contextlib
 import json
 import math
+import re
 import signal
 import sys
 import threading
@@ -16,24 +17,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from safetensors import SafetensorError
 
 import adapter
 import baselines
 import salora as sl
 from data import InputError
 from data.batching import batch_order, send
-from model import DECODER_LINEARS, LINEARS, Decoder
+from model import DECODER_LINEARS, LETTERS, LINEARS, Decoder
+from training import runs
 from training.device import PROCESSES, RANK, peak_memory_mb
 from training.flags import CUT, NOT_OF_A_RUN, in_words, need
-from training.runs import (
-    CHECKPOINT,
-    Stopped,
-    clear_folder,
-    load_checkpoint,
-    save_checkpoint,
-    write_text,
-)
 
 
 @contextlib.contextmanager
@@ -71,7 +64,7 @@ def schedule(args, lengths, weights, epochs):
     return SimpleNamespace(
         lengths=lengths, weights=weights, epochs=epochs, rows_per_step=rows_per_step,
         epoch_steps=epoch_steps, steps=steps, gated=args.method == "salora",
-        budget=budget_of(args),
+        budget=args.budget if args.method in CUT and args.price is None else None,
         warmup=math.ceil(args.warmup * steps), restart=end if args.rewarm else steps)
 
 
@@ -196,7 +189,7 @@ class Log:
                 except (ValueError, KeyError, TypeError):
                     raise InputError(f"{file}: line {number} is damaged: remove it") from None
             if text:
-                write_text(file, "".join(kept))
+                runs.write_text(file, "".join(kept))
 
     @torch.no_grad()
     def write_gates(self, step, salora):
@@ -207,12 +200,17 @@ class Log:
         due = salora.first <= now <= salora.last and (now - salora.first) % every == 0
         if RANK or not (due or closed):
             return
-        probability = sl.open_probability(salora.log_theta).tolist()
+
+        def rows(values):  # of all matrices: one that came without a rank has gates of 0
+            own = dict(zip(salora.layers, values.tolist()))
+            return [own.get(m, [0] * values.shape[1]) for m in sl.adapters(salora.model).values()]
+
+        probability = rows(sl.open_probability(salora.log_theta))
         entry = {"step": step,
                  "density": salora.final_density if closed else salora.density().item(),
                  "open": [[round(p, 3) for p in row] for row in probability]}
         if closed:
-            entry["kept"] = salora.select().int().tolist()
+            entry["kept"] = rows(salora.select().int())
         with self.gates.open("a") as f:
             f.write(json.dumps(entry) + "\n")
 
@@ -273,8 +271,9 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
     # ---- resume, or start anew
     log, step, history = Log(out, plan, device), 0, []
     matrices = {path: [m.r, m.scale] for path, m in sl.adapters(model).items()}
-    if args.resume and (out / CHECKPOINT).exists():
-        progress = load_checkpoint(out / CHECKPOINT, optimizer, lowrank, settings, matrices)
+    file = out / runs.CHECKPOINT
+    if args.resume and file.exists():
+        progress = runs.load_checkpoint(file, optimizer, lowrank, settings, matrices)
         step, history = progress["step"], progress["history"]
         log.resume(step, progress["seconds"], progress["open_line"])
         print(f"resumed at step {step} of {steps}")
@@ -282,12 +281,12 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
         if args.resume:
             print(f"{out}: no checkpoint to resume from, starting at step 0")
         if RANK == 0:
-            clear_folder(out)
+            runs.clear_folder(out)
             log.file.write_text("")
 
     def checkpoint():
         if RANK == 0:
-            save_checkpoint(out / CHECKPOINT, optimizer, lowrank, dict(
+            runs.save_checkpoint(file, optimizer, lowrank, dict(
                 step=step, history=history, seconds=log.seconds, settings=settings,
                 matrices=matrices, open_line=log.state()))
         log.restart_clock()
@@ -340,6 +339,7 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
             # ---- scores after each epoch, and a checkpoint
             if epoch_end:
                 outputs, scores = finite(evaluate(), step)
+                model.train()
                 history.append(dict(step=step, epoch=round(step / epoch_steps, 4), **scores))
                 values = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
                 line = f"epoch {step / epoch_steps:.4g}: {values}"
@@ -357,8 +357,8 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
             outputs, scores = finite(evaluate(), step)
             history = history or [dict(step=0, epoch=0.0, **scores)]
         if stop:
-            raise Stopped(f"stopped at step {step} of {steps}; the same command with --resume "
-                          f"--out {args.out} goes on from the last checkpoint", stop[0])
+            raise runs.Stopped(f"stopped at step {step} of {steps}; the same command with --resume "
+                               f"--out {args.out} goes on from the last checkpoint", stop[0])
     return outputs, scores, history, log.seconds
 
 
@@ -382,7 +382,7 @@ def common_result(
     rows = len(plan.lengths) * plan.steps / plan.epoch_steps
     return dict(
         trainable_params=trainable_params, kept_params=kept_params, head_params=head_params,
-        budget=budget_of(args), density=lowrank.final_density if lowrank else None,
+        budget=plan.budget, density=lowrank.final_density if lowrank else None,
         kept_density=kept_params / max(trainable_params, 1), ranks=sl.ranks(model),
         steps=plan.steps, seconds=round(seconds, 2),
         examples_per_second=round(rows / seconds, 1) if seconds else None,
@@ -390,22 +390,16 @@ def common_result(
         history=history, command=args.command, settings=settings)
 
 
-def budget_of(args):
-    """The share of parameters that a run steers to, or None."""
-    return args.budget if args.method in CUT and args.price is None else None
-
-
 def load_adapter(model, folder):
     """adapter.load, where a damaged folder is an InputError."""
     try:
         return adapter.load(model, folder)
-    except (OSError, ValueError, SafetensorError) as e:
+    except (OSError, ValueError) as e:
         raise InputError(f"--adapter {folder}: {str(e).removeprefix(f'{folder}: ')}") from None
 
 
-def report_ranks(args, result, linears, at):
-    """Prints the budget and the rank map. linears: {letter: module name}; at: where a path has the
-    number of its layer."""
+def report_ranks(args, result):
+    """Prints the budget and the rank map."""
     if args.method in ("salora", "lora-svd") and result["steps"]:
         goal = f"budget {args.budget:.4g}" if args.price is None else f"price {args.price:.4g}"
         gates = ""
@@ -414,11 +408,8 @@ def report_ranks(args, result, linears, at):
         print(f"{goal}: {gates}kept {result['kept_params']:,} of {result['trainable_params']:,} "
               f"adapter parameters ({100 * result['kept_density']:.2f} %)")
     if result["ranks"]:
-        letters = {name: letter for letter, name in linears.items()}
-        table = {}
-        for path, rank in result["ranks"].items():
-            layer, name = path.split(".", at + 1)[at:]
-            table[f"{layer}.W^{letters[name].upper()}"] = rank
+        table = {re.sub(r".*?(\d+\.)(.*)", lambda m: f"{m[1]}W^{LETTERS[m[2]]}", path): rank
+                 for path, rank in result["ranks"].items()}  # an lm_head has no layer
         r = result["settings"]["r"]
         origin = "as given by --ranks" if args.ranks else f"from {r} at the start"
         print(f"\nrank of each matrix, {origin}: layers left to right\n\n"

@@ -20,18 +20,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import InputError, locked, sync
+from data import InputError, locked, need, sync
 from model import read_json
+from training import flags
 from training.device import PROCESSES, RANK, join_processes
-from training.flags import (
-    MAY_CHANGE,
-    NOT_OF_A_RUN,
-    RESOLVED_LATER,
-    fail,
-    flag,
-    in_words,
-    need,
-)
+from training.flags import fail, flag, in_words
 
 TUNING_SEED = 100  # of the runs of --lr-grid
 CHECKPOINT = "checkpoint.safetensors"
@@ -98,7 +91,7 @@ def load_checkpoint(file, optimizer, lowrank, settings, matrices):
                          f"when {file} was written: put back what it held")
     for name, value in settings.items():
         found = before.get(name)
-        if found != value and name not in MAY_CHANGE:
+        if found != value and name not in flags.MAY_CHANGE:
             raise InputError(f"--resume: {flag(name)} is {in_words(value)}, but {file} was written "
                              f"with {in_words(found)}: give the run's own flags")
     if lowrank:
@@ -201,9 +194,9 @@ def finished(args, out):
         return None
     for name, value in vars(args).items():
         found = result["settings"].get(name, value)
-        if value is None and name in RESOLVED_LATER:
+        if value is None and name in flags.RESOLVED_LATER:
             continue
-        if found != value and name not in (*NOT_OF_A_RUN, *MAY_CHANGE, "seed"):
+        if found != value and name not in (*flags.NOT_OF_A_RUN, *flags.MAY_CHANGE, "seed"):
             raise InputError(f"--out {out} holds a finished run with {flag(name)} "
                              f"{in_words(found)}, not {in_words(value)}: give another folder")
     return result
