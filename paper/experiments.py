@@ -411,6 +411,8 @@ def efficiency(args, common):
 
 def ranks(args, common):
     base = args.parse([*common, "--task", names(args.tasks)[0]])
+    need(base.targets == list(LINEARS) and base.layers is None, "--targets or --layers", "given",
+         "none: ranks adapts each kind of matrix, and each third of the layers, itself")
     count = read_config(model_folder(base.model)).num_hidden_layers
     layers = [str(i) for i in range(count)]
     third = -(-count // 3)
@@ -528,7 +530,7 @@ def main(name, argv, parse):
     args, common = parse_args(name, argv)
     args.parse = parse
     for flag in ("--seed", "--resume", "--overwrite"):
-        if flag in common:
+        if flag in [word.partition("=")[0] for word in common]:
             raise InputError(f"{flag} is for a single run; {name} takes --seeds, goes on by itself "
                              "and replaces nothing")
     results, text, pictures = globals()[name](args, common)
