@@ -100,7 +100,6 @@ def collate(examples, device, on_prompt=False):
 def evaluate(model, examples, device, batch_size=32):
     """Summed loss and number of response tokens of each example: (n, 2) on the CPU; each process
     computes its share."""
-    training_mode = model.training
     model.eval()
     sums = torch.zeros(len(examples), 2, device=device)
     for batch in batch_order([len(e) for e in examples], batch_size)[RANK::PROCESSES]:
@@ -111,7 +110,6 @@ def evaluate(model, examples, device, batch_size=32):
         sums[batch] = torch.stack([losses, count.to(losses)], 1)
     if PROCESSES > 1:
         dist.all_reduce(sums)
-    model.train(training_mode)
     return sums.cpu()
 
 

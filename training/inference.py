@@ -26,7 +26,6 @@ MODEL = "folder in Hugging Face layout, or a hub name (default: the demo's)"
 
 def evaluate(model, rows, pad_id, device, batch_size=128):
     """Logits (n, num_labels) of `rows`, float32 numpy; each process computes its share."""
-    training_mode = model.training
     logits = torch.zeros(len(rows), model.num_labels, device=device)
     model.eval()
     with torch.inference_mode():
@@ -34,7 +33,6 @@ def evaluate(model, rows, pad_id, device, batch_size=128):
             logits[batch] = model(*collate([rows[i] for i in batch], pad_id, device)).float()
     if PROCESSES > 1:
         dist.all_reduce(logits)
-    model.train(training_mode)
     return logits.cpu().numpy()
 
 
@@ -75,8 +73,8 @@ def open_classifier(flag, folder, result, device, model=None):
 
 def answer(model, tokenizer, prompts, stop, max_new_tokens, batch_size=16, **sampling):
     """The texts that the model answers to prompts (lists of token ids)."""
-    training_mode, texts = model.training, []
     model.eval()
+    texts = []
     for i in range(0, len(prompts), batch_size):
         rows = [[] for _ in prompts[i:i + batch_size]]
         for tokens in model.generate(prompts[i:i + batch_size], max_new_tokens, stop, **sampling):
@@ -84,7 +82,6 @@ def answer(model, tokenizer, prompts, stop, max_new_tokens, batch_size=16, **sam
                 if token is not None and token not in stop:
                     row.append(token)
         texts += [tokenizer.decode(row).strip() for row in rows]
-    model.train(training_mode)
     return texts
 
 
