@@ -58,6 +58,7 @@ def test_readme_has_the_numbers_of_recover():
 
 
 @pytest.mark.parametrize("table,runs", [("recover/table.md", "recover/runs.jsonl"),
+                                        ("recover/minilm.md", "recover/minilm.jsonl"),
                                         ("shuffle/table.md", "shuffle/recover.jsonl")])
 def test_tables_of_known_ranks_are_those_of_the_runs(table, runs):
     text = (RESULTS / table).read_text()
