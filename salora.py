@@ -479,6 +479,10 @@ class SaLoRA:
              "the model got another dtype or device after SaLoRA(..): move it before")
         need(all(id(p) in held for p in params + gates), "the optimizer does not hold all of "
              "SaLoRA's parameters: make it of salora.param_groups(lr)")
+        taken = optimizer.state.get(params[0], {}).get("step", 1) if params else 1
+        read = not torch.is_tensor(taken) or taken.is_cpu  # a step must not wait for a GPU
+        need(self.step or not read or taken <= 1, "the optimizer goes on from a checkpoint, and "
+             "SaLoRA starts anew: call salora.load_state_dict() too")
         # at step 0 R_orth alone gives B a gradient of zeros, since B is zero
         grads = [m.lora_B.grad for m in self.layers if m.rank]
         reached = any(g is not None and (self.beta == 0 or g.any()) for g in grads)

@@ -767,6 +767,17 @@ def test_after_a_resume_the_optimizer_is_checked_again():
         train(model2, salora2, 1, optimizer=torch.optim.AdamW(wrapped()[1].param_groups(1e-3)))
 
 
+def test_a_resume_that_forgets_the_state_of_salora_is_told():
+    model, salora = wrapped(steps=20)
+    optimizer = train(model, salora, 3)
+    model2, salora2 = wrapped(steps=20)
+    model2.load_state_dict(model.state_dict())
+    optimizer2 = torch.optim.AdamW(salora2.param_groups(1e-2))
+    optimizer2.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match=r"call salora\.load_state_dict\(\) too"):
+        train(model2, salora2, 1, optimizer=optimizer2)
+
+
 def test_a_window_that_a_resumed_run_has_behind_it_still_cuts():
     model, salora = wrapped(steps=20, window=(0.5, 0.9))
     train(model, salora, 8)
