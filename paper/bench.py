@@ -60,6 +60,7 @@ from model import (
 )
 from salora import GAMMA, ZETA, SaLoRA
 from training.device import peak_memory_mb
+from training.flags import new_parser
 from training.loop import token_losses
 from training.runs import markdown, run_command
 
@@ -499,8 +500,8 @@ BENCHES = dict(
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = parser.add_argument
     arg("what", nargs="*", metavar="TABLE", help=f"{', '.join(BENCHES)} (default: step)")
     arg("--task", default="demo", help="as in train_glue.py (default: demo)")

@@ -111,4 +111,5 @@ def test_a_wrong_folder_is_one_line(tmp_path):
 def test_peers_without_data_are_one_line(capsys):
     with pytest.raises(SystemExit) as end:
         bench.main(["loop", "--peers", "python", "--task", "cola"])
-    assert end.value.code == 2 and "give --task cola and --data" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert end.value.code == 2 and "give --task cola and --data" in text and text.count("\n") == 1
