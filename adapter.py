@@ -25,7 +25,17 @@ from torch import nn
 
 from data import InputError, need, sync
 from model import HEADS, TIED, full_name, open_tensors, output_names, read_json, weight_files
-from salora import SaLoRALinear, adapters, find, plain, rank_map, reachable, unwrap, updated
+from salora import (
+    SaLoRALinear,
+    adapters,
+    find,
+    plain,
+    rank_map,
+    reachable,
+    replace,
+    unwrap,
+    updated,
+)
 
 
 def within(name, modules):
@@ -345,14 +355,14 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     settings, tensors = read_adapter(folder)
     own, whole = read_own(folder, tensors), settings.get("modules_to_save")
     outer, model = model, unwrap(model)
-    modules = {plain(path): m for path, m in model.named_modules()}
-    linears = {path: m for path, m in modules.items() if isinstance(m, nn.Linear)}
+    modules = adapters(model, nn.Module)
+    linears = {plain(path): m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     state = {plain(name): t for name, t in model.state_dict(keep_vars=True).items()}
     sizes = {path: (m.out_features, m.in_features) for path, m in linears.items()}
     saved = {name: t.shape for name, t in state.items() if replaced(name, whole)}
     try:
         layers = match(folder, settings, tensors, sizes, saved, state.get)
-        reachable(model, [*layers, *(name.rpartition(".")[0] for name in saved)])
+        reachable(modules, [*layers, *(name.rpartition(".")[0] for name in saved)])
     except ValueError as e:
         raise ValueError(f"{folder}: {e}") from None
 
@@ -368,8 +378,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
         if r:
             layer.lora_A.data.copy_(tensors[f"{path}.lora_A.weight"])
             layer.lora_B.data.copy_(tensors[f"{path}.lora_B.weight"])
-        parent, _, name = path.rpartition(".")
-        setattr(modules[parent], name, layer)
+        replace(modules, path, layer)
     for name in saved:
         path, _, leaf = name.rpartition(".")
         value = tensors[name].to(state[name].device, state[name].dtype)

@@ -222,7 +222,9 @@ class Encoder(nn.Module):
             x = torch.cat([x[:, :1], prompt, x[:, n + 1:]], 1)
         x = x + e.token_type_embeddings(token_type_ids) + e.position_embeddings(positions)
         x = dropout(e.LayerNorm(x), c.hidden_dropout_prob, self.training)
-        mask = None if attention_mask is None else attention_mask[:, None, None].bool()  # b 1 1 t
+        mask = attention_mask
+        if mask is not None:
+            mask = mask[:, None, None, :].bool()  # (b, 1, 1, t)
         layers = self.body.encoder.layer
         prefix = [None] * len(layers)
         if self.prefix is not None:

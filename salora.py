@@ -153,9 +153,10 @@ def adapters(model: nn.Module, kind=SaLoRALinear) -> dict:
     named = unwrap(model).named_modules(remove_duplicate=False)
     return {plain(path): m for path, m in named if isinstance(m, kind)}
 
-def replace(model: nn.Module, path: str, module: nn.Module):
+def replace(modules: dict, path: str, module: nn.Module):
+    """Puts a module into the place of another. modules {path: module}: of a wrapper the inside."""
     parent, _, name = path.rpartition(".")
-    setattr(adapters(model, nn.Module)[parent], name, module)  # in a wrapper: of what is inside
+    setattr(modules[parent], name, module)
 
 def find(linears: dict, targets) -> dict:
     """The entries of {path: nn.Linear} whose path is one of the targets or ends in "." + it.
@@ -174,9 +175,8 @@ def find(linears: dict, targets) -> dict:
         found |= hits
     return {path: m for path, m in linears.items() if path in found}
 
-def reachable(model: nn.Module, paths):
+def reachable(modules: dict, paths):
     """ValueError: a forward pass would go past an adapter at a path, or reach it twice."""
-    modules = adapters(model, nn.Module)
     for path in paths:
         parent = modules[path.rpartition(".")[0]]
         if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
@@ -189,17 +189,17 @@ def adapt(model, targets, r, alpha=None, kind=SaLoRALinear) -> list:
     """Freezes the model, puts a `kind` layer around every target, returns these layers."""
     if adapters(model):
         raise ValueError("the model has adapters already: merge() them, or go on with targets=None")
-    linears = find(adapters(model, nn.Linear), targets)
+    modules, linears = adapters(model, nn.Module), find(adapters(model, nn.Linear), targets)
     if not linears:
         raise ValueError("targets is empty, or the model has no nn.Linear but its head")
-    reachable(model, linears)
+    reachable(modules, linears)
     for path, m in linears.items():
         if not 1 <= r <= min(m.weight.shape):
             raise ValueError(f"r is {r}, expected 1 to {min(m.weight.shape)}: {path} is "
                              f"{tuple(m.weight.shape)}")
     model.requires_grad_(False)
     for path, m in linears.items():
-        replace(model, path, kind(m, r, (r if alpha is None else alpha) / r))
+        replace(modules, path, kind(m, r, (r if alpha is None else alpha) / r))
     return list(adapters(model).values())
 
 # ---- the method ---------------------------------------------------------------------------------
@@ -546,7 +546,7 @@ def rank_map(table: dict, r: int) -> str:
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Adds every update to its weight and puts the plain nn.Linear back. Returns the model."""
-    layers = adapters(model)
+    layers, modules = adapters(model), adapters(model, nn.Module)
     for path, layer in layers.items():
         plain_weight = "weight" in dict(layer.base.named_parameters())
         if type(layer.base).forward is not nn.Linear.forward or not plain_weight:
@@ -557,5 +557,5 @@ def merge(model: nn.Module) -> nn.Module:
                       "number of optimizer steps of the run", stacklevel=3)
     for path, layer in layers.items():  # a new Parameter each, since the old one may be tied
         layer.base.weight = nn.Parameter(layer.weight, layer.base.weight.requires_grad)
-        replace(model, path, layer.base)
+        replace(modules, path, layer.base)
     return model

@@ -142,11 +142,12 @@ class Small:
     """The residual network; with `scaled`, inputs of unequal scale."""
 
     RANKS = (0, 8, 1, 6, 0, 8, 3, 0, 7, 2, 8, 5)
+    D = 64  # width
     SCALES, SIGMAS = (0.1, 3, 0.1, 3, 1, 0.1, 3, 1, 0.1, 3, 1, 1), {0.1: 1.5, 1: 0.7, 3: 0.4}
 
     def __init__(self, args, budget, seed, scaled=False):
         torch.manual_seed(123 + seed)
-        self.base = Network(64, self.SCALES if scaled else (1,) * len(self.RANKS))
+        self.base = Network(self.D, self.SCALES if scaled else (1,) * len(self.RANKS))
         if scaled:
             ranks = [round(8 * budget)] * len(self.RANKS)  # twice a student's halved budget
         else:
@@ -158,10 +159,10 @@ class Small:
         add_updates(self.teacher, self.ranks, sigmas, args.spread, g)
 
     def batch(self):
-        return torch.randn(64, 64)
+        return torch.randn(64, self.D)
 
     def held_out(self):
-        return [torch.randn(8192, 64)]
+        return [torch.randn(8192, self.D)]
 
     def outputs(self, model, x):
         """What teacher and student should agree on: (n, d)."""

@@ -91,7 +91,8 @@ def test_losses_of_the_language_model_are_those_of_the_runs():
     page, shown = RESULTS / "language" / "table.md", {}
     runs = [json.loads(line) for line in page.with_name("runs.jsonl").read_text().splitlines()]
     for name, *cells in rows_of(page.read_text()):  # one table by rates, one by sizes
-        losses = [run["loss"] for run in runs if f"{run['lr']:g}" == name and run["steps"] > 200]
+        losses = [run["loss"] for run in runs
+                  if run["data"] == "choose" and f"{run['lr']:g}" == name]
         if name.endswith("M"):
             size = float(name[:-1])
             losses = [run["loss"] for run in runs if run["data"] == "yelp"

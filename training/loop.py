@@ -21,12 +21,12 @@ import torch.utils.checkpoint
 import adapter
 import baselines
 import salora as sl
-from data import InputError
+from data import InputError, need
 from data.batching import batch_order, send
 from model import DECODER_LINEARS, LETTERS, LINEARS, Decoder
 from training import runs
 from training.device import PROCESSES, RANK, peak_memory_mb
-from training.flags import CUT, NOT_OF_A_RUN, in_words, need
+from training.flags import CUT, NOT_OF_A_RUN, in_words
 
 
 @contextlib.contextmanager
