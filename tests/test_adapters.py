@@ -580,6 +580,7 @@ def test_quantized_weights_and_other_shapes_are_refused(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "m"]
 
 
+@pytest.mark.slow
 def test_merge_and_show_from_the_shell(tmp_path, capsys):
     command = [sys.executable, adapter.__file__, "merge", "--model", FIXTURES / "llama3",
                "--adapter", FIXTURES / "peft-llama3", "--out", tmp_path / "m"]

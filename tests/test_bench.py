@@ -101,6 +101,7 @@ def test_gpu_tables(monkeypatch):
     assert alone["on paper GiB"] < wide["on paper GiB"] < more["on paper GiB"]
 
 
+@pytest.mark.slow
 def test_a_wrong_folder_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, bench.__file__, "step", "--model", str(tmp_path)],
                           capture_output=True, text=True)

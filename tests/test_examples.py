@@ -26,12 +26,9 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 ALL = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
-def case(name):
-    return pytest.param(name, id=f"oracle-{name}" if name in NEEDS else name,
-                        marks=[] if name == "vision_mlp.py" else pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name", [case(name) for name in ALL])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [
+    pytest.param(name, id=f"oracle-{name}" if name in NEEDS else name) for name in ALL])
 def test_example_runs(name, tmp_path):
     for package in NEEDS.get(name, []):
         if not importlib.util.find_spec(package):

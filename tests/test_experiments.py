@@ -101,6 +101,7 @@ def test_efficiency_has_memory_and_time_by_batch_size(tmp_path, here):
     assert [r["method"] for r in rows] == ["small batch-size 4", "small batch-size 8"]
 
 
+@pytest.mark.slow
 def test_what_is_only_scored_needs_no_estimate(tmp_path, here):
     rows = go("table1", tmp_path, "--methods", "head --epochs 0", "--seeds", "0")
     assert [(r["method"], r["steps"]) for r in rows] == [("Head epochs 0", "0")]

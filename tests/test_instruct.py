@@ -117,6 +117,7 @@ def test_demo_instructions_are_what_the_script_makes():
 # ---- files of a run
 
 
+@pytest.mark.slow
 def test_lora_takes_the_ranks_of_another_run(short, tmp_path):
     out, found = short
     lora = run(tmp_path / "r", "--method", "lora", "--ranks", out, "--max-steps", "2")

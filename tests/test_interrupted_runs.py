@@ -156,6 +156,7 @@ def test_a_kill_while_a_checkpoint_is_renamed_leaves_one(tmp_path, whole, capsys
         assert traces(out) == traces(whole[0] / "seed0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["--r 4", "--r 2 --targets q v", "alpha"])
 def test_resume_refuses_an_adapter_that_has_changed(other, tmp_path):
     def run(name, *flags):
@@ -197,6 +198,7 @@ def test_a_power_cut_leaves_no_empty_file(tmp_path, monkeypatch):
                      "adapter_model.safetensors", "report.html"}
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_stays(tmp_path, capsys):
     out = tmp_path / "r"
     flags = [*SHORT, "--limit-dev", "20", "--max-steps", "3", "--out", str(out)]
@@ -306,6 +308,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         train_glue.command([*SHORT, "--out", str(tmp_path / "r")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "density"])
 def test_a_number_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(
         what, tmp_path, capsys, monkeypatch):

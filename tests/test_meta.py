@@ -114,7 +114,8 @@ def train(script, one_layer, out, *flags):
 
 
 @pytest.mark.parametrize("dtype, more", [
-    ("float32", []), ("bfloat16", ["--checkpoint-activations"])], ids=["float32", "bfloat16"])
+    pytest.param("float32", [], id="float32", marks=pytest.mark.slow),
+    pytest.param("bfloat16", ["--checkpoint-activations"], id="bfloat16")])
 @pytest.mark.parametrize("script, method", METHODS)
 def test_steps_stay_on_the_device(meta, one_layer, tmp_path, script, method, dtype, more):
     if method == "ft" and dtype == "bfloat16":

@@ -482,6 +482,7 @@ def test_the_multiplier_drives_density_to_the_budget(budget):
     assert salora.kept_params() <= budget * salora.initial_params
 
 
+@pytest.mark.slow
 def test_a_price_closes_more_gates_the_higher_it_is():
     ends = []
     for price in (0.0, 0.05, 2.0):

@@ -132,6 +132,7 @@ def test_a_stopped_run_has_a_whole_page(short, tmp_path, monkeypatch):
     assert Page(out / "report.html").data == Page(short[0] / "report.html").data
 
 
+@pytest.mark.slow
 def test_the_page_is_the_last_line_and_the_budget_beside_the_density(tmp_path, capsys):
     result = run(tmp_path / "r", "--budget", "0.4")
     lines = capsys.readouterr().out.splitlines()
@@ -193,8 +194,8 @@ def test_the_gates_on_the_page_are_those_of_the_log(short):
 
 
 @pytest.mark.parametrize("method", [
-    "lora", "adalora", *(pytest.param(name, marks=pytest.mark.slow)
-                         for name in ("lora-svd", "ft", "prompt"))])
+    "lora", *(pytest.param(name, marks=pytest.mark.slow)
+              for name in ("adalora", "lora-svd", "ft", "prompt"))])
 def test_methods_without_gates_have_a_page_without_them(method, tmp_path):
     result = run(tmp_path, "--method", method)
     page = Page(tmp_path / "report.html")
@@ -206,6 +207,7 @@ def test_methods_without_gates_have_a_page_without_them(method, tmp_path):
     assert "task loss" in curves and "f1" in curves and "lambda" not in curves
 
 
+@pytest.mark.slow
 def test_instructions_have_their_answers_before_and_after(tmp_path):
     train_instruct.main(["--limit-train", "96", "--limit-dev", "20", "--max-steps", "5",
                          "--generate", "4", "--window", "0.2", "0.6", "--out", str(tmp_path)])
@@ -248,6 +250,7 @@ def test_seeds_are_compared_on_one_page(tmp_path, capsys):
         *(abs(a["ranks"][path] - b["ranks"][path]) for path in a["ranks"])]
 
 
+@pytest.mark.slow
 def test_methods_are_compared(short, tmp_path, capsys):
     run(tmp_path / "lora", "--method", "lora")
     report.main([str(short[0]), str(tmp_path / "lora"), "--out", str(tmp_path / "both.html")])
@@ -422,6 +425,7 @@ def test_browser_reads_out_a_curve_and_a_cell(short, tmp_path):
     assert f'<output class="hint">{path}: rank {rank} of 8</output>' in document
 
 
+@pytest.mark.slow
 @browser
 def test_browser_would_tell_of_an_error_and_of_a_request(short, tmp_path):
     for script, words in (("undefined.x", "TypeError"),

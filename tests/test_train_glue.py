@@ -223,6 +223,7 @@ def test_outputs_of_other_names_are_taken_as_they_are_unless_some_are_in_the_wro
         assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_gates_go_on_from_an_adapter_with_matrices_of_rank_0(tmp_path):
     run(tmp_path / "a", "--r", 1, "--max-steps", 4, "--window", 0.25, 0.5)
     flags = ["--adapter", tmp_path / "a" / "adapter", "--max-steps", 4, "--window", 0.25, 0.5]
@@ -283,7 +284,7 @@ def runs_of(tmp_path_factory, short):
     return get
 
 
-@pytest.mark.parametrize("method", ["salora", "adalora", slow("lora"), slow("lora-svd")])
+@pytest.mark.parametrize("method", ["salora", *map(slow, ("adalora", "lora", "lora-svd"))])
 def test_predictions_for_texts_are_those_of_the_run(method, runs_of, tmp_path, capsys):
     out = runs_of(method)
     texts = [text for text, in load_task("demo", limit_dev=90)[2][0].texts]
@@ -445,7 +446,7 @@ def test_ranks_that_are_none_are_refused_in_one_line(table, flags, words, tmp_pa
     assert list(tmp_path.iterdir()) == [file]
 
 
-@pytest.mark.parametrize("method", ["salora", slow("lora"), slow("lora-svd"), "adalora"])
+@pytest.mark.parametrize("method", ["salora", *map(slow, ("lora", "lora-svd", "adalora"))])
 def test_dropout_on_the_adapters_path_is_there_in_training_alone(method, tmp_path):
     flags = ["--method", method, "--max-steps", 6, "--lora-dropout"]
     for p in (0, 0.4):
@@ -503,6 +504,7 @@ def test_lora_svd_is_lora_until_the_window_ends_and_then_fits_its_budget(tmp_pat
     assert ranks(plain) == result["ranks"]
 
 
+@pytest.mark.slow
 def test_adalora_ends_at_its_budget_of_triplets_and_leaves_an_adapter(tmp_path):
     result = run(tmp_path / "r", "--method", "adalora", "--budget", 0.25)
     assert sum(result["ranks"].values()) == 24 * 8 // 4 and result["density"] == 0.25
@@ -882,6 +884,7 @@ def test_default_folders_do_not_collide(tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["demo-salora", "demo-salora-2"]
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_the_default_folder_and_the_hint_is_something_else(
         tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -947,6 +950,7 @@ def test_bad_flags_end_in_one_line_and_status_2(flags, words, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_bad_input_from_the_shell_has_no_traceback(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "train_glue.py", "--budget", "2",
                            "--out", tmp_path / "r"], capture_output=True, text=True)
