@@ -24,6 +24,8 @@ themselves. When the window opens, A and B are turned into the singular directio
 starts as singular value / sqrt(d), scaled so that a fraction b of them is at least 1. This makes
 rows and columns orthogonal, so beta is 0 by default. `SaLoRA(.., **PAPER)` is as published.
 
+The last quarter of the file is not the method: it finds modules by name, and tells of mistakes.
+
     salora = SaLoRA(model, targets=["up", "down"], steps=steps, r=8, budget=0.5)
     optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-3))
     for x, y in batches:
@@ -61,7 +63,7 @@ def deterministic_gates(log_theta: torch.Tensor) -> torch.Tensor:
     """The gates without noise, elementwise in [0, 1]: what evaluation in the window uses."""
     return (torch.sigmoid(log_theta) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
-# ---- the layer, and where it goes ---------------------------------------------------------------
+# ---- the layer ----------------------------------------------------------------------------------
 
 class SaLoRALinear(nn.Module):
     """h = W x + scale * B diag(g) A x around a frozen nn.Linear. B starts at zero, so the first
@@ -87,8 +89,8 @@ class SaLoRALinear(nn.Module):
     def matrices(self):
         """A (r, k) and B diag(g) (d, r)."""
         # checkpointing computes activations again in the backward pass, which has an id from 0
-        if self.spent and torch._C._current_graph_task_id() < 0:
-            raise RuntimeError("a forward pass in the window needs its own salora.begin_step()")
+        need(not self.spent or torch._C._current_graph_task_id() >= 0,
+             "a forward pass in the window needs its own salora.begin_step()")
         return self.lora_A, self.lora_B if self.gates is None else self.lora_B * self.gates
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (.., k)
@@ -103,7 +105,7 @@ class SaLoRALinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """W + scale * B diag(g) A (d, k), for a parent that asks for it, as T5's does."""
+        """W + scale * B diag(g) A (d, k), for merge() and for a parent that asks, as T5's does."""
         return updated(self.base.weight, self.scale, *self.matrices())
 
     @property
@@ -132,75 +134,6 @@ class SaLoRALinear(nn.Module):
         if rank < self.rank:
             self.prune(torch.arange(self.rank, device=self.lora_A.device) < rank)
         super()._load_from_state_dict(state, prefix, *args)
-
-def updated(weight, scale, a, b):
-    """weight + scale B A, summed in float32, in the dtype of weight."""
-    return (weight.float() + scale * b.float() @ a.float()).to(weight.dtype)
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DataParallel and DistributedDataParallel."""
-    inner = getattr(model, "_orig_mod", model)
-    parallel = isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    return unwrap(inner.module) if parallel else inner
-
-def plain(name: str) -> str:
-    """A name without what torch.compile and torch's other wrappers of a module put into it."""
-    inner = r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)"
-    return re.sub(inner, "", name).lstrip(".")
-
-def adapters(model: nn.Module, kind=SaLoRALinear) -> dict:
-    """{path: module of this kind} in the model's order."""
-    named = unwrap(model).named_modules(remove_duplicate=False)
-    return {plain(path): m for path, m in named if isinstance(m, kind)}
-
-def replace(modules: dict, path: str, module: nn.Module):
-    """Puts a module into the place of another. modules {path: module}: of a wrapper the inside."""
-    parent, _, name = path.rpartition(".")
-    setattr(modules[parent], name, module)
-
-def find(linears: dict, targets) -> dict:
-    """The entries of {path: nn.Linear} whose path is one of the targets or ends in "." + it.
-    "all-linear": all but the head, which has one of these names or else is the last."""
-    if targets == "all-linear":
-        names = {"lm_head", "classifier", "score", "qa_outputs", "head"}
-        heads = {path for path in linears if names & set(path.split("."))} or list(linears)[-1:]
-        return {path: m for path, m in linears.items() if path not in heads}
-    found = {}
-    for target in [targets] if isinstance(targets, str) else targets:
-        hits = {path: m for path, m in linears.items() if f".{path}".endswith(f".{target}")}
-        if not hits:
-            names = ", ".join(sorted({path.split(".")[-1] for path in linears}))
-            raise ValueError(f"target {target!r} matches no nn.Linear of the model (GPT-2's Conv1D "
-                             f"is not implemented); their names end in: {names or '(none)'}")
-        found |= hits
-    return {path: m for path, m in linears.items() if path in found}
-
-def reachable(modules: dict, paths):
-    """ValueError: a forward pass would go past an adapter at a path, or reach it twice."""
-    for path in paths:
-        parent = modules[path.rpartition(".")[0]]
-        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            raise ValueError(f"{path} is inside a {type(parent).__name__}, which reads its weight "
-                             "and goes past an adapter: do not target it")
-        if list(modules.values()).count(modules[path]) > 1:
-            raise ValueError(f"{path} is in the model under two names: do not target it")
-
-def adapt(model, targets, r, alpha=None, kind=SaLoRALinear) -> list:
-    """Freezes the model, puts a `kind` layer around every target, returns these layers."""
-    if adapters(model):
-        raise ValueError("the model has adapters already: merge() them, or go on with targets=None")
-    modules, linears = adapters(model, nn.Module), find(adapters(model, nn.Linear), targets)
-    if not linears:
-        raise ValueError("targets is empty, or the model has no nn.Linear but its head")
-    reachable(modules, linears)
-    for path, m in linears.items():
-        if not 1 <= r <= min(m.weight.shape):
-            raise ValueError(f"r is {r}, expected 1 to {min(m.weight.shape)}: {path} is "
-                             f"{tuple(m.weight.shape)}")
-    model.requires_grad_(False)
-    for path, m in linears.items():
-        replace(modules, path, kind(m, r, (r if alpha is None else alpha) / r))
-    return list(adapters(model).values())
 
 # ---- the method ---------------------------------------------------------------------------------
 
@@ -247,11 +180,6 @@ def window_steps(window, steps: int) -> tuple:
     first = max(1, min(math.ceil(window[0] * steps - 1e-9), steps - 1))
     return first, max(first + 1, math.ceil(window[1] * steps - 1e-9))
 
-def need(ok, words: str):
-    """A mistake in a loop, with which training would go on, is told in one sentence."""
-    if not ok:
-        raise RuntimeError(words)
-
 class SaLoRA:
     """Puts a SaLoRALinear around every target of `model`, freezes the rest, and trains the gates.
     Move the model to its device and dtype before, and unfreeze a new head between this and
@@ -282,29 +210,17 @@ class SaLoRA:
                  *, gate_lr: float = None, lora_dropout: float = 0.0, turn: bool = True,
                  orth_reduction: str = "mean", selection: str = None, fold_gates: bool = False,
                  price: float = None):
-        start, end = (0.0, 1.0) if window is None else window
-        for name, value, ok, expected in (
-                ("steps", steps, steps > (window is not None), "2 or more, 1 without a window"),
-                ("budget", budget, 0 < budget <= 1, "a share in (0, 1]"),
-                ("window", window, 0 <= start < end <= 1, "two fractions, 0 <= start < end <= 1"),
-                ("beta", beta, 0 <= beta < math.inf, "a number from 0"),
-                ("price", price, price is None or 0 <= price < math.inf, "a number from 0"),
-                ("alpha", alpha, alpha is None or 0 < alpha < math.inf, "a positive number"),
-                ("gate_lr", gate_lr, gate_lr is None or 0 < gate_lr, "a positive number"),
-                ("lora_dropout", lora_dropout, 0 <= lora_dropout < 1, "a share in [0, 1)"),
-                ("orth_reduction", orth_reduction, orth_reduction in ("mean", "sum"), "mean, sum"),
-                ("selection", selection, selection in (None, "budget", "paper"), "budget, paper")):
-            if not ok:
-                raise ValueError(f"{name} is {value!r}, expected {expected}")
+        check_settings(steps, budget, beta, window, alpha, gate_lr, lora_dropout, orth_reduction,
+                       selection, price)
         if targets is not None:
             adapt(model, targets, r, alpha)
-        self.layers = [m for m in adapters(model).values() if m.rank]
+        self.layers = [m for m in adapters(model).values() if m.rank]  # K
+        ranks = {m.rank for m in self.layers}
+        need(len(ranks) == 1 or ranks and window is None, "targets=None needs adapters in the "
+             "model, of one rank if gates are to be learned, not window=None; their ranks are "
+             f"{sorted(ranks)}", ValueError)
         for layer in self.layers:
             layer.dropout = lora_dropout
-        ranks = {m.rank for m in self.layers}
-        if not ranks or window and len(ranks) > 1:
-            raise ValueError("targets=None needs adapters in the model, of one rank if gates are "
-                             f"to be learned, not window=None; their ranks are {sorted(ranks)}")
         self.model, self.steps, self.seed, self.gated = model, steps, seed, window is not None
         self.first, self.last = window_steps(window, steps) if window else (0, 0)
         self.budget, self.beta, self.price = budget, beta, price
@@ -340,18 +256,9 @@ class SaLoRA:
     def begin_step(self):
         """Call it before every forward pass of training. In the window it draws the gates; within
         one step, accumulated batches get the same ones."""
-        need(self.step < self.steps, f"step {self.step + 1} of {self.steps}: give SaLoRA(steps=..) "
-             "the number of optimizer steps of the whole run")
-        probe = max(self.layers, key=lambda m: m.rank).lora_B
-        stepped = probe._version != self.begun  # counts changes in place, but not a fused step
-        stepped |= self.step == 0 and self.zero.grad is not None and probe.grad is None
-        need(self.begun is None or not stepped, "the optimizer has stepped since the last "
-             "begin_step(): call salora.end_step(optimizer) after every optimizer.step()")
-        self.begun = probe._version
+        check_begin(self)
         if not self.in_window:
             return
-        need(all(m.training for m in self.layers), "an adapted layer is in eval(), where its gates "
-             "cannot learn: call model.train() before the step")
         generator = self.generator.manual_seed(self.seed * self.steps + self.step)
         u = torch.rand(self.log_theta.shape, generator=generator, device=self.log_theta.device)
         gates = sample_gates(self.log_theta, u)  # (K, r)
@@ -367,8 +274,7 @@ class SaLoRA:
 
     def set_gates(self, gates):
         """gates (K, r), or None for 1."""
-        each = [None] * len(self.layers) if gates is None else gates.unbind()
-        for layer, g in zip(self.layers, each):
+        for layer, g in zip(self.layers, [None] * len(self.layers) if gates is None else gates):
             layer.gates, layer.spent = g, False
 
     def reset(self):
@@ -397,7 +303,7 @@ class SaLoRA:
         window opens, and cuts them when it closes."""
         need(self.begun is not None, "end_step() without a begin_step() before the forward pass")
         if self.step in (self.start, self.first, self.last - 1):
-            self.check(optimizer)
+            check_step(self, optimizer)
         self.step += 1
         self.log_theta.grad = self.lam.grad = None  # a loop may zero the model's gradients alone
         self.lam.clamp_(min=0)  # eq. 12's lambda is; its gradient (C - b)^2 never lowers it
@@ -441,11 +347,7 @@ class SaLoRA:
     def prune(self, optimizer=None):
         """Ends the window: cuts the triplets that lost out of A, B and the optimizer's state."""
         self.final_density, self.pruned = self.density().item(), True
-        met = abs(self.final_density - self.budget) <= 0.1
-        if self.gated and self.price is None and not met:
-            warnings.warn(f"the gates came to a density of {self.final_density:.2f}, and the "
-                          f"budget is {self.budget:g}: widen the window, raise gate_lr, or keep "
-                          "the gates' groups out of the learning rate's schedule", stacklevel=5)
+        check_density(self)
         gates = deterministic_gates(self.log_theta)
         for layer, keep, g in zip(self.layers, self.select(optimizer), gates):
             if self.fold_gates:
@@ -469,52 +371,13 @@ class SaLoRA:
         self.pruned = self.final_density is not None
         self.reset()
 
-    def check(self, optimizer):
-        """RuntimeError where training could go on without an error, but not as it should."""
-        held = {id(p): group for group in getattr(optimizer, "param_groups", [])
-                for p in group["params"]}
-        params = [p for m in self.layers for p in m.parameters(recurse=False) if p.numel()]
-        gates = [self.log_theta, self.lam] if self.gated and not self.pruned else []
-        need(all(p.dtype == torch.float32 and p.device == self.lam.device for p in params),
-             "the model got another dtype or device after SaLoRA(..): move it before")
-        need(all(id(p) in held for p in params + gates), "the optimizer does not hold all of "
-             "SaLoRA's parameters: make it of salora.param_groups(lr)")
-        taken = optimizer.state.get(params[0], {}).get("step", 1) if params else 1
-        read = not torch.is_tensor(taken) or taken.is_cpu  # a step must not wait for a GPU
-        need(self.step or not read or taken <= 1, "the optimizer goes on from a checkpoint, and "
-             "SaLoRA starts anew: call salora.load_state_dict() too")
-        # at step 0 R_orth alone gives B a gradient of zeros, since B is zero
-        grads = [m.lora_B.grad for m in self.layers if m.rank]
-        reached = any(g is not None and (self.beta == 0 or g.any()) for g in grads)
-        if gates:
-            need(held[id(self.lam)].get("maximize") and not (self.in_window and self.lam < 0),
-                 "the optimizer would minimize lambda: it needs the groups of "
-                 "salora.param_groups(lr) and an option `maximize`, as AdamW has")
-        if self.in_window:
-            need(processes() == 1 or hasattr(optimizer, "averaged"), "each process would learn "
-                 "gates of its own: call average_gradients(optimizer) before optimizer.step()")
-            need(self.lam.grad is not None or self.price is not None,
-                 "the task loss lacks `+ salora.penalty()`")
-            need(self.learned or not reached, "the task loss does not reach the gates: call "
-                 "salora.begin_step() before the forward pass, and loss.backward() after it")
-        need(all(v.shape == p.shape for p in params for v in optimizer.state.get(p, {}).values()
-                 if torch.is_tensor(v) and v.dim()), f"{type(optimizer).__name__} keeps a state of "
-             "another shape than its weights: it cannot be cut: use AdamW")
-        need(reached or not grads, "the task loss does not reach the adapters, no lora_B has a "
-             "gradient: gradient checkpointing needs use_reentrant=False; zero_grad() comes after "
-             "end_step()")
-
-def processes() -> int:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1
-
 def average_gradients(optimizer):
     """Between backward() and optimizer.step(), with several processes: every gradient becomes its
     mean over them, those of the gates too, which DistributedDataParallel does not know. With one
     seed everywhere all processes keep the same triplets. Does nothing in a single process."""
     if processes() == 1:
         return
-    optimizer.averaged = True  # for check()
+    optimizer.averaged = True  # for check_step()
     grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     flat = torch.cat([grad.flatten() for grad in grads]) / processes()
     torch.distributed.all_reduce(flat)
@@ -545,17 +408,172 @@ def rank_map(table: dict, r: int) -> str:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Adds every update to its weight and puts the plain nn.Linear back. Returns the model."""
+    """Adds every update to its weight and puts the plain nn.Linear back. Returns the model.
+    ValueError: a wrapped layer is more than a plain nn.Linear; nothing is merged then."""
     layers, modules = adapters(model), adapters(model, nn.Module)
-    for path, layer in layers.items():
-        plain_weight = "weight" in dict(layer.base.named_parameters())
-        if type(layer.base).forward is not nn.Linear.forward or not plain_weight:
-            raise ValueError(f"{path} is a {type(layer.base).__name__} with a forward or a weight "
-                             "of its own, which cannot be merged: use adapter.save()")
-    if any(layer.gates is not None for layer in layers.values()):
-        warnings.warn("the window has not ended, nothing was cut: SaLoRA(steps=..) wants the "
-                      "number of optimizer steps of the run", stacklevel=3)
+    check_merge(layers)
     for path, layer in layers.items():  # a new Parameter each, since the old one may be tied
         layer.base.weight = nn.Parameter(layer.weight, layer.base.weight.requires_grad)
         replace(modules, path, layer.base)
     return model
+
+# ---- where the layers go: modules by name, in the model and inside torch's wrappers of it -------
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DataParallel and DistributedDataParallel."""
+    inner = getattr(model, "_orig_mod", model)
+    parallel = isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    return unwrap(inner.module) if parallel else inner
+
+def plain(name: str) -> str:
+    """A name without what torch.compile and torch's other wrappers of a module put into it."""
+    inner = r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)"
+    return re.sub(inner, "", name).lstrip(".")
+
+def adapters(model: nn.Module, kind=SaLoRALinear) -> dict:
+    """{path: module of this kind} in the model's order."""
+    named = unwrap(model).named_modules(remove_duplicate=False)
+    return {plain(path): m for path, m in named if isinstance(m, kind)}
+
+def replace(modules: dict, path: str, module: nn.Module):
+    """Puts a module into the place of another. modules {path: module}: of a wrapper the inside."""
+    parent, _, name = path.rpartition(".")
+    setattr(modules[parent], name, module)
+
+def find(linears: dict, targets) -> dict:
+    """The entries of {path: nn.Linear} whose path is one of the targets or ends in "." + it.
+    "all-linear": all but the head, which has one of these names or else is the last."""
+    if targets == "all-linear":
+        names = {"lm_head", "classifier", "score", "qa_outputs", "head"}
+        heads = {path for path in linears if names & set(path.split("."))} or list(linears)[-1:]
+        return {path: m for path, m in linears.items() if path not in heads}
+    found, ends = set(), ", ".join(sorted({path.split(".")[-1] for path in linears}))
+    for target in [targets] if isinstance(targets, str) else targets:
+        hits = {path for path in linears if f".{path}".endswith(f".{target}")}
+        need(hits, f"target {target!r} matches no nn.Linear of the model (GPT-2's Conv1D is not "
+             f"implemented); their names end in: {ends or '(none)'}", ValueError)
+        found |= hits
+    return {path: m for path, m in linears.items() if path in found}
+
+def adapt(model, targets, r, alpha=None, kind=SaLoRALinear) -> list:
+    """Freezes the model, puts a `kind` layer around every target, returns these layers."""
+    need(not adapters(model), "the model has adapters already: merge() them, or go on with "
+         "targets=None", ValueError)
+    modules, linears = adapters(model, nn.Module), find(adapters(model, nn.Linear), targets)
+    need(linears, "targets is empty, or the model has no nn.Linear but its head", ValueError)
+    reachable(modules, linears)
+    for path, m in linears.items():
+        need(1 <= r <= min(m.weight.shape), f"r is {r}, expected 1 to {min(m.weight.shape)}: "
+             f"{path} is {tuple(m.weight.shape)}", ValueError)
+    model.requires_grad_(False)
+    for path, m in linears.items():
+        replace(modules, path, kind(m, r, (r if alpha is None else alpha) / r))
+    return list(adapters(model).values())
+
+def updated(weight, scale, a, b):
+    """weight + scale B A, summed in float32, in the dtype of weight."""
+    return (weight.float() + scale * b.float() @ a.float()).to(weight.dtype)
+
+# ---- mistakes in other people's loops: nothing below changes what is computed -------------------
+
+def need(ok, words: str, error=RuntimeError):
+    """A mistake, with which training would often go on, is told in one sentence."""
+    if not ok:
+        raise error(words)
+
+def processes() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+def reachable(modules: dict, paths):
+    """ValueError: a forward pass would go past an adapter at a path, or reach it twice."""
+    for path in paths:
+        parent = modules[path.rpartition(".")[0]]
+        need(not isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)),
+             f"{path} is inside a {type(parent).__name__}, which reads its weight and goes past an "
+             "adapter: do not target it", ValueError)
+        need(list(modules.values()).count(modules[path]) == 1,
+             f"{path} is in the model under two names: do not target it", ValueError)
+
+def check_settings(steps, budget, beta, window, alpha, gate_lr, dropout, orth, selection, price):
+    """ValueError: a setting of SaLoRA is out of range."""
+    start, end = (0.0, 1.0) if window is None else window
+    for name, value, ok, expected in (
+            ("steps", steps, steps > (window is not None), "2 or more, 1 without a window"),
+            ("budget", budget, 0 < budget <= 1, "a share in (0, 1]"),
+            ("beta", beta, 0 <= beta < math.inf, "a number from 0"),
+            ("window", window, 0 <= start < end <= 1, "two fractions, 0 <= start < end <= 1"),
+            ("alpha", alpha, alpha is None or 0 < alpha < math.inf, "a positive number"),
+            ("gate_lr", gate_lr, gate_lr is None or 0 < gate_lr, "a positive number"),
+            ("lora_dropout", dropout, 0 <= dropout < 1, "a share in [0, 1)"),
+            ("orth_reduction", orth, orth in ("mean", "sum"), "mean, sum"),
+            ("selection", selection, selection in (None, "budget", "paper"), "budget, paper"),
+            ("price", price, price is None or 0 <= price < math.inf, "a number from 0")):
+        need(ok, f"{name} is {value!r}, expected {expected}", ValueError)
+
+def check_begin(salora):
+    """Before a step: the run has steps left, the last one has ended, the gates can learn."""
+    need(salora.step < salora.steps, f"step {salora.step + 1} of {salora.steps}: give "
+         "SaLoRA(steps=..) the number of optimizer steps of the whole run")
+    probe = max(salora.layers, key=lambda m: m.rank).lora_B
+    stepped = probe._version != salora.begun  # counts changes in place, but not a fused step
+    stepped |= salora.step == 0 and salora.zero.grad is not None and probe.grad is None
+    need(salora.begun is None or not stepped, "the optimizer has stepped since the last "
+         "begin_step(): call salora.end_step(optimizer) after every optimizer.step()")
+    salora.begun = probe._version
+    need(not salora.in_window or all(m.training for m in salora.layers), "an adapted layer is in "
+         "eval(), where its gates cannot learn: call model.train() before the step")
+
+def check_step(salora, optimizer):
+    """After the first step, the first after a resume, the first and the last of the window."""
+    held = {id(p): group for group in getattr(optimizer, "param_groups", [])
+            for p in group["params"]}
+    params = [p for m in salora.layers for p in m.parameters(recurse=False) if p.numel()]
+    gates = [salora.log_theta, salora.lam] if salora.gated and not salora.pruned else []
+    need(all(p.dtype == torch.float32 and p.device == salora.lam.device for p in params),
+         "the model got another dtype or device after SaLoRA(..): move it before")
+    need(all(id(p) in held for p in params + gates), "the optimizer does not hold all of "
+         "SaLoRA's parameters: make it of salora.param_groups(lr)")
+    taken = optimizer.state.get(params[0], {}).get("step", 1) if params else 1
+    read = not torch.is_tensor(taken) or taken.is_cpu  # a step must not wait for a GPU
+    need(salora.step or not read or taken <= 1, "the optimizer goes on from a checkpoint, and "
+         "SaLoRA starts anew: call salora.load_state_dict() too")
+    # at step 0 R_orth alone gives B a gradient of zeros, since B is zero
+    grads = [m.lora_B.grad for m in salora.layers if m.rank]
+    reached = any(g is not None and (salora.beta == 0 or g.any()) for g in grads)
+    if gates:
+        need(held[id(salora.lam)].get("maximize") and not (salora.in_window and salora.lam < 0),
+             "the optimizer would minimize lambda: it needs the groups of "
+             "salora.param_groups(lr) and an option `maximize`, as AdamW has")
+    if salora.in_window:
+        need(processes() == 1 or hasattr(optimizer, "averaged"), "each process would learn "
+             "gates of its own: call average_gradients(optimizer) before optimizer.step()")
+        need(salora.lam.grad is not None or salora.price is not None,
+             "the task loss lacks `+ salora.penalty()`")
+        need(salora.learned or not reached, "the task loss does not reach the gates: call "
+             "salora.begin_step() before the forward pass, and loss.backward() after it")
+    need(all(v.shape == p.shape for p in params for v in optimizer.state.get(p, {}).values()
+             if torch.is_tensor(v) and v.dim()), f"{type(optimizer).__name__} keeps a state of "
+         "another shape than its weights: it cannot be cut: use AdamW")
+    need(reached or not grads, "the task loss does not reach the adapters, no lora_B has a "
+         "gradient: gradient checkpointing needs use_reentrant=False; zero_grad() comes after "
+         "end_step()")
+
+def check_density(salora):
+    """When the window ends: the gates have come near the budget."""
+    met = abs(salora.final_density - salora.budget) <= 0.1
+    if salora.gated and salora.price is None and not met:
+        warnings.warn(f"the gates came to a density of {salora.final_density:.2f}, and the "
+                      f"budget is {salora.budget:g}: widen the window, raise gate_lr, or keep "
+                      "the gates' groups out of the learning rate's schedule", stacklevel=6)
+
+def check_merge(layers: dict):
+    """ValueError: a layer {path: layer} is more than an nn.Linear."""
+    for path, layer in layers.items():
+        plain_weight = "weight" in dict(layer.base.named_parameters())
+        need(type(layer.base).forward is nn.Linear.forward and plain_weight, f"{path} is a "
+             f"{type(layer.base).__name__} with a forward or a weight of its own, which cannot be "
+             "merged: use adapter.save()", ValueError)
+    if any(layer.gates is not None for layer in layers.values()):
+        warnings.warn("the window has not ended, nothing was cut: SaLoRA(steps=..) wants the "
+                      "number of optimizer steps of the run", stacklevel=4)

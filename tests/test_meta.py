@@ -77,7 +77,7 @@ def meta(monkeypatch):
             m.setattr(sl, "largest", lambda scores, *rest: scores > 0)
             prune(salora, optimizer)
 
-    def check(salora, optimizer, check=sl.SaLoRA.check):
+    def check(salora, optimizer, check=sl.check_step):
         if not salora.in_window:  # there it reads the sign of lambda, twice a run
             check(salora, optimizer)
 
@@ -87,7 +87,7 @@ def meta(monkeypatch):
 
     monkeypatch.setattr(sl.SaLoRALinear, "prune", prune)
     monkeypatch.setattr(sl.SaLoRA, "prune", end)
-    monkeypatch.setattr(sl.SaLoRA, "check", check)
+    monkeypatch.setattr(sl, "check_step", check)
     monkeypatch.setattr(loop.Log, "write", lambda *args: None)
     monkeypatch.setattr(loop.Log, "write_gates", lambda *args: None)
     monkeypatch.setattr(loop, "fit", fit)
