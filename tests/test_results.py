@@ -87,6 +87,43 @@ def test_scores_are_those_of_the_runs(file):
     assert checked or file.parent.name == "components"  # which shows no scores
 
 
+def runs_of(folder):
+    """{(task, label): [run ..]}, in the order of seeds. Shuffle's are of eight tasks, half kept."""
+    if folder.name == "shuffle":
+        runs = map(json.loads, (folder / "tasks.jsonl").read_text().splitlines())
+        runs = [run | dict(method=run["ranks_from"]) for run in runs if run["budget"] == 0.5]
+    else:
+        runs = csv.DictReader((folder / "runs.csv").read_text().splitlines())
+    results = {}
+    for run in sorted(runs, key=lambda run: int(run["seed"])):
+        key = run["task"], run["method"]
+        results.setdefault(key, []).append(dict(score=float(run["score"])))
+    return results
+
+
+@pytest.mark.parametrize("name, count", [("ablation", 2), ("shuffle", 3), ("table1", 9),
+                                         ("tasks", 13)])
+def test_paired_differences_are_those_of_the_runs(name, count):
+    results, head, checked = runs_of(RESULTS / name), [None], 0
+    for row in rows_of((RESULTS / name / "table.md").read_text()):
+        if row[-1] == "ahead in":
+            head = [task for task in row[:-2] if task != "method"]
+        one, _, other = row[0].partition(" - ")
+        if {(head[0], one), (head[0], other)} <= {*results} and len(row) == len(head) + 3:
+            chosen = {(task, m): results[task, m] for task in head for m in (one, other)}
+            assert rows_of(experiments.paired_table(chosen, [(one, other)]))[-1] == row
+            checked += 1
+    assert checked == count
+
+
+def test_readme_has_the_paired_differences_of_the_tasks():
+    shown = re.findall(r"\(([+-]) ([\d.]+ ± [\d.]+)", (ROOT / "README.md").read_text())
+    means = {row[0]: row[-2] for row in rows_of((RESULTS / "tasks" / "table.md").read_text())
+             if " - " in row[0]}
+    names = "SaLoRA - LoRA", "SaLoRA budget 0.125 - LoRA r 1"
+    assert ["".join(pair) for pair in shown] == [means[name] for name in names]
+
+
 def test_losses_of_the_language_model_are_those_of_the_runs():
     page, shown = RESULTS / "language" / "table.md", {}
     runs = [json.loads(line) for line in page.with_name("runs.jsonl").read_text().splitlines()]
