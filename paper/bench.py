@@ -284,17 +284,20 @@ def kept_by_llama_layer(d, i, size):
     return 2 * d * 4 + (6 * d + 4 * i) * size
 
 
-MODELS = {
-    "RoBERTa-large": dict(weights=355e6, d=1024, kv=1024, i=4096, layers=24, vocab=0,
-                          batches=[(32, 128)]),
-    "SmolLM2-135M": dict(weights=134.5e6, d=576, kv=192, i=1536, layers=30, vocab=49152,
-                         batches=[(16, 256)]),
-    "LLaMA-7B": dict(weights=6.738e9, d=4096, kv=4096, i=11008, layers=32, vocab=32000,
-                     batches=[(4, 512), (16, 512)]),
-}
+ROBERTA = {
+    "RoBERTa-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+                         intermediate_size=3072),
+    "RoBERTa-large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+                          intermediate_size=4096)}
+ROBERTA_REST = dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+LLAMA_7B = DecoderConfig(vocab_size=32000, hidden_size=4096, num_hidden_layers=32,
+                         num_attention_heads=32, intermediate_size=11008)
+SMOLLM2 = DecoderConfig(vocab_size=49152, hidden_size=576, num_hidden_layers=30,
+                        num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
+                        tie_word_embeddings=True)
 
 
-def paper_memory(m, batch, length, size, recompute):
+def paper_memory(c, batch, length, size, recompute):
     """Bytes of a step with LoRA or SaLoRA, r = 8 on the six matrices, where attention does not
     store length x length:
         frozen       weights x size of the dtype
@@ -304,21 +307,27 @@ def paper_memory(m, batch, length, size, recompute):
                      one (--checkpoint-activations)
         logits       LLaMA only, of one chunk of 1024 tokens: in the dtype; in float32 themselves,
                      their log-softmax and its gradient"""
-    d, layers, tokens = m["d"], m["layers"], batch * length
-    adapter = 8 * layers * (2 * (d + d) + 2 * (d + m["kv"]) + 2 * (d + m["i"]))
-    kept = (kept_by_llama_layer if m["vocab"] else kept_by_encoder_layer)(d, m["i"], size)
-    activations = tokens * (layers * d * size + kept if recompute else layers * kept)
-    logits = min(tokens, 1024) * m["vocab"] * (size + 12)
-    return dict(frozen=m["weights"] * size, adapter=18 * adapter, activations=activations,
-                logits=logits)
+    d, i, layers, tokens = c.hidden_size, c.intermediate_size, c.num_hidden_layers, batch * length
+    llama = isinstance(c, DecoderConfig)
+    with torch.device("meta"):
+        model = Decoder(c) if llama else Encoder(c, 2)
+    kv = c.num_key_value_heads * c.head_dim if llama else d
+    adapter = 8 * layers * (2 * (d + d) + 2 * (d + kv) + 2 * (d + i))
+    kept = (kept_by_llama_layer if llama else kept_by_encoder_layer)(d, i, size)
+    return dict(
+        frozen=sum(p.numel() for p in model.parameters()) * size, adapter=18 * adapter,
+        activations=tokens * (layers * d * size + kept if recompute else layers * kept),
+        logits=min(tokens, 1024) * c.vocab_size * (size + 12) if llama else 0)
 
 
 def bench_memory(args):
     gib, table = 2**30, []
-    sizes = [(name, m, batch) for name, m in MODELS.items() for batch in m["batches"]]
+    large = EncoderConfig("roberta", **ROBERTA["RoBERTa-large"], **ROBERTA_REST)
+    sizes = [("RoBERTa-large", large, 32, 128), ("SmolLM2-135M", SMOLLM2, 16, 256),
+             ("LLaMA-7B", LLAMA_7B, 4, 512), ("LLaMA-7B", LLAMA_7B, 16, 512)]
     options = product((("float32", 4), ("bfloat16", 2)), (False, True))
-    for (name, m, (batch, length)), ((dtype, size), recompute) in product(sizes, options):
-        parts = paper_memory(m, batch, length, size, recompute)
+    for (name, c, batch, length), ((dtype, size), recompute) in product(sizes, options):
+        parts = paper_memory(c, batch, length, size, recompute)
         total = sum(parts.values()) / gib
         row = {"model": name, "batch": f"{batch} x {length}", "dtype": dtype,
                "recompute": "yes" if recompute else "no"}
@@ -352,19 +361,14 @@ def bench_llama(args):
     """Measured in fresh processes, beside the estimate for the same sizes. On a CPU malloc must
     return freed memory at once, or its heaps would count twice."""
     os.environ |= dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
-    c = read_config(args.model, DecoderConfig)
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in Decoder(c).parameters())
-    m = dict(weights=weights, d=c.hidden_size, kv=c.num_key_value_heads * c.head_dim,
-             i=c.intermediate_size, layers=c.num_hidden_layers, vocab=c.vocab_size)
-    table = []
+    c, table = read_config(args.model, DecoderConfig), []
     options = (("float32", False), ("bfloat16", False), ("bfloat16", True))
     for batch, (dtype, recompute) in product((4, 8), options):
         sizes = args.model, args.device, dtype, batch, 256, recompute
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             measured = pool.submit(peak_of_a_step, *sizes).result()
         size = getattr(torch, dtype).itemsize
-        paper = sum(paper_memory(m, batch, 256, size, recompute).values())
+        paper = sum(paper_memory(c, batch, 256, size, recompute).values())
         table.append({"batch": f"{batch} x 256", "dtype": dtype,
                       "recompute": "yes" if recompute else "no",
                       "measured MB": round(measured / 2**20), "on paper MB": round(paper / 2**20),
@@ -375,16 +379,8 @@ def bench_llama(args):
 # -------------------------------------------------------------------------------------------------
 # gpu and gpu-llama: on a CUDA GPU, in this process, with random weights
 
-ROBERTA = {
-    "RoBERTa-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
-                         intermediate_size=3072),
-    "RoBERTa-large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
-                          intermediate_size=4096)}
-ROBERTA_REST = dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
 BATCHES, SIDE = (8, 16, 32, 64), 8192
 GPU_KINDS = {"lora": "LoRA", "ft": "FT", "adalora": "AdaLoRA"} | KINDS  # ratios are to the first
-LLAMA_7B = DecoderConfig(vocab_size=32000, hidden_size=4096, num_hidden_layers=32,
-                         num_attention_heads=32, intermediate_size=11008)
 
 
 def random_step(config, kind):
@@ -480,7 +476,7 @@ def bench_gpu_llama(args):
         torch.cuda.reset_peak_memory_stats()
         [(ms, _, _)] = time_steps([step], [data], args.repeats, 3)
         measured = torch.cuda.max_memory_allocated() / 2**30
-        paper = sum(paper_memory(MODELS["LLaMA-7B"], batch, 512, 2, recompute).values()) / 2**30
+        paper = sum(paper_memory(LLAMA_7B, batch, 512, 2, recompute).values()) / 2**30
         tflops = 4 * frozen * batch * 512 / ms / 1e9
         table.append({
             "what": f"training, {batch} x 512{', --checkpoint-activations' * recompute}",
