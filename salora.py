@@ -2,29 +2,29 @@
 SaLoRA, structure-aware low-rank adaptation: LoRA that learns the rank of every matrix.
 Hu et al., Mathematics 2023, 11(20), 4317, https://doi.org/10.3390/math11204317
 
-A frozen weight W (d x k) gets a low-rank update B diag(g) A, with A (r x k) and B (d x r). Each of
-its r triplets (a row of A, a gate, a column of B) has a random gate g in [0, 1], which can be
-exactly 0 and still has a gradient:
+A frozen weight W (d x k) gets a low-rank update B diag(g) A, with A (r x k) and B (d x r). It is
+a sum of r triplets: a row of A, a column of B, and a gate g between them. A gate is a random number
+in [0, 1]. It can be exactly 0, and still has a gradient with respect to its parameter theta:
 
     h = W x + (alpha/r) B diag(g) A x                                                    (3, 5)
     g = min(1, max(0, s)),  u ~ U(0, 1)                                                     (7)
         s = sigmoid((log u - log(1-u) + log theta) / tau) (zeta - gamma) + gamma
     P(g > 0) = sigmoid(log theta - tau log(-gamma/zeta)),  summed: E|G|_0                   (8)
-    R_orth = |B'B - I|^2 + |AA' - I|^2: keeps triplets from learning the same              (9)
+    R_orth = |B'B - I|^2 + |AA' - I|^2: keeps triplets from learning the same thing        (9)
     loss + lambda sum_i E|G_i|_0 + beta R_orth: lambda is a constant price per open gate   (10)
-    C = sum_i E|G_i|_0 (d_i + k_i) / sum_i (#A_i + #B_i): share of parameters to stay      (11)
+    C = sum_i E|G_i|_0 (d_i + k_i) / sum_i (#A_i + #B_i): expected share that is kept      (11)
     max_lambda min_{A,B,theta} loss + beta R_orth + lambda (C - b)^2: C is driven to b     (12)
 
-A' is A transposed, #A its number of elements; tau = 1, gamma = -0.1, zeta = 1.1. Equation 12 is
-the default; pass `price` for equation 10. Gates are drawn and learned in a window of the run. When
-it ends, the triplets that lost are cut out. Outside of it the layer is plain LoRA.
+A' is A transposed, #A its number of elements, b the budget; tau = 1, gamma = -0.1, zeta = 1.1.
+Equation 12 is the default; pass `price` for equation 10. Gates are drawn, and theta and lambda
+learn, in a window of the run only. When it ends, the triplets of smallest theta are cut out until
+the budget is met. Before and after, the layer is plain LoRA, and B = 0 at the start.
 
-One step is ours. BA = (BM)(M^-1 A) for any invertible M, so the triplets of a LoRA mean nothing by
-themselves. When the window opens, A and B are turned into the singular directions of BA, and theta
-starts as singular value / sqrt(d), scaled so that a fraction b of them is at least 1. This makes
+One thing is not in the paper. BA = (BM)(M^-1 A) for any invertible M, so a single triplet of a LoRA
+has no meaning. When the window opens, A and B are turned into the singular directions of BA, and
+theta starts as singular value / sqrt(d), scaled so that a share b of all is at least 1. This makes
 rows and columns orthogonal, so beta is 0 by default. `SaLoRA(.., **PAPER)` is as published.
-
-The last quarter of the file is not the method: it finds modules by name, and tells of mistakes.
+The last quarter of this file is not the method: it finds modules by name, and reports mistakes.
 
     salora = SaLoRA(model, targets=["up", "down"], steps=steps, r=8, budget=0.5)
     optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-3))
@@ -47,7 +47,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # ---- the hard-concrete gate (Louizos et al. 2018): a sigmoid, stretched, then clipped -----------
-
 TAU, GAMMA, ZETA = 1.0, -0.1, 1.1
 
 def sample_gates(log_theta: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -60,38 +59,35 @@ def open_probability(log_theta: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(log_theta - TAU * math.log(-GAMMA / ZETA))  # eq. 8
 
 def deterministic_gates(log_theta: torch.Tensor) -> torch.Tensor:
-    """The gates without noise, elementwise in [0, 1]: what evaluation in the window uses."""
+    """The gates without noise, in [0, 1]: for evaluation in the window, and for PAPER's cut."""
     return (torch.sigmoid(log_theta) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 # ---- the layer ----------------------------------------------------------------------------------
-
 class SaLoRALinear(nn.Module):
-    """h = W x + scale * B diag(g) A x around a frozen nn.Linear. B starts at zero, so the first
-    step sees the pretrained layer. A and B are float32 and are cast to the dtype of x."""
-
-    triplet_dim = dict(lora_A=0, lora_B=1)  # along which dimension a parameter lists its triplets
+    """h = W x + scale * B diag(g) A x around a frozen nn.Linear. B starts at zero, so at first the
+    update is zero. A and B are float32; each product casts them to the dtype of x."""
+    triplet_dim = dict(lora_A=0, lora_B=1)  # the dimension that counts a parameter's triplets
+    rank = property(lambda self: self.lora_A.shape[0])
+    bias = property(lambda self: self.base.bias)  # beside `weight`, for a parent that asks
 
     def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float = 0.0):
         super().__init__()
-        d, k, device = base.out_features, base.in_features, base.weight.device
+        d, k = base.out_features, base.in_features
+        float32 = dict(dtype=torch.float32, device=base.weight.device)
         self.base = base
-        self.lora_A = nn.Parameter(torch.randn(r, k, device=device) / math.sqrt(k))  # |row| ~ 1
-        self.lora_B = nn.Parameter(torch.zeros(d, r, device=device))
-        self.r, self.dropout = r, dropout  # the rank at the start; share of A's inputs zeroed
-        self.scale = scale  # alpha / r, unchanged when the rank falls
-        self.gates = None  # (r,), set by SaLoRA in the window; None: all 1
-        self.spent = False  # whether a backward pass has used up these gates
-
-    @property
-    def rank(self) -> int:
-        return self.lora_A.shape[0]
+        self.lora_A = nn.Parameter(torch.randn(r, k, **float32) / math.sqrt(k))  # |row| ~ 1
+        self.lora_B = nn.Parameter(torch.zeros(d, r, **float32))
+        self.r, self.scale, self.dropout = r, scale, dropout  # r and scale: as at the start
+        self.gates, self.spent = None, False  # (r,), None: 1; a backward pass has used them
 
     def matrices(self):
         """A (r, k) and B diag(g) (d, r)."""
-        # checkpointing computes activations again in the backward pass, which has an id from 0
+        # id >= 0: this is a backward pass, in which checkpointing computes activations again
         need(not self.spent or torch._C._current_graph_task_id() >= 0,
              "a forward pass in the window needs its own salora.begin_step()")
-        return self.lora_A, self.lora_B if self.gates is None else self.lora_B * self.gates
+        if self.gates is None:
+            return self.lora_A, self.lora_B
+        return self.lora_A, self.lora_B * self.gates.to(self.lora_B.device)  # for DataParallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (.., k)
         h = self.base(x)  # (.., d)
@@ -99,65 +95,58 @@ class SaLoRALinear(nn.Module):
             return h
         a, b = self.matrices()
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        z = F.linear(x, a.to(x.dtype)).reshape(-1, self.rank)  # (n, r)
-        h2 = h.reshape(-1, h.shape[-1])  # (n, d)
+        z = F.linear(x, a.to(x.dtype)).reshape(-1, self.rank)  # (rows, r)
+        h2 = h.reshape(-1, h.shape[-1])  # (rows, d)
         return torch.addmm(h2, z, b.mT.to(z.dtype), alpha=self.scale).view_as(h)  # eq. 3, 5
 
     @property
     def weight(self) -> torch.Tensor:
-        """W + scale * B diag(g) A (d, k), for merge() and for a parent that asks, as T5's does."""
+        """W + scale * B diag(g) A (d, k), for merge() and for a parent that asks, as T5 does."""
         return updated(self.base.weight, self.scale, *self.matrices())
-
-    @property
-    def bias(self):
-        return self.base.bias
 
     @torch.no_grad()
     def prune(self, keep: torch.Tensor, optimizer=None):
-        """Keeps the triplets where `keep` (r,) is True, in the optimizer's state too. A and B stay
-        the same Parameters and become smaller."""
+        """Keeps the triplets where `keep` (r,) is True: in place, and in the optimizer's state."""
         self.gates, index = None, keep.nonzero().squeeze(1)
         for name, dim in self.triplet_dim.items():
             p = getattr(self, name)
-            small = p.index_select(dim, index)
-            for key, value in optimizer.state[p].items() if optimizer else ():
-                if torch.is_tensor(value) and value.dim():  # a moment; the rest is AdamW's step
-                    optimizer.state[p][key] = value.index_select(dim, index)
-            # While the graph of an old loss is alive, autograd expects gradients of the old shape.
-            # It forgets the shape when p changes its dtype.
+            small, state = p.index_select(dim, index), optimizer.state[p] if optimizer else {}
+            for key, value in state.items():
+                if torch.is_tensor(value) and value.dim():  # a moment; AdamW's step is a scalar
+                    state[key] = value.index_select(dim, index)
+            # autograd keeps p's old shape while an old loss is alive, unless p's dtype changes
             p.grad, p.data = None, p.new_empty(0, dtype=torch.half)
             p.data = small
 
     def _load_from_state_dict(self, state, prefix, *args):
-        """A state from after the cut may be loaded into a model from before it."""
+        """A state saved after the cut loads into a model from before it, which is cut first."""
         rank = len(state.get(f"{prefix}lora_A", self.lora_A))
         if rank < self.rank:
             self.prune(torch.arange(self.rank, device=self.lora_A.device) < rank)
         super()._load_from_state_dict(state, prefix, *args)
 
 # ---- the method ---------------------------------------------------------------------------------
-
-PAPER = dict(  # the method as published: SaLoRA(.., **PAPER)
-    beta=0.1, orth_reduction="sum", window=(0.2, 0.5), gate_lr=0.01, turn=False,
-    selection="paper", fold_gates=True)
+PAPER = dict(beta=0.1, orth_reduction="sum", window=(0.2, 0.5), gate_lr=0.01, turn=False,
+             selection="paper", fold_gates=True)  # as published: SaLoRA(.., **PAPER)
 
 @torch.no_grad()
 def turn(layers: list, optimizer) -> torch.Tensor:
-    """A and B become the factors of BA's singular value decomposition: the rows of A orthonormal,
-    the columns of B as long as the singular values (K, r), which are returned. The optimizer's
-    moments belong to other directions and are dropped. No d x k matrix is decomposed; in float64,
-    since the last bits of LAPACK vary from call to call."""
+    """With BA = U S V', its singular value decomposition, A becomes V' and B becomes U S. Returns S
+    (K, r). The optimizer's moments belong to other directions and are dropped. No d x k matrix is
+    decomposed. In float64, as the last bits of LAPACK's results vary from call to call; on the CPU
+    for MPS, which has neither."""
     sigma = []
     for m in layers:
-        qa, ra = torch.linalg.qr(m.lora_A.mT.double())  # A' = Qa Ra
-        qb, rb = torch.linalg.qr(m.lora_B.double())  # B = Qb Rb
-        try:  # BA = Qb (Rb Ra') Qa' = (Qb U) S (V' Qa'); r x r
+        a, b = (p.cpu() if p.is_mps else p for p in (m.lora_A, m.lora_B))
+        qa, ra = torch.linalg.qr(a.mT.double())  # A' = Qa Ra
+        qb, rb = torch.linalg.qr(b.double())  # B = Qb Rb
+        try:  # BA = Qb (Rb Ra') Qa' = (Qb U) S (V' Qa'); Rb Ra' is r x r
             u, s, vh = torch.linalg.svd(rb @ ra.mT)
         except torch.linalg.LinAlgError:
             raise RuntimeError("training diverged: lower the learning rate") from None
         m.lora_A.copy_(vh @ qa.mT)
         m.lora_B.copy_(qb @ (u * s))
-        sigma.append(s.float())
+        sigma.append(s.to(m.lora_A))
         for p in (m.lora_A, m.lora_B):
             optimizer.state.pop(p, None)
     return torch.stack(sigma)
@@ -170,40 +159,38 @@ def largest(scores: torch.Tensor, size: torch.Tensor, budget: float) -> torch.Te
     room = int(budget * sizes.sum().item() + 1e-6)  # 0.29 * 100 is 28.999..
     order = scores.flatten().argsort(descending=True, stable=True)
     for i, n in zip(order.tolist(), sizes[order].tolist()):
-        if n <= room:  # a triplet too large for what is left makes way for a smaller one
+        if n <= room:  # one that is too large for the room left makes way for a smaller one
             keep[i], room = True, room - n
     return keep.view_as(scores).to(scores.device)
 
 def window_steps(window, steps: int) -> tuple:
-    """(first step of the window, first step after it): a step at least, and never the very first,
-    where B is zero and no gate has a gradient."""
+    """(first step of the window, first after it). At step 0 B is zero, and gates have no gradient,
+    so it starts at step 1 or later. It has at least one step."""
     first = max(1, min(math.ceil(window[0] * steps - 1e-9), steps - 1))
     return first, max(first + 1, math.ceil(window[1] * steps - 1e-9))
 
 class SaLoRA:
     """Puts a SaLoRALinear around every target of `model`, freezes the rest, and trains the gates.
-    Move the model to its device and dtype before, and unfreeze a new head between this and
-    param_groups(). ValueError: a setting is out of range.
+    Move the model to its device and dtype first. Unfreeze a new head afterwards, but before
+    param_groups(). At the cut A and B shrink in place; a copy of them, such as a moving average,
+    does not. ValueError: a setting is out of range.
 
-    targets: names of nn.Linear modules or their ends, as "query" or "output.dense"; "all-linear" is
-        all but the head; None is the adapters that the model has already
+    targets: names of nn.Linear modules, or their ends, as "query" or "output.dense"; "all-linear":
+        all but the head; None: the adapters that the model has already
     steps: optimizer steps of the whole run
     r, alpha: the rank at the start; the update is scaled by alpha / r (alpha = r by default)
     budget: b, the share of adapter parameters to keep, in (0, 1]
-    beta, orth_reduction: weight of R_orth, of its "mean" over the 2K matrices or of its "sum"
-    window: the part of the run, as fractions, in which gates are learned; None: plain LoRA
-    seed: of the gates' own random generator
-    gate_lr: of log theta and lambda. By default 8/n and 24/n for a window of n steps (n = 12 if it
-        has less): with AdamW they travel as far in a short window as in a long one
-    lora_dropout: share of A's inputs that are zeroed in training
+    beta, orth_reduction: weight of R_orth; its "mean" or its "sum" over all A and B, 2K matrices
+    window: (start, end) of the part of the run in which gates learn, 0 to 1; None: plain LoRA
+    gate_lr: learning rate of log theta and of lambda. By default 8/n and 24/n, with n the steps of
+        the window, at least 12: with AdamW they move as far in a short window as in a long one
+    seed, lora_dropout: of the gates' own random numbers; the share of A's inputs zeroed in training
     turn: turn A and B when the window opens, and start theta from the singular values; else at 1
     selection: "budget" keeps the triplets of largest log theta that fit into b; "paper" keeps
         those whose gate without noise is above 0, however many they are
-    fold_gates: False sets kept gates to 1, True multiplies their value into B
-    price: a constant lambda (eq. 10) instead of a budget; the selection is then "paper"
-
-    At the end of the window A and B become smaller. They stay the same Parameters, but a copy, such
-    as a moving average, keeps its shape."""
+    fold_gates: at the cut, False sets kept gates to 1, True multiplies their value into B
+    price: a constant lambda (eq. 10) instead of a budget; the default selection is then "paper"
+    """
 
     def __init__(self, model: nn.Module, targets, steps: int, r: int = 8, alpha: float = None,
                  budget: float = 0.5, beta: float = 0.0, window: tuple = (0.5, 0.6), seed: int = 0,
@@ -214,81 +201,81 @@ class SaLoRA:
                        selection, price)
         if targets is not None:
             adapt(model, targets, r, alpha)
-        self.layers = [m for m in adapters(model).values() if m.rank]  # K
-        ranks = {m.rank for m in self.layers}
-        need(len(ranks) == 1 or ranks and window is None, "targets=None needs adapters in the "
+        self.layers = [m for m in adapters(model).values() if m.rank]  # K of them
+        found = sorted({m.rank for m in self.layers})
+        need(len(found) == 1 or found and window is None, "targets=None needs adapters in the "
              "model, of one rank if gates are to be learned, not window=None; their ranks are "
-             f"{sorted(ranks)}", ValueError)
-        for layer in self.layers:
-            layer.dropout = lora_dropout
-        self.model, self.steps, self.seed, self.gated = model, steps, seed, window is not None
-        self.first, self.last = window_steps(window, steps) if window else (0, 0)
+             f"{found}", ValueError)
+        for m in self.layers:
+            need(not window or m.rank <= min(m.base.weight.shape), f"an adapter has rank {m.rank} "
+                 f"on {tuple(m.base.weight.shape)}, too much for gates: window=None", ValueError)
+            m.dropout = lora_dropout
+        self.model, self.gated, self.steps, self.seed = model, bool(window), int(steps), int(seed)
+        self.first, self.last = window_steps(window, self.steps) if window else (0, 0)
         self.budget, self.beta, self.price = budget, beta, price
         travel = 1 / max(self.last - self.first, 12)
         self.gate_lr, self.lam_lr = gate_lr or 8 * travel, gate_lr or 24 * travel
         self.turn, self.orth_reduction, self.fold_gates = turn, orth_reduction, fold_gates
         self.selection = selection or ("budget" if price is None else "paper")
-        self.step = self.start = 0  # start: the first step, or the first after a resume
-        self.pruned, self.final_density = False, None  # C just before the cut
-        device, shape = self.layers[0].lora_A.device, (len(self.layers), max(ranks))  # (K, r)
-        self.log_theta = nn.Parameter(torch.zeros(shape, device=device))
-        self.lam = nn.Parameter(torch.zeros((), device=device))  # lambda
+        self.step = self.start = 0  # start: the step at which this process began
+        self.final_density = None  # C just before the cut; None before
+        first, shape = self.layers[0].lora_A, (len(self.layers), found[-1])  # (K, r)
+        self.log_theta = nn.Parameter(first.new_zeros(shape))
+        self.lam = nn.Parameter(first.new_zeros(()))  # lambda
         sizes = [sum(m.base.weight.shape) for m in self.layers]  # parameters of a triplet, d + k
-        self.size = torch.tensor(sizes, device=device)  # (K,)
+        self.size = torch.tensor(sizes, device=first.device)  # (K,)
         self.initial_params = self.kept_params()
-        self.generator = torch.Generator("cpu" if device.type == "meta" else device)
+        self.generator = torch.Generator("cpu" if first.is_meta else first.device)
         self.reset()
 
     def param_groups(self, lr: float, weight_decay: float = 0.01) -> list:
         """For a torch optimizer: the trainable weights and, with a window, log theta and lambda,
         which is maximized. A schedule of the learning rate is for the first group alone."""
         weights = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [dict(params=weights, lr=lr, weight_decay=weight_decay)]
-        if self.gated:
-            groups += [dict(params=[self.log_theta], lr=self.gate_lr, weight_decay=0.0),
-                       dict(params=[self.lam], lr=self.lam_lr, weight_decay=0.0, maximize=True)]
-        return groups
+        groups = [dict(params=weights, lr=lr, weight_decay=weight_decay),  # eq. 12: min,
+                  dict(params=[self.log_theta], lr=self.gate_lr, weight_decay=0.0),  # min,
+                  dict(params=[self.lam], lr=self.lam_lr, weight_decay=0.0, maximize=True)]  # max
+        return groups if self.gated else groups[:1]
+
+    pruned = property(lambda self: self.final_density is not None)
 
     @property
     def in_window(self) -> bool:
         return self.gated and self.first <= self.step < self.last and not self.pruned
 
     def begin_step(self):
-        """Call it before every forward pass of training. In the window it draws the gates; within
-        one step, accumulated batches get the same ones."""
+        """Before every forward pass of training. Draws the gates, the same for all of one step."""
         check_begin(self)
         if not self.in_window:
             return
         generator = self.generator.manual_seed(self.seed * self.steps + self.step)
         u = torch.rand(self.log_theta.shape, generator=generator, device=self.log_theta.device)
         gates = sample_gates(self.log_theta, u)  # (K, r)
-        leaf = gates.detach().requires_grad_()
-
-        def learn(grad):  # in the backward pass; reentrant checkpointing comes here several times
+        leaf = gates.detach().requires_grad_()  # what the layers use
+        def learn(grad):  # in the backward pass; reentrant checkpointing calls it several times
             self.learned = True
-            gates.backward(grad, retain_graph=True)  # from the gates (K, r) to log theta
+            gates.backward(grad, retain_graph=True)  # adds to the gradient of log theta
             for layer in self.layers:
                 layer.spent = True
         leaf.register_hook(learn)
         self.set_gates(leaf)
 
     def set_gates(self, gates):
-        """gates (K, r), or None for 1."""
+        """Gives every layer its row of gates (K, r), or None for 1."""
         for layer, g in zip(self.layers, [None] * len(self.layers) if gates is None else gates):
             layer.gates, layer.spent = g, False
 
     def reset(self):
         """Between two steps: nothing has begun, and the gates are those of evaluation."""
-        self.begun, self.learned = None, False  # B's version at begin_step(); log theta has learned
-        # in every penalty(): gets a gradient by any backward pass, also where nothing else does
-        self.zero = self.lam.new_zeros((), requires_grad=True)
+        self.begun, self.learned = None, False  # B's version at begin_step(); learn() was called
+        self.zero = self.lam.new_zeros((), requires_grad=True)  # its .grad: penalty() was used
         self.set_gates(deterministic_gates(self.log_theta) if self.in_window else None)
 
     def penalty(self) -> torch.Tensor:
-        """What is added to the task loss, once a step: a scalar."""
-        total = self.zero.clone()  # a loop may add to it in place
+        """A scalar to add to the task loss, once a step."""
+        total = self.zero.clone()  # a clone, since a loop may add to it in place
         if self.beta:
-            live = sum(m.rank > 0 for m in self.layers)  # 2K matrices: their mean, or their sum
+            live = sum(m.rank > 0 for m in self.layers)  # orthogonality() is two means over these
             orth = sum(self.orthogonality()) * (0.5 if self.orth_reduction == "mean" else live)
             total = total + self.beta * orth
         if self.in_window and self.price is not None:
@@ -305,21 +292,20 @@ class SaLoRA:
         if self.step in (self.start, self.first, self.last - 1):
             check_step(self, optimizer)
         self.step += 1
-        self.log_theta.grad = self.lam.grad = None  # a loop may zero the model's gradients alone
-        self.lam.clamp_(min=0)  # eq. 12's lambda is; its gradient (C - b)^2 never lowers it
+        self.log_theta.grad = self.lam.grad = None  # model.zero_grad() does not know them
+        self.lam.clamp_(min=0)  # its gradient (C - b)^2 is never negative, so it does not fall
         if self.in_window and self.step == self.first and self.turn:
             sigma = turn(self.layers, optimizer)  # (K, r)
-            # AdamW moves all elements of B alike, so longer columns have larger singular values
+            # AdamW moves all elements of B alike: longer columns just have larger singular values
             theta = sigma / sigma.new_tensor([[len(m.lora_B)] for m in self.layers]).sqrt()
             theta = theta / theta.quantile(1 - self.budget)  # b of them start at 1 or above
-            theta = theta.nan_to_num(1.0)  # 0 / 0: nothing has been learned yet
-            self.log_theta.copy_(theta.clamp(1e-3, 1e3).log())
+            self.log_theta.copy_(theta.nan_to_num(1.0).clamp(1e-3, 1e3).log())  # nan: 0/0
         if self.last and self.step >= self.last and not self.pruned:
             self.prune(optimizer)
         self.reset()
 
     def density(self) -> torch.Tensor:
-        """C, the share of adapter parameters expected to stay; after the cut, that did."""
+        """C, the expected share of adapter parameters that is kept; after the cut, the true one."""
         if self.pruned or not self.gated:
             return self.lam.new_tensor(self.kept_params() / self.initial_params)
         expected = open_probability(self.log_theta).sum(1)  # (K,)
@@ -338,22 +324,22 @@ class SaLoRA:
         return sum(p.numel() for m in self.layers for p in m.parameters(recurse=False))
 
     def select(self, optimizer=None) -> torch.Tensor:
-        """(K, r) bool: the triplets that stay. LoRA-SVD has its own."""
+        """(K, r) bool: the triplets that stay. LoRA-SVD's, in baselines.py, uses the optimizer."""
         if self.selection == "paper":
             return deterministic_gates(self.log_theta) > 0
         return largest(self.log_theta, self.size, self.budget)
 
     @torch.no_grad()
     def prune(self, optimizer=None):
-        """Ends the window: cuts the triplets that lost out of A, B and the optimizer's state."""
-        self.final_density, self.pruned = self.density().item(), True
+        """The cut: leaves in A, B and the optimizer's state what select() keeps."""
+        self.final_density = self.density().item()
         check_density(self)
         gates = deterministic_gates(self.log_theta)
         for layer, keep, g in zip(self.layers, self.select(optimizer), gates):
             if self.fold_gates:
                 layer.lora_B.mul_(g)
             layer.prune(keep, optimizer)
-        for p in (self.log_theta, self.lam) if optimizer else ():  # with no gradient from here on
+        for p in (self.log_theta, self.lam) if optimizer else ():  # they learn no more
             optimizer.state.pop(p, None)
 
     def state_dict(self) -> dict:
@@ -366,15 +352,14 @@ class SaLoRA:
         """Goes on from a state_dict(). The model's own state has the ranks."""
         self.log_theta.copy_(state["log_theta"])
         self.lam.copy_(state["lam"])
-        self.seed, self.step, self.start = state["seed"], state["step"], state["step"]
-        self.final_density = state["final_density"]
-        self.pruned = self.final_density is not None
+        self.seed, self.final_density = state["seed"], state["final_density"]
+        self.step = self.start = state["step"]
         self.reset()
 
 def average_gradients(optimizer):
-    """Between backward() and optimizer.step(), with several processes: every gradient becomes its
-    mean over them, those of the gates too, which DistributedDataParallel does not know. With one
-    seed everywhere all processes keep the same triplets. Does nothing in a single process."""
+    """With several processes, between backward() and optimizer.step(): every gradient becomes its
+    mean over them, log theta's too, which DistributedDataParallel does not know. With the same seed
+    everywhere, all processes keep the same triplets. Does nothing in a single process."""
     if processes() == 1:
         return
     optimizer.averaged = True  # for check_step()
@@ -385,14 +370,13 @@ def average_gradients(optimizer):
         grad.copy_(mean.view_as(grad))
 
 # ---- what comes out -----------------------------------------------------------------------------
-
 def ranks(model: nn.Module) -> dict:
     """{path: rank}, rank 0 included."""
     return {path: m.rank for path, m in adapters(model).items()}
 
 def rank_map(table: dict, r: int) -> str:
     """The ranks {path: rank} out of r as text: a row for each kind of module, a column for each
-    layer, which is the first number in a path."""
+    layer. The number of the layer is the first number in a path."""
     rows, head = {}, {}  # {(stack, kind): {layer: cell}}, {layer: cell}
     for path, rank in table.items():
         stack, layer, kind = re.fullmatch(r"(.*?)(\b\d+\b|$)\.?(.*)", path).groups()
@@ -401,8 +385,7 @@ def rank_map(table: dict, r: int) -> str:
         head[layer] = f"{layer:>4}"
     one = len({stack for (stack, _), cells in rows.items() if any(cells)}) == 1
     names = ["", *(kind if kind and one else (stack + kind).strip(".") for stack, kind in rows)]
-    width = max(map(len, names))
-    lines = (f"{name:<{width}}" + "".join(cells.get(layer, "    ") for layer in head)
+    lines = (f"{name:<{max(map(len, names))}}" + "".join(cells.get(layer, "    ") for layer in head)
              for name, cells in zip(names, [head, *rows.values()]))
     return "\n".join(line.rstrip() for line in lines)
 
@@ -418,7 +401,6 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 # ---- where the layers go: modules by name, in the model and inside torch's wrappers of it -------
-
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside torch.compile, DataParallel and DistributedDataParallel."""
     inner = getattr(model, "_orig_mod", model)
@@ -436,13 +418,13 @@ def adapters(model: nn.Module, kind=SaLoRALinear) -> dict:
     return {plain(path): m for path, m in named if isinstance(m, kind)}
 
 def replace(modules: dict, path: str, module: nn.Module):
-    """Puts a module into the place of another. modules {path: module}: of a wrapper the inside."""
+    """Puts a module into the place of the one at this path. modules: adapters(.., nn.Module)."""
     parent, _, name = path.rpartition(".")
     setattr(modules[parent], name, module)
 
 def find(linears: dict, targets) -> dict:
-    """The entries of {path: nn.Linear} whose path is one of the targets or ends in "." + it.
-    "all-linear": all but the head, which has one of these names or else is the last."""
+    """The entries of {path: nn.Linear} whose path is one of the targets, or ends in "." + target.
+    "all-linear": all but the head. The head has one of these names, or else is the last."""
     if targets == "all-linear":
         names = {"lm_head", "classifier", "score", "qa_outputs", "head"}
         heads = {path for path in linears if names & set(path.split("."))} or list(linears)[-1:]
@@ -475,9 +457,8 @@ def updated(weight, scale, a, b):
     return (weight.float() + scale * b.float() @ a.float()).to(weight.dtype)
 
 # ---- mistakes in other people's loops: nothing below changes what is computed -------------------
-
 def need(ok, words: str, error=RuntimeError):
-    """A mistake, with which training would often go on, is told in one sentence."""
+    """Raises the error if not ok. Without it, training would often just go on."""
     if not ok:
         raise error(words)
 
@@ -486,7 +467,7 @@ def processes() -> int:
     return torch.distributed.get_world_size() if distributed else 1
 
 def reachable(modules: dict, paths):
-    """ValueError: a forward pass would go past an adapter at a path, or reach it twice."""
+    """ValueError: a forward pass would skip an adapter at one of the paths, or use it twice."""
     for path in paths:
         parent = modules[path.rpartition(".")[0]]
         need(not isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)),
@@ -499,7 +480,8 @@ def check_settings(steps, budget, beta, window, alpha, gate_lr, dropout, orth, s
     """ValueError: a setting of SaLoRA is out of range."""
     start, end = (0.0, 1.0) if window is None else window
     for name, value, ok, expected in (
-            ("steps", steps, steps > (window is not None), "2 or more, 1 without a window"),
+            ("steps", steps, steps > (window is not None) and steps % 1 == 0,
+             "2 or more, 1 without a window, and a whole number"),
             ("budget", budget, 0 < budget <= 1, "a share in (0, 1]"),
             ("beta", beta, 0 <= beta < math.inf, "a number from 0"),
             ("window", window, 0 <= start < end <= 1, "two fractions, 0 <= start < end <= 1"),
@@ -516,7 +498,7 @@ def check_begin(salora):
     need(salora.step < salora.steps, f"step {salora.step + 1} of {salora.steps}: give "
          "SaLoRA(steps=..) the number of optimizer steps of the whole run")
     probe = max(salora.layers, key=lambda m: m.rank).lora_B
-    stepped = probe._version != salora.begun  # counts changes in place, but not a fused step
+    stepped = probe._version != salora.begun  # torch counts changes in place, but no fused step
     stepped |= salora.step == 0 and salora.zero.grad is not None and probe.grad is None
     need(salora.begun is None or not stepped, "the optimizer has stepped since the last "
          "begin_step(): call salora.end_step(optimizer) after every optimizer.step()")
@@ -526,8 +508,7 @@ def check_begin(salora):
 
 def check_step(salora, optimizer):
     """After the first step, the first after a resume, the first and the last of the window."""
-    held = {id(p): group for group in getattr(optimizer, "param_groups", [])
-            for p in group["params"]}
+    held = {id(p): g for g in getattr(optimizer, "param_groups", []) for p in g["params"]}
     params = [p for m in salora.layers for p in m.parameters(recurse=False) if p.numel()]
     gates = [salora.log_theta, salora.lam] if salora.gated and not salora.pruned else []
     need(all(p.dtype == torch.float32 and p.device == salora.lam.device for p in params),
@@ -535,16 +516,16 @@ def check_step(salora, optimizer):
     need(all(id(p) in held for p in params + gates), "the optimizer does not hold all of "
          "SaLoRA's parameters: make it of salora.param_groups(lr)")
     taken = optimizer.state.get(params[0], {}).get("step", 1) if params else 1
-    read = not torch.is_tensor(taken) or taken.is_cpu  # a step must not wait for a GPU
-    need(salora.step or not read or taken <= 1, "the optimizer goes on from a checkpoint, and "
-         "SaLoRA starts anew: call salora.load_state_dict() too")
-    # at step 0 R_orth alone gives B a gradient of zeros, since B is zero
+    on_gpu = not getattr(taken, "is_cpu", True)  # it is not read, for a step must not wait
+    need(salora.step or on_gpu or taken <= 1, "the optimizer goes on from a checkpoint, and SaLoRA "
+         "starts anew: call salora.load_state_dict() too")
+    # R_orth gives B a gradient too, but at step 0, where B is zero, that is zero
     grads = [m.lora_B.grad for m in salora.layers if m.rank]
     reached = any(g is not None and (salora.beta == 0 or g.any()) for g in grads)
     if gates:
         need(held[id(salora.lam)].get("maximize") and not (salora.in_window and salora.lam < 0),
-             "the optimizer would minimize lambda: it needs the groups of "
-             "salora.param_groups(lr) and an option `maximize`, as AdamW has")
+             "the optimizer would minimize lambda: it needs the groups of salora.param_groups(lr) "
+             "and an option `maximize`, as AdamW has")
     if salora.in_window:
         need(processes() == 1 or hasattr(optimizer, "averaged"), "each process would learn "
              "gates of its own: call average_gradients(optimizer) before optimizer.step()")
@@ -570,10 +551,9 @@ def check_density(salora):
 def check_merge(layers: dict):
     """ValueError: a layer {path: layer} is more than an nn.Linear."""
     for path, layer in layers.items():
-        plain_weight = "weight" in dict(layer.base.named_parameters())
-        need(type(layer.base).forward is nn.Linear.forward and plain_weight, f"{path} is a "
-             f"{type(layer.base).__name__} with a forward or a weight of its own, which cannot be "
-             "merged: use adapter.save()", ValueError)
+        need(type(layer.base).forward is nn.Linear.forward and "weight" in layer.base._parameters,
+             f"{path} is a {type(layer.base).__name__} with a forward or a weight of its own, "
+             "which cannot be merged: use adapter.save()", ValueError)
     if any(layer.gates is not None for layer in layers.values()):
         warnings.warn("the window has not ended, nothing was cut: SaLoRA(steps=..) wants the "
                       "number of optimizer steps of the run", stacklevel=4)

@@ -8,6 +8,7 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -250,6 +251,26 @@ def test_scale_stays_when_the_rank_falls():
     assert all(layer.scale == 2.0 for layer in salora.layers) and salora.layers[0].rank < 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_adapter_and_gates_are_float32_whatever_the_default_is(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        model, salora = wrapped(steps=20)
+        train(model, salora, 20)
+        params = [p for layer in salora.layers for p in layer.parameters(recurse=False)]
+        assert {p.dtype for p in [*params, salora.log_theta, salora.lam]} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_gates_go_to_the_device_of_a_replica():
+    """As DataParallel makes them: its copies of a layer have parameters of their own."""
+    layer = SaLoRALinear(nn.Linear(4, 4), 2, 1.0)
+    layer.gates = torch.ones(2)
+    layer.lora_B = nn.Parameter(layer.lora_B.to("meta"))
+    assert layer.matrices()[1].is_meta
+
+
 def test_base_may_be_bfloat16_while_the_adapter_is_float32():
     model = mlp().bfloat16()
     salora = SaLoRA(model, ["0", "2"], 10, r=4)
@@ -284,6 +305,8 @@ def test_only_adapters_are_trainable_and_full_paths_and_tails_both_name_them():
     (dict(targets=[]), "targets is empty"),
     (dict(steps=0), "steps is 0"),
     (dict(steps=1), "steps is 1, expected 2 or more"),
+    (dict(steps=10.5), "steps is 10.5, expected 2 or more"),
+    (dict(steps=math.inf), "steps is inf"),
     (dict(gate_lr=0), "gate_lr is 0"),
     (dict(window=(0.3, 0.3)), "window is (0.3, 0.3)"),
     (dict(lora_dropout=1.0), "lora_dropout is 1.0"),
@@ -1243,6 +1266,22 @@ def test_merging_adds_in_float32_before_it_rounds():
     layer = salora.layers[0]
     exact = layer.base.weight.float() + layer.lora_B.detach() @ layer.lora_A.detach()
     assert torch.equal(merge(model)[0].weight, exact.bfloat16())
+
+
+def test_whole_numbers_of_any_type_will_do_for_steps_and_seed():
+    x = torch.ones(2, 10)
+    for steps in (20.0, np.int64(20)):
+        model, salora = wrapped(steps=steps, seed=np.int64(3))
+        train(model, salora, 20)
+        assert salora.pruned and model(x).isfinite().all()
+
+
+def test_a_rank_larger_than_its_matrix_has_no_gates():
+    model = nn.Sequential(nn.Linear(16, 1)).requires_grad_(False)
+    model[0] = SaLoRALinear(model[0], 8, 1.0)
+    with pytest.raises(ValueError, match=r"rank 8 on \(1, 16\)"):
+        SaLoRA(model, None, 10)
+    SaLoRA(model, None, 10, window=None)
 
 
 def test_a_model_is_adapted_once():
