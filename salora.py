@@ -79,12 +79,15 @@ class SaLoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(d, r, **float32))
         self.r, self.scale, self.dropout = r, scale, dropout  # r and scale: as at the start
         self.gates, self.spent = None, False  # (r,), None: 1; a backward pass has used them
+        self.uncut = False  # SaLoRA's window has not ended
+        self.train(base.training)
 
     def matrices(self):
         """A (r, k) and B diag(g) (d, r)."""
-        # id >= 0: this is a backward pass, in which checkpointing computes activations again
-        need(not self.spent or torch._C._current_graph_task_id() >= 0,
-             "a forward pass in the window needs its own salora.begin_step()")
+        # id >= 0: a backward pass, in which checkpointing computes activations again
+        again = torch._C._current_graph_task_id() >= 0 or not torch.is_grad_enabled()
+        need(not self.spent or again, "a forward pass in the window needs its own "
+             "salora.begin_step()")
         if self.gates is None:
             return self.lora_A, self.lora_B
         return self.lora_A, self.lora_B * self.gates.to(self.lora_B.device)  # for DataParallel
@@ -107,7 +110,7 @@ class SaLoRALinear(nn.Module):
     @torch.no_grad()
     def prune(self, keep: torch.Tensor, optimizer=None):
         """Keeps the triplets where `keep` (r,) is True: in place, and in the optimizer's state."""
-        self.gates, index = None, keep.nonzero().squeeze(1)
+        self.gates, self.uncut, index = None, False, keep.nonzero().squeeze(1)
         for name, dim in self.triplet_dim.items():
             p = getattr(self, name)
             small, state = p.index_select(dim, index), optimizer.state[p] if optimizer else {}
@@ -207,9 +210,10 @@ class SaLoRA:
              "model, of one rank if gates are to be learned, not window=None; their ranks are "
              f"{found}", ValueError)
         for m in self.layers:
-            need(not window or m.rank <= min(m.base.weight.shape), f"an adapter has rank {m.rank} "
-                 f"on {tuple(m.base.weight.shape)}, too much for gates: window=None", ValueError)
-            m.dropout = lora_dropout
+            shape = len(m.lora_B), m.lora_A.shape[1]  # d, k
+            need(not window or m.rank <= min(shape), f"an adapter has rank {m.rank} on {shape}, "
+                 "too much for gates: window=None", ValueError)
+            m.dropout, m.uncut = lora_dropout, bool(window)
         self.model, self.gated, self.steps, self.seed = model, bool(window), int(steps), int(seed)
         self.first, self.last = window_steps(window, self.steps) if window else (0, 0)
         self.budget, self.beta, self.price = budget, beta, price
@@ -222,7 +226,7 @@ class SaLoRA:
         first, shape = self.layers[0].lora_A, (len(self.layers), found[-1])  # (K, r)
         self.log_theta = nn.Parameter(first.new_zeros(shape))
         self.lam = nn.Parameter(first.new_zeros(()))  # lambda
-        sizes = [sum(m.base.weight.shape) for m in self.layers]  # parameters of a triplet, d + k
+        sizes = [m.lora_A.shape[1] + len(m.lora_B) for m in self.layers]  # of a triplet, d + k
         self.size = torch.tensor(sizes, device=first.device)  # (K,)
         self.initial_params = self.kept_params()
         self.generator = torch.Generator("cpu" if first.is_meta else first.device)
@@ -248,8 +252,8 @@ class SaLoRA:
         check_begin(self)
         if not self.in_window:
             return
-        generator = self.generator.manual_seed(self.seed * self.steps + self.step)
-        u = torch.rand(self.log_theta.shape, generator=generator, device=self.log_theta.device)
+        generator = self.generator.manual_seed((self.seed * self.steps + self.step) % 2**63)
+        u = torch.empty_like(self.log_theta).uniform_(generator=generator)
         gates = sample_gates(self.log_theta, u)  # (K, r)
         leaf = gates.detach().requires_grad_()  # what the layers use
         def learn(grad):  # in the backward pass; reentrant checkpointing calls it several times
@@ -267,7 +271,7 @@ class SaLoRA:
 
     def reset(self):
         """Between two steps: nothing has begun, and the gates are those of evaluation."""
-        self.begun, self.learned = None, False  # B's version at begin_step(); learn() was called
+        self.begun, self.learned = None, False  # see check_begin(); learn() was called
         self.zero = self.lam.new_zeros((), requires_grad=True)  # its .grad: penalty() was used
         self.set_gates(deterministic_gates(self.log_theta) if self.in_window else None)
 
@@ -286,8 +290,8 @@ class SaLoRA:
 
     @torch.no_grad()
     def end_step(self, optimizer):
-        """After optimizer.step() and before zero_grad(). Keeps lambda >= 0; turns A and B when the
-        window opens, and cuts them when it closes."""
+        """After every optimizer.step(), before zero_grad(). Keeps lambda >= 0; turns A and B when
+        the window opens, and cuts them when it closes."""
         need(self.begun is not None, "end_step() without a begin_step() before the forward pass")
         if self.step in (self.start, self.first, self.last - 1):
             check_step(self, optimizer)
@@ -354,12 +358,15 @@ class SaLoRA:
         self.lam.copy_(state["lam"])
         self.seed, self.final_density = state["seed"], state["final_density"]
         self.step = self.start = state["step"]
+        for m in self.layers:
+            m.uncut = self.gated and not self.pruned
         self.reset()
 
 def average_gradients(optimizer):
     """With several processes, between backward() and optimizer.step(): every gradient becomes its
     mean over them, log theta's too, which DistributedDataParallel does not know. With the same seed
-    everywhere, all processes keep the same triplets. Does nothing in a single process."""
+    everywhere, all processes keep the same triplets. In every step all of them must use the same
+    weights. Does nothing in a single process."""
     if processes() == 1:
         return
     optimizer.averaged = True  # for check_step()
@@ -445,8 +452,9 @@ def adapt(model, targets, r, alpha=None, kind=SaLoRALinear) -> list:
     need(linears, "targets is empty, or the model has no nn.Linear but its head", ValueError)
     reachable(modules, linears)
     for path, m in linears.items():
-        need(1 <= r <= min(m.weight.shape), f"r is {r}, expected 1 to {min(m.weight.shape)}: "
-             f"{path} is {tuple(m.weight.shape)}", ValueError)
+        shape = m.out_features, m.in_features  # a quantized weight may have another
+        need(1 <= r <= min(shape), f"r is {r}, expected 1 to {min(shape)}: {path} is {shape}",
+             ValueError)
     model.requires_grad_(False)
     for path, m in linears.items():
         replace(modules, path, kind(m, r, (r if alpha is None else alpha) / r))
@@ -493,16 +501,28 @@ def check_settings(steps, budget, beta, window, alpha, gate_lr, dropout, orth, s
             ("price", price, price is None or 0 <= price < math.inf, "a number from 0")):
         need(ok, f"{name} is {value!r}, expected {expected}", ValueError)
 
+def versions(salora) -> int:
+    return sum(m.lora_B._version for m in salora.layers)
+
+def stepped(salora) -> bool:
+    """Has the optimizer stepped since begin_step()? torch counts changes of a tensor in place, but
+    not those by a fused optimizer; these are seen at step 0 only, by the numbers."""
+    count, old = salora.begun
+    new = max(salora.layers, key=lambda m: m.rank).lora_B
+    return versions(salora) != count or salora.step == 0 and not torch.equal(new, old)
+
 def check_begin(salora):
     """Before a step: the run has steps left, the last one has ended, the gates can learn."""
     need(salora.step < salora.steps, f"step {salora.step + 1} of {salora.steps}: give "
          "SaLoRA(steps=..) the number of optimizer steps of the whole run")
-    probe = max(salora.layers, key=lambda m: m.rank).lora_B
-    stepped = probe._version != salora.begun  # torch counts changes in place, but no fused step
-    stepped |= salora.step == 0 and salora.zero.grad is not None and probe.grad is None
-    need(salora.begun is None or not stepped, "the optimizer has stepped since the last "
+    need(salora.begun is None or not stepped(salora), "the optimizer has stepped since the last "
          "begin_step(): call salora.end_step(optimizer) after every optimizer.step()")
-    salora.begun = probe._version
+    if salora.begun is None:
+        b = max(salora.layers, key=lambda m: m.rank).lora_B.detach()
+        salora.begun = versions(salora), b.clone() if salora.step == 0 else b
+    resumed = salora.step == salora.start > 0 and any(m.rank for m in salora.layers)
+    need(not resumed or any(m.lora_B.any() for m in salora.layers), "SaLoRA goes on from a "
+         "checkpoint, and the adapters start anew: call model.load_state_dict() too")
     need(not salora.in_window or all(m.training for m in salora.layers), "an adapted layer is in "
          "eval(), where its gates cannot learn: call model.train() before the step")
 
@@ -522,15 +542,26 @@ def check_step(salora, optimizer):
     # R_orth gives B a gradient too, but at step 0, where B is zero, that is zero
     grads = [m.lora_B.grad for m in salora.layers if m.rank]
     reached = any(g is not None and (salora.beta == 0 or g.any()) for g in grads)
+    if salora.step == 0:
+        done = not reached or any(p in optimizer.state for p in params) or stepped(salora)
+        # a GradScaler skips a step of gradients that are not finite
+        if not done and all(g.isfinite().all() for g in grads if g is not None):
+            warnings.warn("the optimizer has not stepped: end_step() comes after optimizer.step(), "
+                          "once for several accumulated batches", stacklevel=4)
+        for name, p in salora.model.named_parameters():
+            if p.requires_grad and p.grad is not None and id(p) not in held:
+                warnings.warn(f"{name} has a gradient, and this optimizer does not hold it: "
+                              "unfreeze it before salora.param_groups()", stacklevel=4)
     if gates:
+        need(all(m.rank == len(salora.log_theta[0]) for m in salora.layers), "the model's state "
+             "is of after the cut: call salora.load_state_dict() too")
         need(held[id(salora.lam)].get("maximize") and not (salora.in_window and salora.lam < 0),
              "the optimizer would minimize lambda: it needs the groups of salora.param_groups(lr) "
              "and an option `maximize`, as AdamW has")
     if salora.in_window:
         need(processes() == 1 or hasattr(optimizer, "averaged"), "each process would learn "
              "gates of its own: call average_gradients(optimizer) before optimizer.step()")
-        need(salora.lam.grad is not None or salora.price is not None,
-             "the task loss lacks `+ salora.penalty()`")
+        need(salora.zero.grad is not None, "the task loss lacks `+ salora.penalty()`")
         need(salora.learned or not reached, "the task loss does not reach the gates: call "
              "salora.begin_step() before the forward pass, and loss.backward() after it")
     need(all(v.shape == p.shape for p in params for v in optimizer.state.get(p, {}).values()
@@ -542,6 +573,7 @@ def check_step(salora, optimizer):
 
 def check_density(salora):
     """When the window ends: the gates have come near the budget."""
+    need(math.isfinite(salora.final_density), "training diverged: lower the learning rate")
     met = abs(salora.final_density - salora.budget) <= 0.1
     if salora.gated and salora.price is None and not met:
         warnings.warn(f"the gates came to a density of {salora.final_density:.2f}, and the "
@@ -554,6 +586,6 @@ def check_merge(layers: dict):
         need(type(layer.base).forward is nn.Linear.forward and "weight" in layer.base._parameters,
              f"{path} is a {type(layer.base).__name__} with a forward or a weight of its own, "
              "which cannot be merged: use adapter.save()", ValueError)
-    if any(layer.gates is not None for layer in layers.values()):
+    if any(layer.uncut for layer in layers.values()):
         warnings.warn("the window has not ended, nothing was cut: SaLoRA(steps=..) wants the "
                       "number of optimizer steps of the run", stacklevel=4)

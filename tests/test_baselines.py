@@ -209,6 +209,7 @@ def test_lora_svd_keeps_the_largest_singular_values_that_fit(budget):
         assert [m.rank for m in method.layers] == [8, 8, 8] and method.density().item() == 1
         method.begin_step()
         model(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
         method.end_step(optimizer)
     least = sigma.flatten().sort(descending=True)[0][int(24 * budget) - 1]
     assert [m.rank for m in method.layers] == (sigma >= least).sum(1).tolist()

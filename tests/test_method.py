@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import textwrap
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def mlp(seed=0):
 def wrapped(seed=0, r=4, steps=100, window=(0.2, 0.5), **kw):
     model = mlp(seed)
     return model, SaLoRA(model, ["0", "2"], steps, r=r, window=window, **kw)
+
+
+@contextlib.contextmanager
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
 
 
 def begin(salora, step=30):
@@ -235,6 +243,7 @@ def test_where_nothing_is_learned_yet_the_turn_changes_nothing_that_matters():
     optimizer = torch.optim.AdamW(salora.param_groups(0.0))
     salora.begin_step()
     model(x).sum().backward()
+    optimizer.step()
     salora.end_step(optimizer)
     assert not salora.log_theta.any() and torch.allclose(model.eval()(x), mlp()(x))
     assert salora.in_window
@@ -269,6 +278,26 @@ def test_gates_go_to_the_device_of_a_replica():
     layer.gates = torch.ones(2)
     layer.lora_B = nn.Parameter(layer.lora_B.to("meta"))
     assert layer.matrices()[1].is_meta
+
+
+class Packed(nn.Linear):
+    """As bitsandbytes' Linear4bit: the weight has the shape of its storage."""
+
+    def __init__(self):
+        super().__init__(10, 8)
+        self.weight = nn.Parameter(torch.randn(40, 1), requires_grad=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.view(4, 10).repeat(2, 1), self.bias)
+
+
+def test_a_packed_weight_has_the_shape_of_its_layer():
+    model = nn.Sequential(Packed(), nn.Linear(8, 3))
+    salora = SaLoRA(model, ["0"], 20, r=4)
+    assert salora.size.tolist() == [18]
+    assert salora.density().item() == pytest.approx(11 / 12)
+    train(model, salora, 20)
+    assert salora.layers[0].rank == 2
 
 
 def test_base_may_be_bfloat16_while_the_adapter_is_float32():
@@ -657,6 +686,58 @@ def test_a_loop_without_end_step_is_told_at_its_second_step(make):
         salora.begin_step()
 
 
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_with_a_fused_optimizer_too_wherever_gradients_are_zeroed(set_to_none):
+    model, salora = wrapped()
+    optimizer = torch.optim.AdamW(salora.param_groups(1e-2), fused=True)
+    salora.begin_step()
+    optimizer.zero_grad(set_to_none)
+    model(torch.randn(5, 10)).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="call salora.end_step"):
+        salora.begin_step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_batch_may_be_given_up_before_the_optimizer_steps(fused):
+    model, salora = wrapped()
+    optimizer = torch.optim.AdamW(salora.param_groups(1e-2), fused=fused)
+    for step in range(2):
+        salora.begin_step()
+        (model(torch.randn(5, 10)).sum() + salora.penalty()).backward()
+        if step:
+            optimizer.step()
+            salora.end_step(optimizer)
+        optimizer.zero_grad()
+    assert salora.step == 1
+
+
+@pytest.mark.parametrize("make", [
+    torch.optim.AdamW, lambda g: torch.optim.AdamW(g, fused=True), torch.optim.SGD])
+def test_an_end_step_before_the_optimizers_step_is_told(make):
+    model, salora = wrapped()
+    optimizer = make(salora.param_groups(1e-2))
+    salora.begin_step()
+    (model(torch.randn(5, 10)).sum() + salora.penalty()).backward()
+    with pytest.warns(UserWarning, match="the optimizer has not stepped: end_step"):
+        salora.end_step(optimizer)
+
+
+@pytest.mark.parametrize("make", [
+    torch.optim.AdamW, lambda g: torch.optim.AdamW(g, fused=True), torch.optim.SGD])
+def test_a_first_step_at_a_rate_of_zero_or_that_a_scaler_skips_is_fine(make):
+    for lr, factor in ((0.0, 1.0), (1e-2, math.inf)):
+        model, salora = wrapped()
+        optimizer = make(salora.param_groups(lr))
+        salora.begin_step()
+        (factor * model(torch.randn(5, 10)).square().sum() + salora.penalty()).backward()
+        if factor == 1:
+            optimizer.step()
+        with quiet():
+            salora.end_step(optimizer)
+        assert salora.step == 1
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_two_forward_passes_before_the_first_backward_pass_are_fine(fused):
     model, salora = wrapped()
@@ -781,6 +862,23 @@ def test_gates_that_learn_nothing_are_told_at_the_first_step_of_the_window(forwa
         salora.end_step(optimizer)
 
 
+def test_a_price_needs_the_penalty_too():
+    model, salora = wrapped(steps=20, price=0.1)
+    optimizer = train(model, salora, 4)
+    with pytest.raises(RuntimeError, match="the task loss lacks"):
+        forgets_penalty(model, salora, optimizer, torch.randn(5, 10)).backward()
+        optimizer.step()
+        salora.end_step(optimizer)
+
+
+def test_a_head_that_is_unfrozen_too_late_is_told():
+    model, salora = wrapped()
+    optimizer = torch.optim.AdamW(salora.param_groups(1e-2))
+    model[4].requires_grad_(True)
+    with pytest.warns(UserWarning, match="4.weight has a gradient, and this optimizer does not"):
+        train(model, salora, 1, optimizer=optimizer)
+
+
 def test_after_a_resume_the_optimizer_is_checked_again():
     model, salora = wrapped(steps=20)
     train(model, salora, 12)
@@ -800,6 +898,25 @@ def test_a_resume_that_forgets_the_state_of_salora_is_told():
     optimizer2.load_state_dict(optimizer.state_dict())
     with pytest.raises(RuntimeError, match=r"call salora\.load_state_dict\(\) too"):
         train(model2, salora2, 1, optimizer=optimizer2)
+
+
+@pytest.mark.parametrize("stop", [3, 6, 12])
+def test_a_resume_that_forgets_the_state_of_the_model_is_told(stop):
+    model, salora = wrapped(steps=20)
+    train(model, salora, stop)
+    model2, salora2 = wrapped(steps=20)
+    salora2.load_state_dict(salora.state_dict())
+    with pytest.raises(RuntimeError, match=r"call model\.load_state_dict\(\) too"):
+        train(model2, salora2, 1)
+
+
+def test_a_model_from_after_the_cut_is_told_before_the_window():
+    model, salora = wrapped(steps=20)
+    train(model, salora, 12)
+    model2, salora2 = wrapped(steps=20)
+    model2.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match="state is of after the cut"):
+        train(model2, salora2, 1)
 
 
 def test_a_window_that_a_resumed_run_has_behind_it_still_cuts():
@@ -823,6 +940,40 @@ def test_training_that_diverged_is_told_when_the_window_opens():
         (model(torch.randn(5, 10)).sum() + salora.penalty()).backward()
         optimizer.step()
         salora.end_step(optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:the gates came to")
+def test_gates_that_diverged_are_told_before_anything_is_cut():
+    model, salora = wrapped(steps=20)
+    train(model, salora, 6)
+    with torch.no_grad():
+        salora.log_theta.fill_(math.nan)
+    with pytest.raises(RuntimeError, match="training diverged"):
+        salora.prune()
+    assert all(layer.rank == 4 for layer in salora.layers)
+
+
+@pytest.mark.parametrize("stop, warned", [(2, True), (6, True), (12, False)])
+def test_merging_what_was_never_cut_is_told(stop, warned):
+    model, salora = wrapped(steps=20)
+    train(model, salora, stop)
+    told = pytest.warns(UserWarning, match="nothing was cut") if warned else quiet()
+    with told:
+        merge(model)
+
+
+def test_lora_and_a_run_that_was_gone_on_with_after_the_cut_are_merged_without_a_word():
+    model, salora = wrapped(window=None)
+    train(model, salora, 2)
+    with quiet():
+        merge(model)
+    model, salora = wrapped(steps=20, budget=1.0)
+    train(model, salora, 12)
+    model2, salora2 = wrapped(steps=20, budget=1.0)
+    model2.load_state_dict(model.state_dict())
+    salora2.load_state_dict(salora.state_dict())
+    with quiet():
+        merge(model2)
 
 
 def test_merging_in_the_window_is_told():
@@ -886,6 +1037,25 @@ def test_a_second_forward_pass_needs_a_begin_step_of_its_own():
     salora.begin_step()
     model(x).sum().backward()
     assert salora.log_theta.grad.any()
+
+
+def test_passes_without_gradients_need_no_begin_step():
+    model, salora = wrapped()
+    begin(salora)
+    (model(torch.randn(5, 10)).sum() + salora.penalty()).backward()
+    with torch.no_grad():  # the accuracy of the batch, say
+        model(torch.randn(5, 10))
+
+
+def test_an_adapter_in_a_model_in_eval_mode_drops_nothing(tmp_path):
+    model, salora = wrapped(lora_dropout=0.5)
+    scatter(salora)
+    save(model, tmp_path)
+    other = mlp().eval()
+    load(other, tmp_path)
+    x = torch.randn(5, 10)
+    assert torch.allclose(other(x), model.eval()(x), atol=1e-5)
+    assert not any(m.training for m in other.modules())
 
 
 def test_a_step_in_eval_mode_is_told():
