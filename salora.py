@@ -512,7 +512,7 @@ def stepped(salora) -> bool:
     return versions(salora) != count or salora.step == 0 and not torch.equal(new, old)
 
 def check_begin(salora):
-    """Before a step: the run has steps left, the last one has ended, the gates can learn."""
+    """At begin_step(): there are steps left, the last one has ended, gates can learn."""
     need(salora.step < salora.steps, f"step {salora.step + 1} of {salora.steps}: give "
          "SaLoRA(steps=..) the number of optimizer steps of the whole run")
     need(salora.begun is None or not stepped(salora), "the optimizer has stepped since the last "
@@ -527,7 +527,8 @@ def check_begin(salora):
          "eval(), where its gates cannot learn: call model.train() before the step")
 
 def check_step(salora, optimizer):
-    """After the first step, the first after a resume, the first and the last of the window."""
+    """At end_step() of the first step, here or after a resume, and of the window's first and last:
+    where training could go on without an error, but not as it should."""
     held = {id(p): g for g in getattr(optimizer, "param_groups", []) for p in g["params"]}
     params = [p for m in salora.layers for p in m.parameters(recurse=False) if p.numel()]
     gates = [salora.log_theta, salora.lam] if salora.gated and not salora.pruned else []
@@ -548,10 +549,11 @@ def check_step(salora, optimizer):
         if not done and all(g.isfinite().all() for g in grads if g is not None):
             warnings.warn("the optimizer has not stepped: end_step() comes after optimizer.step(), "
                           "once for several accumulated batches", stacklevel=4)
-        for name, p in salora.model.named_parameters():
-            if p.requires_grad and p.grad is not None and id(p) not in held:
-                warnings.warn(f"{name} has a gradient, and this optimizer does not hold it: "
-                              "unfreeze it before salora.param_groups()", stacklevel=4)
+        late = [name for name, p in salora.model.named_parameters()
+                if p.requires_grad and p.grad is not None and id(p) not in held]
+        if late:
+            warnings.warn(f"{late[0]} has a gradient, and the optimizer does not hold it: unfreeze "
+                          "it before salora.param_groups()", stacklevel=4)
     if gates:
         need(all(m.rank == len(salora.log_theta[0]) for m in salora.layers), "the model's state "
              "is of after the cut: call salora.load_state_dict() too")

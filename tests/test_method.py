@@ -875,7 +875,7 @@ def test_a_head_that_is_unfrozen_too_late_is_told():
     model, salora = wrapped()
     optimizer = torch.optim.AdamW(salora.param_groups(1e-2))
     model[4].requires_grad_(True)
-    with pytest.warns(UserWarning, match="4.weight has a gradient, and this optimizer does not"):
+    with pytest.warns(UserWarning, match="4.weight has a gradient, and the optimizer does not"):
         train(model, salora, 1, optimizer=optimizer)
 
 
