@@ -427,6 +427,9 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
     own = re.compile(r"\.(lora_[AB]|base_layer|modules_to_save)\.")  # PEFT's own names
     saved = {name: t for name, t in tensors.items()
              if replaced(name, whole) and not own.search(name)}
+    if settings.get("task_type") == "SEQ_CLS" and whole and not CLASSIFIER & {*saved}:
+        raise ValueError(f"{adapter}: adapter_model.safetensors: the head that modules_to_save "
+                         f"names is missing ({', '.join(whole)})")
     changed = [*saved, *(name.replace(".lora_A.", ".") for name in tensors if ".lora_A." in name)]
     parts = [name.partition(".") for name in changed if name not in places]
     body = next((first for first, _, rest in parts if rest in places), "")  # if the keys lack it

@@ -453,7 +453,8 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float, generator) ->
     if temperature == 0:
         return logits.argmax(-1)
     p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keeps those up to where the sum reaches it
+    before = p.cumsum(-1) - p  # of the more likely ones: those up to where it reaches top_p stay
+    p = p.masked_fill((before >= top_p) & (before > 0), 0)
     return order.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
 
 

@@ -610,6 +610,9 @@ def test_merge_and_show_from_the_shell(tmp_path, capsys):
     (lambda base, a: (a / "adapter_config.json").unlink(), "adapter_config.json"),
     (lambda base, a: (a / "adapter_model.safetensors").write_bytes(b""),
      "adapter_model.safetensors"),
+    (lambda base, a: save_file({
+        name: t for name, t in load_file(a / "adapter_model.safetensors").items()
+        if "classifier" not in name}, a / "adapter_model.safetensors"), "the head that"),
     (lambda base, a: shutil.copytree(FIXTURES / "llama3", base, dirs_exist_ok=True),
      "matches no nn.Linear")])
 def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(change, words, tmp_path, capsys):

@@ -114,7 +114,8 @@ def test_sampling_depends_on_its_seed_alone_and_greedy_is_its_limit():
     torch.manual_seed(1)
     assert texts(model, prompts, temperature=1.0, seed=3) == one
     assert texts(model, prompts, temperature=1.0, seed=4) != one
-    for nearly in (dict(temperature=1e-6), dict(temperature=1.0, top_p=1e-6)):
+    for nearly in (dict(temperature=1e-6), dict(temperature=1.0, top_p=1e-6),
+                   dict(temperature=1.0, top_p=1e-300)):
         assert texts(model, prompts, **nearly) == texts(model, prompts)
 
 

@@ -816,6 +816,47 @@ def test_resume_refuses_other_flags_and_knows_a_finished_run(tmp_path, short, ca
             InputError,
             match="holds a finished run with --budget 0.5, not 0.25: give another folder"):
         run(short[0], "--resume", "--budget", "0.25")
+    run(tmp_path / "one", "--max-steps", "3", "--max-length", "9")
+    with pytest.raises(InputError, match="a finished run with --max-length 9, not the default"):
+        run(tmp_path / "one", "--max-steps", "3", "--resume")
+
+
+def test_resume_refuses_other_data_and_another_model(tmp_path):
+    data, model = tmp_path / "own", tmp_path / "model"
+    data.mkdir()
+    shutil.copytree(HERE / "demo" / "model", model)
+    rows = [f"{word} the cat\t{i % 2}\n" for i, word in enumerate("abcdefgh")]
+    for name in ("train.tsv", "dev.tsv"):
+        (data / name).write_text("".join(["sentence\tlabel\n", *rows]))
+    flags = ["--task", data, "--model", model, "--method", "head", "--max-steps", 2]
+    train_glue.main(list(map(str, [*flags, "--out", tmp_path / "r"])))
+    (tmp_path / "r" / "result.json").unlink()
+    resumed = list(map(str, [*flags, "--out", tmp_path / "r", "--resume"]))
+    words = "--resume: what --task, --data and --model name is changed"
+    (data / "train.tsv").write_text("".join(["sentence\tlabel\n", *rows[:-1]]))
+    with pytest.raises(InputError, match=words):
+        train_glue.main(resumed)
+    (data / "train.tsv").write_text("".join(["sentence\tlabel\n", *rows]))
+    tensors = load_file(model / "model.safetensors")
+    next(t for name, t in tensors.items() if "word_embeddings" in name)[5] += 1
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(InputError, match=words):
+        train_glue.main(resumed)
+
+
+def test_a_rate_of_the_grid_that_diverges_is_not_chosen(tmp_path, capsys):
+    flags = ["--method", "head", "--max-steps", "4", "--lr-grid"]
+    run(tmp_path / "r", *flags, "1e30", "1e-3")
+    out = capsys.readouterr().out
+    assert "learning rate 1e+30: training diverged" in out and "learning rate 0.001, on" in out
+    with pytest.raises(InputError, match="with every rate"):
+        run(tmp_path / "s", *flags, "1e30", "1e31")
+
+
+def test_only_files_of_a_run_are_cleared(tmp_path):
+    (tmp_path / "predictions_of_mine.tsv").write_text("mine")
+    run(tmp_path, "--method", "head", "--max-steps", "1")
+    assert (tmp_path / "predictions_of_mine.tsv").read_text() == "mine"
 
 
 def test_finished_run_is_not_overwritten_unasked(tmp_path, short):
@@ -917,6 +958,8 @@ def test_overwrite_replaces_the_default_folder_and_the_hint_is_something_else(
     (["--lr", "-1"], "--lr is -1.0"),
     (["--lora-dropout", "1"], "--lora-dropout is 1.0, expected a share in [0, 1)"),
     (["--lora-dropout", "0.1", "--method", "ft"], "expected none with --method ft"),
+    (["--price", "0.1", "--method", "lora-svd"], "--price is 0.1, expected none"),
+    (["--price", "0.1", "--selection", "budget"], "--price is 0.1, expected none"),
     (["--lr", "0"], "--lr is 0.0"),
     (["--alpha", "0"], "--alpha is 0.0"),
     (["--task", ".", "--data", "."], "--data is '.', expected nothing"),

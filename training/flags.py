@@ -192,6 +192,8 @@ def check(args):
          f"none with --method {args.method}: they are those of lora")
 
     need(0 <= args.lora_dropout < 1, "--lora-dropout", args.lora_dropout, "a share in [0, 1)")
+    need(args.price is None or args.method == "salora" and args.selection != "budget", "--price",
+         args.price, "none: it is for --method salora, instead of a budget")
     need(not args.lora_dropout or args.method in LOW_RANK, "--lora-dropout", args.lora_dropout,
          f"none with --method {args.method}, which has no low-rank adapters")
     need(0 < args.budget <= 1, "--budget", args.budget, "a share in (0, 1]")

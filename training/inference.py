@@ -94,7 +94,7 @@ def model_flags(parser, arg):
     arg("--model", help=MODEL)
     arg("--adapter", help="folder of an adapter that a run saved (default: none)")
     arg("--merge", action="store_true", default=False,
-        help="add the adapter to the weights first: the same text, faster")
+        help="add the adapter to the weights first: faster, the same up to rounding")
     arg("--template", choices=list(TEMPLATES),
         help="as in training (default: that of the adapter's run, else alpaca)")
     arg("--max-new-tokens", type=int, default=256, help="limit of an answer")

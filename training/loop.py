@@ -233,10 +233,10 @@ class Log:
                     entry["lambda"] = lowrank.lam.item()
         for name in ("loss", "density", "lambda", "orth_a", "orth_b"):
             if not math.isfinite(entry[name] or 0):
-                raise InputError(f"training diverged: {name} is {entry[name]} at step {step} or in "
-                                 f"the {self.steps - 1} steps before, with a learning rate of "
-                                 f"{lr:.3g}. Try a smaller --lr; checkpoints in {self.file.parent} "
-                                 "are from before that")
+                raise runs.Diverged(
+                    f"training diverged: {name} is {entry[name]} at step {step} or in the "
+                    f"{self.steps - 1} steps before, with a learning rate of {lr:.3g}. Try a "
+                    f"smaller --lr; checkpoints in {self.file.parent} are from before that")
         if RANK == 0:
             with self.file.open("a") as f:
                 f.write(json.dumps(entry) + "\n")
@@ -271,9 +271,10 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
     # ---- resume, or start anew
     log, step, history = Log(out, plan, device), 0, []
     matrices = {path: [m.r, m.scale] for path, m in sl.adapters(model).items()}
+    source = runs.source_of(plan, model)
     file = out / runs.CHECKPOINT
     if args.resume and file.exists():
-        progress = runs.load_checkpoint(file, optimizer, lowrank, settings, matrices)
+        progress = runs.load_checkpoint(file, optimizer, lowrank, settings, matrices, source)
         step, history = progress["step"], progress["history"]
         log.resume(step, progress["seconds"], progress["open_line"])
         print(f"resumed at step {step} of {steps}")
@@ -288,7 +289,7 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
         if RANK == 0:
             runs.save_checkpoint(file, optimizer, lowrank, dict(
                 step=step, history=history, seconds=log.seconds, settings=settings,
-                matrices=matrices, open_line=log.state()))
+                matrices=matrices, source=source, open_line=log.state()))
         log.restart_clock()
 
     # ---- the loop
@@ -365,9 +366,10 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
 def finite(evaluated, step):
     """What evaluate() gave, if its outputs are finite."""
     if not all(np.isfinite(values).all() for values in evaluated[0]):
-        raise InputError("the model's outputs on the dev rows are not all finite numbers " + (
-            f"after {step} steps: try a smaller --lr" if step
-            else "before any training: --model or --adapter is damaged"))
+        words = "the model's outputs on the dev rows are not all finite numbers"
+        if step:
+            raise runs.Diverged(f"{words} after {step} steps: try a smaller --lr")
+        raise InputError(f"{words} before any training: --model or --adapter is damaged")
     return evaluated
 
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import signal
 import statistics
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import torch
@@ -33,7 +35,7 @@ CHECKPOINT = "checkpoint.safetensors"
 def write_text(file, text):
     """Writes all of it or nothing, a power cut included."""
     beside = file.with_name(file.name + ".new")
-    beside.write_text(text, encoding="utf-8")
+    beside.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may be no text
     sync(beside)
     os.replace(beside, file)
 
@@ -75,9 +77,16 @@ def save_checkpoint(file, optimizer, lowrank, progress):
     sync(file.parent)
 
 
-def load_checkpoint(file, optimizer, lowrank, settings, matrices):
+def source_of(plan, model):
+    """A number for rows and base model, by which --resume knows them: from the length of each row
+    and the first weights, which are the embedding's."""
+    weights = next(model.parameters()).detach().cpu().view(torch.uint8).numpy()
+    return zlib.crc32(repr((plan.steps, plan.lengths)).encode(), zlib.crc32(weights))
+
+
+def load_checkpoint(file, optimizer, lowrank, settings, matrices, source):
     """The inverse of save_checkpoint. Returns progress. matrices: {path: [rank, scale]} of the
-    adapters at the start: the folder of --adapter may have changed since."""
+    adapters at the start, and source, a number for data and model: files may have changed since."""
     try:
         with safe_open(file, "pt") as f:
             progress = json.loads((f.metadata() or {})["progress"])
@@ -89,6 +98,8 @@ def load_checkpoint(file, optimizer, lowrank, settings, matrices):
     if given and before.get("adapter") == given and progress.get("matrices", matrices) != matrices:
         raise InputError(f"--resume: --adapter {given} has other matrices, ranks or scales than "
                          f"when {file} was written: put back what it held")
+    need(progress.get("source", source) == source, "--resume: what --task, --data and --model name",
+         "changed", f"what it was when {file} was written; or start anew with --overwrite")
     for name, value in settings.items():
         found = before.get(name)
         if found != value and name not in flags.MAY_CHANGE:
@@ -147,8 +158,8 @@ def clear_folder(out):
     try:
         for name in ("adapter", "checkpoint"):  # the second of an earlier version
             shutil.rmtree(out / name, ignore_errors=True)
-        for file in [*(out / name for name in names), *out.glob("predictions*.tsv")]:
-            file.unlink(missing_ok=True)
+        for name in (*names, "predictions.tsv", "predictions_mismatched.tsv"):
+            (out / name).unlink(missing_ok=True)
     except OSError as e:
         raise InputError(f"--out {out}: cannot be written ({e.strerror})") from None
 
@@ -192,13 +203,16 @@ def finished(args, out):
     result = read_result(out)
     if result is None:
         return None
+    given = [word.partition("=")[0] for word in shlex.split(result.get("command") or "")]
     for name, value in vars(args).items():
         found = result["settings"].get(name, value)
-        if value is None and name in flags.RESOLVED_LATER:
+        if value is None and name in flags.RESOLVED_LATER and flag(name) not in given:
             continue
         if found != value and name not in (*flags.NOT_OF_A_RUN, *flags.MAY_CHANGE, "seed"):
             raise InputError(f"--out {out} holds a finished run with {flag(name)} "
-                             f"{in_words(found)}, not {in_words(value)}: give another folder")
+                             f"{in_words(found)}, not "
+                             f"{'the default' if value is None else in_words(value)}: give another "
+                             "folder")
     return result
 
 
@@ -220,6 +234,10 @@ def run(args, seed, out, train, report):
     return result
 
 
+class Diverged(InputError):
+    """A smaller learning rate may do."""
+
+
 def mean_std(values):
     values = list(values)
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
@@ -230,8 +248,14 @@ def choose_lr(args, root, train, report):
     scores = {}
     for lr in args.lr_grid:
         trial = argparse.Namespace(**vars(args) | dict(lr=lr, hold_out=args.hold_out or 0.2))
-        result = run(trial, TUNING_SEED, root / f"lr{lr:g}", train, report)
-        scores[lr] = result["score"] if result else 0.0
+        try:
+            result = run(trial, TUNING_SEED, root / f"lr{lr:g}", train, report)
+            scores[lr] = result["score"] if result else 0.0
+        except Diverged as e:
+            print(f"learning rate {lr:g}: {e}")
+            scores[lr] = -math.inf
+    if max(scores.values()) == -math.inf:
+        raise Diverged("--lr-grid: training diverged with every rate: give smaller ones")
     if PROCESSES > 1:  # the first process knows the scores
         dist.broadcast_object_list(box := [scores])
         scores = box[0]
@@ -285,6 +309,8 @@ def run_command(main, argv):
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
         warnings.simplefilter("ignore")
     warnings.formatwarning = lambda message, *rest: f"warning: {message}\n"
+    if sys.stdout is None:  # it was closed
+        sys.stdout = open(os.devnull, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):  # not so in a notebook
         sys.stdout.reconfigure(errors="replace")  # for a terminal that prints only ASCII
     try:
