@@ -508,13 +508,15 @@ def open_tensors(file: str | Path, dtype: torch.dtype | None = None):
     tensors take no second copy; else it is read tensor by tensor. InputError: the file is damaged,
     or not there."""
     try:
-        with safe_open(file, framework="pt") as f:
+        with open(file, "rb"), safe_open(file, framework="pt") as f:  # which says not found of both
             stored = {f.get_slice(key).get_dtype() for key in f.keys()}
         mapped = stored == {STORED.get(dtype)}
         with safe_open(file, framework="pt", backend="mmap" if mapped else "pread") as f:
             yield f
     except FileNotFoundError:
         raise InputError(f"{file}: not found") from None
+    except PermissionError:
+        raise InputError(f"{file}: may not be read; change its permissions") from None
     except (SafetensorError, OSError) as e:
         raise InputError(f"{file}: not a readable safetensors file ({e}); download it "
                          "again") from None
@@ -561,7 +563,7 @@ def read_config(folder: str | Path, kind: type = EncoderConfig):
         if f.type in (int, float):
             # a larger model would take forever to build
             limit = 1000 if f.name.startswith("num_") else 10**8
-            limit = 0.99 if "dropout" in f.name else limit
+            limit = 0.99 if "dropout" in f.name else 1e12 if f.name == "rope_theta" else limit
             ok = type(value) in (int, f.type) and 0 <= value <= limit
             need(ok, f"{file}: {f.name}", repr(value), f"a number from 0 to {limit:g}")
         else:
@@ -685,9 +687,8 @@ def stop_ids(folder: str | Path) -> set:
     own, general = Path(folder) / "generation_config.json", Path(folder) / "config.json"
     for file in (own, general) if own.is_file() else (general,):
         ids = read_json(file).get("eos_token_id")
-        if isinstance(ids, int):
-            return {ids}
-        if isinstance(ids, list) and ids and all(isinstance(i, int) for i in ids):
+        ids = [ids] if isinstance(ids, int) else ids
+        if isinstance(ids, list) and ids and all(isinstance(i, int) and i >= 0 for i in ids):
             return set(ids)
     raise InputError(f"{general}: eos_token_id is {ids!r}, expected the id, or a list of ids, that "
                      "end a text")

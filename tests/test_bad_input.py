@@ -229,6 +229,7 @@ CASES = [  # what is changed, the command, what its line says
     (config(LC, num_key_value_heads=3), INSTRUCT, "sizes do not fit"),
     (config(LC, rope_parameters=dict(rope_type="yarn")), INSTRUCT, "rope_type is 'yarn'"),
     (config(LC, eos_token_id="</s>"), INSTRUCT, "eos_token_id is"),
+    (config(LC, eos_token_id=[2, -5]), INSTRUCT, "eos_token_id is [2, -5]"),
     (write(LC, "null"), INSTRUCT, "holds a NoneType"),
     (config(LC, vocab_size=9), INSTRUCT, "tokenizer.json gives token id"),
     (write("llama/generation_config.json", "[]"), INSTRUCT, "generation_config.json: holds a list"),

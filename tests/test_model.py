@@ -386,6 +386,7 @@ def test_a_tied_model_without_its_tensor_is_refused(tied):
 
 @pytest.mark.parametrize("changes,theta,scaling", [
     (dict(rope_parameters=..., rope_theta=77.0), 77.0, None),
+    (dict(rope_parameters=..., rope_theta=1e9), 1e9, None),
     (dict(rope_parameters=...), 10000.0, None),
     (dict(rope_scaling=dict(type="linear", factor=2.0), rope_theta=700.0,
           rope_parameters=dict(rope_type="default", rope_theta=90.0)), 700.0, ("linear", 64)),

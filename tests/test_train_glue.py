@@ -5,6 +5,7 @@ as a user sees it.
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -1000,6 +1001,16 @@ def test_bad_input_from_the_shell_has_no_traceback(tmp_path):
     assert done.returncode == 2
     assert done.stderr == "error: --budget is 2.0, expected a share in (0, 1]\n"
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shell, code", [("{} >&-", 0), ("({}; echo $? >&2) | true", 141)])
+def test_an_output_that_is_closed_or_that_nobody_reads(shell, code, tmp_path):
+    command = shlex.join(map(str, [
+        sys.executable, ROOT / "train_glue.py", *SHORT, "--method", "head", "--max-steps", 2,
+        "--out", tmp_path / "r"]))
+    done = subprocess.run(shell.format(command), shell=True, capture_output=True, text=True)
+    assert done.stderr == ("141\n" if code else "")
 
 
 def test_every_flag_of_the_design_is_there_and_every_flag_has_a_help_sentence(monkeypatch):

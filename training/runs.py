@@ -323,6 +323,9 @@ def run_command(main, argv):
     except KeyboardInterrupt:
         fail("stopped")
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # nobody reads on, as with | head
+        sys.stdout = open(os.devnull, "w")  # for what is left in its buffer
+        sys.exit(128 + signal.SIGPIPE)
     except (OSError, SafetensorError) as e:
         where = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e
         sys.exit(fail(f"{where}; what was saved before is still there, and where a checkpoint was, "
