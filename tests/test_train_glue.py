@@ -854,6 +854,23 @@ def test_a_rate_of_the_grid_that_diverges_is_not_chosen(tmp_path, capsys):
         run(tmp_path / "s", *flags, "1e30", "1e31")
 
 
+def test_a_single_run_and_runs_of_several_seeds_have_a_folder_each(tmp_path):
+    flags = ["--method", "head", "--max-steps", "1"]
+    run(tmp_path / "one", *flags)
+    with pytest.raises(InputError, match="a result.json, expected none"):
+        run(tmp_path / "one", *flags, "--seeds", "0", "1")
+    (tmp_path / "many").mkdir()
+    summary = tmp_path / "many" / "summary.json"
+    summary.write_text("{}")
+    with pytest.raises(InputError, match="a summary.json, expected none"):
+        run(tmp_path / "many", *flags)
+    with pytest.raises(InputError, match="--overwrite to replace them"):
+        run(tmp_path / "many", *flags, "--seeds", "5")
+    assert summary.read_text() == "{}"
+    train_glue.main([*SHORT, "--out", str(summary.parent), *flags, "--seeds", "5", "--overwrite"])
+    assert json.loads(summary.read_text())["seeds"] == [5]
+
+
 def test_only_files_of_a_run_are_cleared(tmp_path):
     (tmp_path / "predictions_of_mine.tsv").write_text("mine")
     run(tmp_path, "--method", "head", "--max-steps", "1")

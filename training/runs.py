@@ -273,7 +273,15 @@ def run_all(args, name, train, report):
     join_processes(args)
     seeds = args.seeds
     runs = [(args.seed, root)] if seeds is None else [(s, root / f"seed{s}") for s in seeds]
-    grid = getattr(args, "lr_grid", None) or []
+    grid, summary = getattr(args, "lr_grid", None) or [], root / "summary.json"
+    other = summary if seeds is None else root / "result.json"
+    need(not other.exists(), f"--out {root}: its content", f"a {other.name}",
+         "none: a run and one of several --seeds need a folder each")
+    if summary.exists() and not args.resume:
+        need(args.overwrite, f"--out {root}: its content", "a summary.json of earlier --seeds",
+             "--resume to go on with them, --overwrite to replace them, or another folder")
+        if RANK == 0:
+            summary.unlink(missing_ok=True)  # or it would stay if a run failed
     if not args.resume:  # check all folders before the first run takes hours
         for out in [root / f"lr{lr:g}" for lr in grid] + [out for _, out in runs]:
             if out.exists():
@@ -287,10 +295,9 @@ def run_all(args, name, train, report):
         scores = [r["score"] for r in results]
         mean, std = mean_std(scores)
         metric = results[0]["metric"]
-        summary = dict(metric=metric, seeds=seeds, scores=scores, mean=mean, std=std)
-        write_json(root / "summary.json", summary)
+        write_json(summary, dict(metric=metric, seeds=seeds, scores=scores, mean=mean, std=std))
         print(f"\n{metric} over seeds {' '.join(map(str, seeds))}: {mean:.4f} ± {std:.4f} "
-              f"({' '.join(f'{score:.4f}' for score in scores)}); {root}/summary.json")
+              f"({' '.join(f'{score:.4f}' for score in scores)}); {summary}")
 
 
 class Stopped(Exception):
