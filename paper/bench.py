@@ -59,8 +59,8 @@ from model import (
     read_config,
 )
 from salora import GAMMA, ZETA, SaLoRA
-from training.device import peak_memory_mb
-from training.flags import new_parser
+from training.device import find_device, peak_memory_mb
+from training.flags import at_least, new_parser
 from training.loop import token_losses
 from training.runs import markdown, run_command
 
@@ -521,7 +521,10 @@ def main(argv):
         if not torch.cuda.is_available():
             parser.error("gpu: torch finds no CUDA GPU, and this is measured on one")
         args.device = "cuda"
-    if args.device.startswith("cuda"):
+    at_least(args, 1, "threads", "repeats")
+    args.tf32 = True
+    find_device(args)
+    if args.tf32:
         torch.set_float32_matmul_precision("high")  # as in a run
     torch.set_num_threads(args.threads)
     tables = {}

@@ -92,9 +92,14 @@ def parse_args(argv):
     arg("--jobs", type=int, default=2, help="runs at a time, one thread each")
     arg("--out", default="runs/recover", help="folder of the runs and the results")
     args = parser.parse_args(argv)
-    at_least(args, 1, "r", "steps", "jobs")
+    at_least(args, 1, "r", "jobs")
+    at_least(args, 2, "steps")
+    small = set(args.teachers) & {"small", "scaled"}
+    need(args.r <= Small.D or not small, "--r", args.r, f"at most {Small.D}, the width of the "
+         "small teachers")
+    least = 1 / 16 if small else 0.0  # up to there, all true ranks of `scaled` are 0
     for budget in args.budgets:
-        need(0 < budget <= 1, "--budgets", budget, "shares in (0, 1]")
+        need(least < budget <= 1, "--budgets", budget, f"shares in ({least:g}, 1]")
     start, end = args.window or (0, 0.5)
     need(0 <= start < end < 1, "--window", f"{start} {end}",
          "two fractions of the run, 0 <= START < END < 1")

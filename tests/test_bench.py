@@ -13,6 +13,7 @@ import torch
 from model import Decoder, DecoderConfig, Encoder, EncoderConfig
 from paper import bench
 from salora import SaLoRA
+from training.runs import run_command
 
 
 def encoder(layers, d, i):
@@ -110,6 +111,16 @@ def test_a_wrong_folder_is_one_line(tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"{tmp_path}/config.json" in done.stderr
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--threads", "0"], "--threads is 0"), (["--repeats", "0"], "--repeats is 0"),
+    (["--device", "meta"], "--device is 'meta'")])
+def test_bad_flags_are_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_command(bench.main, ["memory", *flags])
+    text = capsys.readouterr().err
+    assert end.value.code == 2 and words in text and text.count("\n") == 1
 
 
 def test_peers_without_data_are_one_line(capsys):

@@ -71,11 +71,13 @@ def test_table_and_runs_and_nothing_is_run_again(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags,words", [
     (["--teachers", "large"], "invalid choice: 'large'"),
-    (["--budgets", "0"], "--budgets is 0.0, expected shares in (0, 1]"),
+    (["--budgets", "0.05"], "--budgets is 0.05, expected shares in (0.0625, 1]"),
+    (["--budgets", "0", "--teachers", "pretrained"], "expected shares in (0, 1]"),
+    (["--r", "65"], "--r is 65, expected at most 64"),
     (["--window", "0.5", "1"], "--window is 0.5 1.0"),
     (["--noise", "-1"], "--noise is [-1.0]"),
     (["--spread", "0.5"], "--spread is 0.5"),
-    (["--steps", "0"], "--steps is 0"),
+    (["--steps", "1"], "--steps is 1, expected at least 2"),
     (["--lr", "nan"], "--lr is nan"),
 ])
 def test_bad_flags_end_in_one_line(flags, words, tmp_path, monkeypatch, capsys):
