@@ -341,6 +341,10 @@ def curves(file, panels, xlabel, bands=None):
             ax.set(xlabel=xlabel, title=title)
             if bands:
                 ax.axvspan(*bands[title], color="#f0f0f0", zorder=0)
+            else:  # ranks or budgets, each about twice the one before
+                ax.set_xscale("log", base=2)
+                ax.set_xticks(x, [f"{value:g}" for value in x])
+                ax.minorticks_off()
             if len(lines) > 1:
                 ax.legend(frameon=False)
 

@@ -102,8 +102,8 @@ def runs_of(folder):
     return results
 
 
-@pytest.mark.parametrize("name, count", [("ablation", 2), ("shuffle", 3), ("table1", 9),
-                                         ("tasks", 13)])
+@pytest.mark.parametrize("name, count", [("ablation", 2), ("shuffle", 3), ("sweep", 5),
+                                         ("table1", 9), ("tasks", 13)])
 def test_paired_differences_are_those_of_the_runs(name, count):
     results, head, checked = runs_of(RESULTS / name), [None], 0
     for row in rows_of((RESULTS / name / "table.md").read_text()):
