@@ -84,10 +84,10 @@ class SaLoRALinear(nn.Module):
 
     def matrices(self):
         """A (r, k) and B diag(g) (d, r)."""
-        # id >= 0: a backward pass, in which checkpointing computes activations again
-        again = torch._C._current_graph_task_id() >= 0 or not torch.is_grad_enabled()
-        need(not self.spent or again, "a forward pass in the window needs its own "
-             "salora.begin_step()")
+        if self.spent and torch.is_grad_enabled():
+            # id >= 0: a backward pass, in which checkpointing computes activations again
+            need(torch._C._current_graph_task_id() >= 0,
+                 "a forward pass in the window needs its own salora.begin_step()")
         if self.gates is None:
             return self.lora_A, self.lora_B
         return self.lora_A, self.lora_B * self.gates.to(self.lora_B.device)  # for DataParallel
@@ -213,6 +213,7 @@ class SaLoRA:
             shape = len(m.lora_B), m.lora_A.shape[1]  # d, k
             need(not window or m.rank <= min(shape), f"an adapter has rank {m.rank} on {shape}, "
                  "too much for gates: window=None", ValueError)
+            m.train()  # a model without dropout may be trained in eval()
             m.dropout, m.uncut = lora_dropout, bool(window)
         self.model, self.gated, self.steps, self.seed = model, bool(window), int(steps), int(seed)
         self.first, self.last = window_steps(window, self.steps) if window else (0, 0)

@@ -1058,6 +1058,19 @@ def test_an_adapter_in_a_model_in_eval_mode_drops_nothing(tmp_path):
     assert not any(m.training for m in other.modules())
 
 
+def test_a_model_that_was_in_eval_mode_before_may_stay_there():
+    model = mlp().eval()
+    salora = SaLoRA(model, ["0", "2"], 20, r=4)
+    optimizer = torch.optim.AdamW(salora.param_groups(1e-2))
+    for _ in range(20):
+        salora.begin_step()
+        (model(torch.randn(5, 10)).square().mean() + salora.penalty()).backward()
+        optimizer.step()
+        salora.end_step(optimizer)
+        optimizer.zero_grad()
+    assert salora.pruned and not model.training
+
+
 def test_a_step_in_eval_mode_is_told():
     model, salora = wrapped()
     model.eval()
