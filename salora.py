@@ -502,15 +502,16 @@ def check_settings(steps, budget, beta, window, alpha, gate_lr, dropout, orth, s
             ("price", price, price is None or 0 <= price < math.inf, "a number from 0")):
         need(ok, f"{name} is {value!r}, expected {expected}", ValueError)
 
-def versions(salora) -> int:
-    return sum(m.lora_B._version for m in salora.layers)
+def moment(salora) -> tuple:
+    """What a step of the optimizer changes: torch's count of changes in place of every lora_B. It
+    leaves out those by a fused optimizer, so at step 0 there are the numbers of one lora_B too."""
+    b = max(salora.layers, key=lambda m: m.rank).lora_B if salora.step == 0 else None
+    return sum(m.lora_B._version for m in salora.layers), b if b is None else b.detach().clone()
 
 def stepped(salora) -> bool:
-    """Has the optimizer stepped since begin_step()? torch counts changes of a tensor in place, but
-    not those by a fused optimizer; these are seen at step 0 only, by the numbers."""
-    count, old = salora.begun
-    new = max(salora.layers, key=lambda m: m.rank).lora_B
-    return versions(salora) != count or salora.step == 0 and not torch.equal(new, old)
+    """Has the optimizer stepped since begin_step()?"""
+    (count, b), (old_count, old_b) = moment(salora), salora.begun
+    return count != old_count or b is not None and not torch.equal(b, old_b)
 
 def check_begin(salora):
     """At begin_step(): there are steps left, the last one has ended, gates can learn."""
@@ -518,9 +519,7 @@ def check_begin(salora):
          "SaLoRA(steps=..) the number of optimizer steps of the whole run")
     need(salora.begun is None or not stepped(salora), "the optimizer has stepped since the last "
          "begin_step(): call salora.end_step(optimizer) after every optimizer.step()")
-    if salora.begun is None:
-        b = max(salora.layers, key=lambda m: m.rank).lora_B.detach()
-        salora.begun = versions(salora), b.clone() if salora.step == 0 else b
+    salora.begun = salora.begun or moment(salora)
     resumed = salora.step == salora.start > 0 and any(m.rank for m in salora.layers)
     need(not resumed or any(m.lora_B.any() for m in salora.layers), "SaLoRA goes on from a "
          "checkpoint, and the adapters start anew: call model.load_state_dict() too")

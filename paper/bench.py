@@ -297,7 +297,14 @@ SMOLLM2 = DecoderConfig(vocab_size=49152, hidden_size=576, num_hidden_layers=30,
                         tie_word_embeddings=True)
 
 
-def paper_memory(c, batch, length, size, recompute):
+def weights_of(c):
+    """Number of parameters of the model of a config."""
+    with torch.device("meta"):
+        model = Decoder(c) if isinstance(c, DecoderConfig) else Encoder(c, 2)
+    return sum(p.numel() for p in model.parameters())
+
+
+def paper_memory(c, weights, batch, length, size, recompute):
     """Bytes of a step with LoRA or SaLoRA, r = 8 on the six matrices, where attention does not
     store length x length:
         frozen       weights x size of the dtype
@@ -309,13 +316,11 @@ def paper_memory(c, batch, length, size, recompute):
                      their log-softmax and its gradient"""
     d, i, layers, tokens = c.hidden_size, c.intermediate_size, c.num_hidden_layers, batch * length
     llama = isinstance(c, DecoderConfig)
-    with torch.device("meta"):
-        model = Decoder(c) if llama else Encoder(c, 2)
     kv = c.num_key_value_heads * c.head_dim if llama else d
     adapter = 8 * layers * (2 * (d + d) + 2 * (d + kv) + 2 * (d + i))
     kept = (kept_by_llama_layer if llama else kept_by_encoder_layer)(d, i, size)
     return dict(
-        frozen=sum(p.numel() for p in model.parameters()) * size, adapter=18 * adapter,
+        frozen=weights * size, adapter=18 * adapter,
         activations=tokens * (layers * d * size + kept if recompute else layers * kept),
         logits=min(tokens, 1024) * c.vocab_size * (size + 12) if llama else 0)
 
@@ -325,9 +330,10 @@ def bench_memory(args):
     large = EncoderConfig("roberta", **ROBERTA["RoBERTa-large"], **ROBERTA_REST)
     sizes = [("RoBERTa-large", large, 32, 128), ("SmolLM2-135M", SMOLLM2, 16, 256),
              ("LLaMA-7B", LLAMA_7B, 4, 512), ("LLaMA-7B", LLAMA_7B, 16, 512)]
+    weights = {name: weights_of(c) for name, c, *_ in sizes}
     options = product((("float32", 4), ("bfloat16", 2)), (False, True))
     for (name, c, batch, length), ((dtype, size), recompute) in product(sizes, options):
-        parts = paper_memory(c, batch, length, size, recompute)
+        parts = paper_memory(c, weights[name], batch, length, size, recompute)
         total = sum(parts.values()) / gib
         row = {"model": name, "batch": f"{batch} x {length}", "dtype": dtype,
                "recompute": "yes" if recompute else "no"}
@@ -362,13 +368,14 @@ def bench_llama(args):
     return freed memory at once, or its heaps would count twice."""
     os.environ |= dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     c, table = read_config(args.model, DecoderConfig), []
+    weights = weights_of(c)
     options = (("float32", False), ("bfloat16", False), ("bfloat16", True))
     for batch, (dtype, recompute) in product((4, 8), options):
         sizes = args.model, args.device, dtype, batch, 256, recompute
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             measured = pool.submit(peak_of_a_step, *sizes).result()
         size = getattr(torch, dtype).itemsize
-        paper = sum(paper_memory(c, batch, 256, size, recompute).values())
+        paper = sum(paper_memory(c, weights, batch, 256, size, recompute).values())
         table.append({"batch": f"{batch} x 256", "dtype": dtype,
                       "recompute": "yes" if recompute else "no",
                       "measured MB": round(measured / 2**20), "on paper MB": round(paper / 2**20),
@@ -476,7 +483,8 @@ def bench_gpu_llama(args):
         torch.cuda.reset_peak_memory_stats()
         [(ms, _, _)] = time_steps([step], [data], args.repeats, 3)
         measured = torch.cuda.max_memory_allocated() / 2**30
-        paper = sum(paper_memory(LLAMA_7B, batch, 512, 2, recompute).values()) / 2**30
+        parts = paper_memory(LLAMA_7B, weights_of(LLAMA_7B), batch, 512, 2, recompute)
+        paper = sum(parts.values()) / 2**30
         tflops = 4 * frozen * batch * 512 / ms / 1e9
         table.append({
             "what": f"training, {batch} x 512{', --checkpoint-activations' * recompute}",

@@ -90,7 +90,7 @@ def test_gpu_tables(monkeypatch):
     small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     monkeypatch.setattr(bench, "ROBERTA", {"small": small})
     estimate = partial(bench.paper_memory, bench.LLAMA_7B)  # of the small one it would round to 0
-    monkeypatch.setattr(bench, "paper_memory", lambda c, *sizes: estimate(*sizes))
+    monkeypatch.setattr(bench, "paper_memory", lambda c, *rest: estimate(*rest))
     monkeypatch.setattr(bench, "LLAMA_7B", DecoderConfig(vocab_size=60, **small))
     monkeypatch.setattr(bench, "BATCHES", (2,))
     monkeypatch.setattr(bench, "SIDE", 64)

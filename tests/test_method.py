@@ -663,6 +663,9 @@ def test_a_window_is_whole_steps_at_least_one_and_never_the_first(window, steps,
 
 # ---- what a loop can get wrong is told at once
 
+OPTIMIZERS = [
+    torch.optim.AdamW, lambda g: torch.optim.AdamW(g, fused=True), torch.optim.SGD]
+
 
 def test_a_run_that_goes_on_past_its_steps_is_told():
     model, salora = wrapped(steps=4)
@@ -670,11 +673,7 @@ def test_a_run_that_goes_on_past_its_steps_is_told():
         train(model, salora, 5)
 
 
-@pytest.mark.parametrize("make", [
-    torch.optim.AdamW,
-    lambda g: torch.optim.AdamW(g, fused=True),
-    torch.optim.SGD,
-])
+@pytest.mark.parametrize("make", OPTIMIZERS)
 def test_a_loop_without_end_step_is_told_at_its_second_step(make):
     model, salora = wrapped()
     optimizer = make(salora.param_groups(1e-2))
@@ -712,8 +711,7 @@ def test_a_batch_may_be_given_up_before_the_optimizer_steps(fused):
     assert salora.step == 1
 
 
-@pytest.mark.parametrize("make", [
-    torch.optim.AdamW, lambda g: torch.optim.AdamW(g, fused=True), torch.optim.SGD])
+@pytest.mark.parametrize("make", OPTIMIZERS)
 def test_an_end_step_before_the_optimizers_step_is_told(make):
     model, salora = wrapped()
     optimizer = make(salora.param_groups(1e-2))
@@ -723,8 +721,7 @@ def test_an_end_step_before_the_optimizers_step_is_told(make):
         salora.end_step(optimizer)
 
 
-@pytest.mark.parametrize("make", [
-    torch.optim.AdamW, lambda g: torch.optim.AdamW(g, fused=True), torch.optim.SGD])
+@pytest.mark.parametrize("make", OPTIMIZERS)
 def test_a_first_step_at_a_rate_of_zero_or_that_a_scaler_skips_is_fine(make):
     for lr, factor in ((0.0, 1.0), (1e-2, math.inf)):
         model, salora = wrapped()
