@@ -58,6 +58,7 @@ from training.runs import markdown, write_json, write_text
 
 TEACHERS = ("small", "scaled", "pretrained")
 METHODS = ("LoRA", "LoRA of the size", "AdaLoRA", "LoRA-SVD", "SaLoRA", "SaLoRA paper")
+SIZES = {"LoRA of the size": 1, "LoRA of twice the size": 2}  # times what the budget leaves
 GIVEN = ("LoRA true ranks", "LoRA true shuffled", "LoRA found ranks", "LoRA found shuffled")
 STEPS = dict(small=600, scaled=600, pretrained=500)
 LEARNING_RATES = dict(small=1e-2, scaled=1e-2, pretrained=6e-3)
@@ -79,7 +80,8 @@ def parse_args(argv):
     arg("--data", metavar="DIR",
         help="pretrained: folder in GLUE's layout, to read CoLA (default: the demo's)")
     arg = flag_group(parser, "student")
-    arg("--methods", nargs="+", choices=METHODS + GIVEN, default=list(METHODS), help="the rows")
+    arg("--methods", nargs="+", choices=sorted({*METHODS, *SIZES, *GIVEN}),
+        default=list(METHODS), help="the rows")
     arg("--r", type=int, default=8, help="rank at the start")
     arg("--budgets", type=float, nargs="+", default=[0.5],
         help="shares of parameters to keep; a table for each (scaled: half of it)")
@@ -240,7 +242,8 @@ def install(problem, method, args, budget, seed, ranks=None):
         recipe = recipe | dict(window=args.window) if args.window else recipe
         low = sl.SaLoRA(model, paths, args.steps, args.r, budget=budget, seed=seed, **recipe)
         return model, low, low.param_groups(args.lr, weight_decay=0.0), low.last
-    r = max(1, round(budget * args.r)) if method == "LoRA of the size" else args.r
+    share = min(1, SIZES[method] * budget) if method in SIZES else 1
+    r = max(1, round(share * args.r))
     name = {"AdaLoRA": "adalora", "LoRA-SVD": "lora-svd"}.get(method, "lora")
     window = args.window or WINDOWS.get(name, (0.4, 0.5))
     low = baselines.install(model, name, paths, args.steps, r=r, budget=budget, window=window,
