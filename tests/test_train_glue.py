@@ -811,6 +811,10 @@ def test_resume_refuses_other_flags_and_knows_a_finished_run(tmp_path, short, ca
     (tmp_path / "r" / "result.json").unlink()
     with pytest.raises(InputError, match="--resume: --budget is 0.25, but .* was written with 0.5"):
         run(tmp_path / "r", "--max-steps", "3", "--budget", "0.25", "--resume")
+    for flags in (["--batch-size", "16"], ["--epochs", "1"], ["--limit-train", "96"],
+                  ["--accumulate", "2"], ["--max-steps", "4"]):  # these make other rows or steps
+        with pytest.raises(InputError, match=f"--resume: {flags[0]} is {flags[1]}"):
+            run(tmp_path / "r", "--max-steps", "3", *flags, "--resume")
     run(short[0], "--resume")
     assert "finished already" in capsys.readouterr().out
     with pytest.raises(

@@ -98,13 +98,17 @@ def load_checkpoint(file, optimizer, lowrank, settings, matrices, source):
     if given and before.get("adapter") == given and progress.get("matrices", matrices) != matrices:
         raise InputError(f"--resume: --adapter {given} has other matrices, ranks or scales than "
                          f"when {file} was written: put back what it held")
-    need(progress.get("source", source) == source, "--resume: what --task, --data and --model name",
-         "changed", f"what it was when {file} was written; or start anew with --overwrite")
-    for name, value in settings.items():
-        found = before.get(name)
-        if found != value and name not in flags.MAY_CHANGE:
-            raise InputError(f"--resume: {flag(name)} is {in_words(value)}, but {file} was written "
-                             f"with {in_words(found)}: give the run's own flags")
+    changed = [name for name, value in settings.items()
+               if before.get(name) != value and name not in flags.MAY_CHANGE]
+    changed.sort(key="gate_lr".__eq__)  # the last: its default follows from the steps
+    if changed in ([], ["gate_lr"]):  # other flags may make other rows
+        need(progress.get("source", source) == source, "--resume: what --task, --data and --model "
+             "name", "changed", f"what it was when {file} was written; or start anew with "
+             "--overwrite")
+    if changed:
+        name = changed[0]
+        raise InputError(f"--resume: {flag(name)} is {in_words(settings[name])}, but {file} was "
+                         f"written with {in_words(before.get(name))}: give the run's own flags")
     if lowrank:
         state = {name.removeprefix("method."): value for name, value in tensors.items()
                  if name.startswith("method.")}
