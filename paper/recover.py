@@ -52,7 +52,7 @@ from data.download import model_folder
 from data.glue import HERE, load_task
 from model import load_encoder
 from paper.experiments import figure, shuffled, span
-from training.flags import WINDOWS, at_least, flag_group, need, new_parser
+from training.flags import WINDOWS, at_least, different, flag_group, need, new_parser
 from training.loop import lr_factor
 from training.runs import markdown, write_json, write_text
 
@@ -96,6 +96,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     at_least(args, 1, "r", "jobs")
     at_least(args, 2, "steps")
+    different(args, "seeds")
     small = set(args.teachers) & {"small", "scaled"}
     need(args.r <= Small.D or not small, "--r", args.r, f"at most {Small.D}, the width of the "
          "small teachers")

@@ -79,6 +79,7 @@ def test_table_and_runs_and_nothing_is_run_again(tmp_path, capsys):
     (["--spread", "0.5"], "--spread is 0.5"),
     (["--steps", "1"], "--steps is 1, expected at least 2"),
     (["--lr", "nan"], "--lr is nan"),
+    (["--seeds", "0", "0"], "--seeds is [0, 0], expected different numbers from 0"),
 ])
 def test_bad_flags_end_in_one_line(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

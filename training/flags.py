@@ -212,10 +212,7 @@ def check(args):
             hint = ", or 0 with --adapter or --method head, to score what is there"
         need(ok, flag(name), value, f"a positive number, below {LARGEST}{hint}")
     need(0 <= args.warmup < 1, "--warmup", args.warmup, "a share in [0, 1)")
-    for name in ("seeds", "layers"):
-        numbers = getattr(args, name) or []
-        need(all(0 <= n < LARGEST for n in numbers) and len(set(numbers)) == len(numbers),
-             flag(name), numbers, f"different numbers from 0, below {LARGEST}")
+    different(args, "seeds", "layers")
     targets = args.targets or []
     need(len(set(targets)) == len(targets), "--targets", " ".join(targets), "each letter once")
     need(not args.resume or args.out, "--resume", "given without --out",
@@ -237,6 +234,13 @@ def at_least(args, least, *names):
         value = getattr(args, name)
         ok = value is None or least <= value < LARGEST
         need(ok, flag(name), value, f"at least {least}, below {LARGEST}")
+
+
+def different(args, *names):
+    for name in names:
+        numbers = getattr(args, name) or []
+        need(all(0 <= n < LARGEST for n in numbers) and len(set(numbers)) == len(numbers),
+             flag(name), numbers, f"different numbers from 0, below {LARGEST}")
 
 
 def flag(name):
