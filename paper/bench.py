@@ -59,8 +59,8 @@ from model import (
     read_config,
 )
 from salora import GAMMA, ZETA, SaLoRA
-from training.device import find_device, peak_memory_mb
-from training.flags import at_least, new_parser
+from training.device import peak_memory_mb
+from training.flags import at_least, new_parser, use_machine
 from training.loop import token_losses
 from training.runs import markdown, run_command
 
@@ -390,10 +390,6 @@ BATCHES, SIDE = (8, 16, 32, 64), 8192
 GPU_KINDS = {"lora": "LoRA", "ft": "FT", "adalora": "AdaLoRA"} | KINDS  # ratios are to the first
 
 
-def random_step(config, kind):
-    return make_step(Encoder(config, 2), kind)
-
-
 def peft_step(shape):
     """step(inputs, labels) of transformers' RoBERTa with PEFT's LoRA."""
     from peft import LoraConfig, get_peft_model
@@ -417,24 +413,23 @@ def peft_step(shape):
 
 def bench_gpu(args):
     """Batches of 128 tokens a row without padding, float32 through TensorFloat-32."""
-    with_peft = find_spec("transformers") and find_spec("peft")
-    if not with_peft:
+    table, kinds = [], dict(GPU_KINDS)
+    if find_spec("transformers") and find_spec("peft"):
+        kinds["peft"] = "LoRA, transformers + PEFT"
+    else:
         print("transformers and peft are not installed: without their rows")
-    table = []
     for (name, shape), batch in product(ROBERTA.items(), BATCHES):
         config = EncoderConfig("roberta", **shape, **ROBERTA_REST)
-        builds = {label: partial(random_step, config, kind) for kind, label in GPU_KINDS.items()}
-        if with_peft:
-            builds["LoRA, transformers + PEFT"] = partial(peft_step, shape)
         ids = torch.randint(2, ROBERTA_REST["vocab_size"], (batch, 128), device=args.device)
         data = [((ids, None, None), torch.zeros(batch, dtype=torch.long, device=args.device))]
         steps, peaks = {}, {}
-        for label, build in builds.items():
+        for kind, label in kinds.items():
             gc.collect()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             with torch.device(args.device):
-                steps[label] = build()
+                own = kind != "peft"
+                steps[label] = make_step(Encoder(config, 2), kind) if own else peft_step(shape)
             for _ in range(3):  # the third is in the window, with gates that were learned once
                 steps[label](*data[0])
             peaks[label] = torch.cuda.max_memory_allocated() - before
@@ -529,12 +524,9 @@ def main(argv):
         if not torch.cuda.is_available():
             parser.error("gpu: torch finds no CUDA GPU, and this is measured on one")
         args.device = "cuda"
-    at_least(args, 1, "threads", "repeats")
-    args.tf32 = True
-    find_device(args)
-    if args.tf32:
-        torch.set_float32_matmul_precision("high")  # as in a run
-    torch.set_num_threads(args.threads)
+    at_least(args, 1, "repeats")
+    args.tf32 = True  # as in a run
+    use_machine(args)
     tables = {}
     for name in args.what or ["step"]:
         with redirect_stdout(sys.stderr):  # loading prints, too
