@@ -9,10 +9,7 @@ step       ms per training step on the same batches: LoRA, SaLoRA in its window,
 loop       examples per second of train_glue.py over an epoch, and peak memory; with --peers, the
            python of another environment, also of other people's code (peers.py) on CoLA
 start      seconds from the command to the end of the second step of train_glue.py
-options    train_glue.py with --compile, --dtype bfloat16, --checkpoint-activations, --accumulate
-processes  train_glue.py in one process, and in two under torchrun, on the same global batch
 size       ms per step on random models by rank, targets, length and width
-llama      peak memory of a training step of the LLaMA in --model, measured and estimated
 memory     estimates for RoBERTa-large, SmolLM2-135M and LLaMA-7B; nothing is run
 gpu        on a CUDA GPU, RoBERTa-base and -large with random weights: ms and peak memory of a step
            by method and batch size (Table 4); of transformers and PEFT too, where installed
@@ -23,14 +20,12 @@ import argparse
 import gc
 import json
 import math
-import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from functools import partial
 from importlib.util import find_spec
@@ -49,17 +44,8 @@ sys.path.insert(0, str(ROOT))  # for the modules beside this folder
 import baselines
 from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.glue import HERE, load_task
-from model import (
-    Decoder,
-    DecoderConfig,
-    Encoder,
-    EncoderConfig,
-    load_decoder,
-    load_encoder,
-    read_config,
-)
+from model import Decoder, DecoderConfig, Encoder, EncoderConfig, load_encoder, read_config
 from salora import GAMMA, ZETA, SaLoRA
-from training.device import peak_memory_mb
 from training.flags import at_least, new_parser, use_machine
 from training.loop import token_losses
 from training.runs import markdown, run_command
@@ -187,17 +173,13 @@ def bench_size(args):
 
 
 # -------------------------------------------------------------------------------------------------
-# loop, options and processes: train_glue.py, as a user runs it
+# loop and start: train_glue.py, as a user runs it
 
 
-def run_script(args, *flags, processes=1, threads=None):
-    """{examples per second, tokens per second, peak MB, start} of train_glue.py. Tokens per second:
-    the median of the log lines, which leaves out compiling; start: from command to last line."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    command += [ROOT / "train_glue.py", "--task", args.task, "--model", args.model, "--epochs", 1]
-    command += ["--lr", 1e-3, "--limit-dev", 32, "--threads", threads or args.threads, *flags]
+def run_script(args, *flags):
+    """{examples per second, peak MB, start} of train_glue.py. start: from command to last line."""
+    command = [sys.executable, ROOT / "train_glue.py", "--task", args.task, "--model", args.model]
+    command += ["--epochs", 1, "--lr", 1e-3, "--limit-dev", 32, "--threads", args.threads, *flags]
     if args.data:
         command += ["--data", args.data]
     with tempfile.TemporaryDirectory() as folder:
@@ -205,10 +187,9 @@ def run_script(args, *flags, processes=1, threads=None):
         command += ["--out", out]
         subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
         result = json.loads((out / "result.json").read_text())
-        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         logged = (out / "log.jsonl").stat().st_mtime
     return dict(examples=result["examples_per_second"], mb=result["peak_memory_mb"],
-                tokens=median(line["tokens_per_second"] for line in log), start=logged - start)
+                start=logged - start)
 
 
 def take_turns(systems, repeats):
@@ -245,26 +226,6 @@ def bench_start(args):
     systems = {m: partial(run_script, args, "--method", m, *flags) for m in ("lora", "salora")}
     return [{"method": name, "seconds to the second step": round(row["start"], 2)}
             for name, row in take_turns(systems, args.repeats).items()]
-
-
-def bench_options(args):
-    flags = ["", "--compile", "--dtype bfloat16", "--checkpoint-activations",
-             "--batch-size 8 --accumulate 4"]
-    systems = {flag or "(none)": partial(run_script, args, "--max-steps", 120, *flag.split())
-               for flag in flags}
-    return [{"option": name, "tokens/s": round(row["tokens"]), "peak MB": round(row["mb"]),
-             "whole run s": round(row["start"])}
-            for name, row in take_turns(systems, args.repeats).items()]
-
-
-def bench_processes(args):
-    systems = {(p, t, b): partial(run_script, args, "--batch-size", b, processes=p, threads=t)
-               for p, t, b in ((1, 1, 32), (2, 1, 16), (1, 2, 32))}
-    found = take_turns(systems, args.repeats)
-    alone = found[1, 1, 32]["examples"]
-    return [{"processes": p, "threads each": t, "rows each": b,
-             "examples/s": round(row["examples"], 1),
-             "speed-up": round(row["examples"] / alone, 2)} for (p, t, b), row in found.items()]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -347,40 +308,6 @@ def bench_memory(args):
 def token_loss(model, ids, targets):
     """targets (b, t) are on the CPU, as in train_instruct.py."""
     return token_losses(model, model.hidden(ids), targets).mean()
-
-
-def peak_of_a_step(folder, device, dtype, batch, length, recompute):
-    """Peak memory in bytes of two training steps of a LLaMA with SaLoRA, the second in the window.
-    The process must be fresh."""
-    torch.set_num_threads(1)
-    start = 0 if device.startswith("cuda") else peak_memory_mb(torch.device("cpu"))
-    model = load_decoder(folder, getattr(torch, dtype), device)
-    model.checkpoint_activations = recompute
-    step = make_step(model, "salora", loss_of=token_loss)
-    ids, targets = torch.randint(model.config.vocab_size, (2, batch, length))
-    for _ in range(2):
-        step(ids.to(device), targets)
-    return (peak_memory_mb(torch.device(device)) - start) * 2**20
-
-
-def bench_llama(args):
-    """Measured in fresh processes, beside the estimate for the same sizes. On a CPU malloc must
-    return freed memory at once, or its heaps would count twice."""
-    os.environ |= dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
-    c, table = read_config(args.model, DecoderConfig), []
-    weights = weights_of(c)
-    options = (("float32", False), ("bfloat16", False), ("bfloat16", True))
-    for batch, (dtype, recompute) in product((4, 8), options):
-        sizes = args.model, args.device, dtype, batch, 256, recompute
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            measured = pool.submit(peak_of_a_step, *sizes).result()
-        size = getattr(torch, dtype).itemsize
-        paper = sum(paper_memory(c, weights, batch, 256, size, recompute).values())
-        table.append({"batch": f"{batch} x 256", "dtype": dtype,
-                      "recompute": "yes" if recompute else "no",
-                      "measured MB": round(measured / 2**20), "on paper MB": round(paper / 2**20),
-                      "ratio": round(measured / paper, 2)})
-    return table
 
 
 # -------------------------------------------------------------------------------------------------
@@ -493,8 +420,7 @@ def bench_gpu_llama(args):
 # -------------------------------------------------------------------------------------------------
 
 BENCHES = dict(
-    step=bench_step, loop=bench_loop, start=bench_start, options=bench_options,
-    processes=bench_processes, size=bench_size, memory=bench_memory, llama=bench_llama,
+    step=bench_step, loop=bench_loop, start=bench_start, size=bench_size, memory=bench_memory,
     gpu=bench_gpu) | {"gpu-llama": bench_gpu_llama}
 
 
@@ -509,7 +435,7 @@ def main(argv):
     arg("--data", help="folder in GLUE's layout")
     arg("--peers", metavar="PYTHON",
         help="python that has transformers and peft (loop; needs --task cola and --data)")
-    arg("--device", default="cpu", help="for step, size and llama: cpu or cuda (default: cpu)")
+    arg("--device", default="cpu", help="for step and size: cpu or cuda (default: cpu)")
     arg("--threads", type=int, default=min(2, os.cpu_count()),
         help="CPU threads (default: %(default)s)")
     arg("--repeats", type=int, default=3,
