@@ -15,7 +15,6 @@ leaves in --out: report.html (the run as one page), result.json, log.jsonl, gate
 predictions.tsv, adapter/ (loads in PEFT) and checkpoint.safetensors (for --resume).
 """
 
-import argparse
 import math
 from pathlib import Path
 
@@ -41,8 +40,7 @@ EXPERIMENTS = ("table1", "ablation", "efficiency", "ranks", "shuffle", "sweep", 
 
 
 def parse_args(argv=None):
-    parser = flags.new_parser(usage="train_glue.py [flags]", description=__doc__,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.new_parser(__doc__, usage="train_glue.py [flags]")
     arg = flags.flag_group(parser, "what most runs need")
     arg("--task", default="demo", help=TASK)
     arg("--model", help="folder in Hugging Face layout, or a hub name (default: roberta-base; for "

@@ -13,7 +13,6 @@ leaves in --out: report.html (the run as one page), result.json, log.jsonl, gate
 predictions.tsv, adapter/ (loads in PEFT) and checkpoint.safetensors (for --resume).
 """
 
-import argparse
 import math
 import re
 from pathlib import Path
@@ -41,8 +40,7 @@ from training.loop import token_losses
 
 
 def parse_args(argv=None):
-    parser = flags.new_parser(usage="train_instruct.py [flags]", description=__doc__,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.new_parser(__doc__, usage="train_instruct.py [flags]")
     arg = flags.flag_group(parser, "what most runs need")
     arg("--model", help=MODEL)
     arg("--data", help="JSON or JSONL file of instructions (default: the demo's)")

@@ -16,7 +16,6 @@ gpu        on a CUDA GPU, RoBERTa-base and -large with random weights: ms and pe
 gpu-llama  on a CUDA GPU, LLaMA-7B with random weights: memory, training, decoding
 """
 
-import argparse
 import gc
 import json
 import math
@@ -425,8 +424,7 @@ BENCHES = dict(
 
 
 def main(argv):
-    parser = new_parser(description=__doc__,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     arg = parser.add_argument
     arg("what", nargs="*", metavar="TABLE", help=f"{', '.join(BENCHES)} (default: step)")
     arg("--task", default="demo", help="as in train_glue.py (default: demo)")

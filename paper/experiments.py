@@ -47,7 +47,7 @@ from data.download import model_folder
 from data.glue import load_task
 from data.metrics import spearmanr
 from model import LINEARS, Encoder, read_config
-from training.flags import need, new_parser
+from training.flags import flag_group, need, new_parser
 from training.runs import finished, markdown, mean_std, write_json, write_text
 
 SCRIPT = Path(__file__).parents[1] / "train_glue.py"
@@ -61,13 +61,8 @@ FIELDS = ("task", "method", "seed", "metric", "score", "lr", "trainable_params",
 
 
 def parse_args(name, argv):
-    parser = new_parser(
-        prog=f"train_glue.py {name}", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def arg(*flags, help, **kw):
-        parser.add_argument(*flags, **kw, help=f"{help} (default: %(default)s)")
-
+    parser = new_parser(__doc__, prog=f"train_glue.py {name}", allow_abbrev=False)
+    arg = flag_group(parser, "flags")
     arg("--tasks", nargs="+", default=TASKS if name == "table1" else ["cola"],
         help="tasks of train_glue.py")
     if name in ("table1", "efficiency"):

@@ -66,8 +66,7 @@ COLORS = {"true": "#000000", "AdaLoRA": "#56b4e9", "LoRA-SVD": "#e69f00", "SaLoR
 
 
 def parse_args(argv):
-    parser = new_parser(prog="train_glue.py recover", description=__doc__, allow_abbrev=False,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, prog="train_glue.py recover", allow_abbrev=False)
     arg = flag_group(parser, "teacher")
     arg("--teachers", nargs="+", choices=TEACHERS, default=["small", "scaled"],
         help="whose ranks are to be found")

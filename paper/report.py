@@ -10,7 +10,6 @@ gates.jsonl. Every run writes its own, and --seeds one with all of them. To make
 The style and the script of the page are in report.html beside this file.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -565,8 +564,7 @@ def last_page(args, root):
 
 
 def main(argv):
-    parser = new_parser(prog="python -m paper.report", description=__doc__,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, prog="python -m paper.report")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run, or of "
                         "the runs of --seeds")
     parser.add_argument("--out", metavar="FILE", help="the page (default: report.html in the "

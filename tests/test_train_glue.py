@@ -1037,7 +1037,7 @@ def test_an_output_that_is_closed_or_that_nobody_reads(shell, code, tmp_path):
 def test_every_flag_of_the_design_is_there_and_every_flag_has_a_help_sentence(monkeypatch):
     parsers = []
     monkeypatch.setattr(train_glue.flags, "new_parser",
-                        lambda **kw: parsers.append(new_parser(**kw)) or parsers[-1])
+                        lambda *a, **kw: parsers.append(new_parser(*a, **kw)) or parsers[-1])
     train_glue.parse_args([])
     flags = {option: action for action in parsers[0]._actions for option in action.option_strings}
     assert all(len(action.help.split()) >= 2 for action in flags.values())

@@ -29,9 +29,10 @@ RECIPES = {  # what a recipe sets unless a flag says otherwise
 }
 
 
-def new_parser(**kw):
-    """An ArgumentParser whose errors are one line."""
-    parser = argparse.ArgumentParser(**kw)
+def new_parser(description, **kw):
+    """An ArgumentParser that prints its description as it is, and whose errors are one line."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kw)
     parser.error = lambda message: sys.exit(fail(message))
     return parser
 

@@ -5,6 +5,7 @@ A trained model at work: logits of rows, answers to prompts, and the flags of co
 import contextlib
 import io
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ def answer(model, tokenizer, prompts, stop, max_new_tokens, batch_size=16, **sam
 
 
 def subcommand(name, description, script="train_instruct.py"):
-    parser = flags.new_parser(prog=f"{script} {name}", description=description)
+    parser = flags.new_parser(textwrap.fill(description, 78), prog=f"{script} {name}")
     return parser, flags.flag_group(parser, "flags")
 
 
