@@ -108,13 +108,9 @@ def split_mrpc(scratch, folder):
 def download_task(name, into):
     """Puts GLUE's folder `name` (CoLA, SST-2 ..) with its train.tsv and dev files below `into`."""
     into = Path(into)
-    with locked(into):  # under torchrun the first process downloads, the others find it done
-        if not (into / name).is_dir():
-            fetch_task(name, into)
-
-
-def fetch_task(name, into):
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=into) as scratch:
+    with locked(into), tempfile.TemporaryDirectory(prefix=".download-", dir=into) as scratch:
+        if (into / name).is_dir():  # under torchrun the first process has downloaded it meanwhile
+            return
         scratch = Path(scratch)
         folder = scratch / name
         folder.mkdir()
