@@ -196,10 +196,7 @@ class Grid:
             row = rows.setdefault((stack, module), len(rows))
             self.cell[path] = row, columns.setdefault(layer, len(columns))
         self.columns = list(columns)
-        # a stack of layers is named where there are several
-        several = len({stack for stack, module in rows if module}) > 1
-        self.rows = [LETTERS.get(module, module) if module and not several
-                     else f"{stack}{module}".strip(".") for stack, module in rows]
+        self.rows = [LETTERS.get(module, module) or stack for stack, module in rows]
         self.margin = 14 + max(22 if len(row) == 1 else 7 * len(row) for row in self.rows)
         self.step = max(narrowest, min(56, width // len(self.columns)))  # x of a column
 
