@@ -445,6 +445,7 @@ def shuffle(args, common):
     found, equal = [Cell(task, "salora", common, args) for task in args.tasks], {}
     for cell in found:
         r, budget = cell.settings.r, cell.settings.budget
+        need(r, "--adapter", "given", "none: shuffle gives its runs ranks of their own")
         equal[cell] = int(budget * r + 1e-6)  # 0.29 * 100 is 28.999..
         need(equal[cell], "--budget", f"{budget:g}", f"at least 1 / {r}, or a larger --r: a LoRA "
              "of equal ranks would have none")
@@ -482,6 +483,7 @@ def shuffle(args, common):
 
 def sweep(args, common):
     r = args.parse(common).r
+    need(r, "--adapter", "given", "none: sweep gives its runs ranks of their own")
     if args.over == "r":
         values, xlabel = args.values or [1, 2, 4, 8, 16], "rank at the start"
         lines = {m: [(v, f"{m} --r {v:g}") for v in values] for m in ("salora", "lora")}

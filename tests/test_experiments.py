@@ -221,6 +221,8 @@ def test_a_failed_cell_is_told_and_the_others_are_done(tmp_path, capsys):
     ("sweep", ["--over", "alpha"], "invalid choice: 'alpha'"),
     ("ablation", ["--nonsense"], "unrecognized arguments: --nonsense"),
     ("shuffle", ["--budget", "0.1"], "--budget is 0.1, expected at least 1 / 8"),
+    ("shuffle", ["--adapter", "some"], "--adapter is given, expected none"),
+    ("sweep", ["--over", "budget", "--adapter", "some"], "--adapter is given, expected none"),
     ("components", ["--jobs", "0"], "--jobs is 0"),
     ("ranks", ["--targets", "x"], "invalid choice: 'x'"),
     ("efficiency", ["--window", "0.5", "0.2"], "--window is 0.5 0.2"),
