@@ -123,9 +123,10 @@ class Cell:
 
     def missing(self):
         """How many runs are left to do, those of --lr-grid included."""
+        left = self.results().count(None)
         tuned = [(self.folder / f"lr{lr:g}" / "result.json").exists()
                  for lr in self.settings.lr_grid or []]
-        return self.results().count(None) + tuned.count(False)
+        return left and left + tuned.count(False)  # a rate may have diverged, without a result
 
     def command(self, *more):
         return [sys.executable, str(SCRIPT), *self.flags, *more]
@@ -193,7 +194,7 @@ def estimate(todo):
         command = first.command("--max-steps", "10", "--window", "0", "1", "--limit-dev", "8",
                                 "--out", folder)
         if first.settings.lr_grid:
-            command += ["--lr-grid", str(first.settings.lr_grid[0])]
+            command += ["--lr-grid", str(min(first.settings.lr_grid))]  # a large one may diverge
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:  # so will the run itself
             error = done.stderr.strip().removeprefix("error: ")
