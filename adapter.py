@@ -149,7 +149,9 @@ def read_adapter(folder: str | Path) -> tuple:
     """(settings, {name in the model: tensor}) of a folder in PEFT's LoRA format. ValueError: it is
     damaged, or has a setting that is not implemented."""
     file = Path(folder) / "adapter_config.json"
-    settings = dict(peft_type=None, lora_dropout=0.0) | read_json(file)
+    inner = Path(folder) / "adapter"  # of a run
+    hint = f"; give the adapter in it, {inner}" if inner.is_dir() else ""
+    settings = dict(peft_type=None, lora_dropout=0.0) | read_json(file, hint)
     for key, value in settings.items():
         good = IMPLEMENTED.get(key, [value])
         need(value in good, f"{file}: {key}", repr(value), f"{good[0]!r}; no other is implemented")
@@ -158,7 +160,7 @@ def read_adapter(folder: str | Path) -> tuple:
             raise ValueError(f"{file}: {key} is {value!r}, which is not implemented")
 
     def positive(n):
-        return type(n) in (int, float) and 0 < n < math.inf
+        return type(n) in (int, float) and 0 < n < 1e30  # above, products in float32 are infinite
 
     def share(p):
         return type(p) in (int, float) and 0 <= p < 1
@@ -167,7 +169,7 @@ def read_adapter(folder: str | Path) -> tuple:
         return isinstance(text, str)
 
     def rank(n):
-        return natural(n, 1)
+        return natural(n, 1) and n < 2**31
 
     for key, kind, good, expected in (
             ("r", int, rank, "a positive number"),
@@ -304,7 +306,9 @@ def match(folder, settings, tensors, linears, saved, weight):
     targeted = chosen(settings, linears)
     if not targeted and targets:
         names = [targets] if isinstance(targets, str) else targets
-        raise ValueError(f"target_modules: {', '.join(map(repr, names))} matches no nn.Linear")
+        some = ", ".join(repr(name)[:80] for name in names[:3]) + ", .." * (len(names) > 3)
+        raise ValueError(f"target_modules: {some} matches no nn.Linear: is the adapter of another "
+                         "model?")
 
     def values(name):
         """{module path: value}: the first pattern that fits counts."""
@@ -411,7 +415,8 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
     if out.exists():
         raise ValueError(f"{out}: is there already, give another folder")
     settings, tensors = read_adapter(adapter)
-    config, (files, index) = read_json(model / "config.json"), weight_files(model)
+    config, (files, index) = read_json(
+        model / "config.json", "; expected a model folder, not a hub name"), weight_files(model)
     if config.get("quantization_config"):
         raise ValueError(f"{model}: its weights are quantized; merge into the ones before")
     places = {}  # {name: (file, key there, shape)}
@@ -586,6 +591,9 @@ def main(argv=None):
         else:
             merge_folder(args.model, args.adapter, args.out)
             print(f"{args.out}/: {args.model} with {args.adapter} in its weights")
+    except KeyboardInterrupt:
+        print("error: stopped", file=sys.stderr)
+        sys.exit(130)
     except (OSError, ValueError, SafetensorError) as e:
         error(f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e)
 

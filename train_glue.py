@@ -72,6 +72,7 @@ def parse_args(argv=None):
         "(--hold-out, by default a fifth, at most 3000); then the run, or those of --seeds, on all "
         "rows at the best (default: off, --lr)")
     args = parser.parse_args(argv)
+    args.idle = flags.idle(args, parser)
 
     if args.task == "demo":
         flags.fill_in(args, model=str(HERE / "demo" / "model"), threads=1,
@@ -164,9 +165,9 @@ def train(args, seed, out):
     head_params = sum(p.numel() for module in model.head for p in module.parameters())
     trainable_params = loop.count_trainable(model, head_params)
     settings = loop.settings_of(args, seed, plan, lowrank) | dict(max_length=max_length)
-    loop.announce(settings, f"{args.method} on {args.task}: {len(tokens)} training rows, "
-                            f"{plan.steps} steps of {plan.rows_per_step}; {trainable_params:,} "
-                            f"parameters to train and {head_params:,} in the head")
+    loop.announce(args, settings, f"{args.method} on {args.task}: {len(tokens)} training rows, "
+                  f"{plan.steps} steps of {plan.rows_per_step}; {trainable_params:,} parameters to "
+                  f"train and {head_params:,} in the head")
 
     # ---- training
     forward = torch.compile(model, dynamic=True) if args.compile else model
@@ -253,7 +254,7 @@ def predict(argv):
     result = read_run("--run", args.run)
     need("columns" in result, f"--run {args.run}: its result.json", "without columns of text",
          "that of a run of train_glue.py, by this version of it")
-    names, (numbers, texts) = result["labels"], read_texts(args.text, result["columns"])
+    names, (numbers, texts) = result.get("labels"), read_texts(args.text, result["columns"])
     logits = open_classifier("--run", args.run, result, flags.use_machine(args), args.model)(texts)
     columns = ["index", "prediction"] + ["probability"] * bool(names)
     lines = ["\t".join(columns + [f"logit_{i}" for i in range(logits.shape[1])])]

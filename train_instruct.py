@@ -64,6 +64,7 @@ def parse_args(argv=None):
     flags.method_flags(parser, DECODER_LINEARS)
     flags.run_flags(parser, dtype="bfloat16; for demo float32")
     args = parser.parse_args(argv)
+    args.idle = flags.idle(args, parser)
 
     demo = args.model is None and args.data is None
     missing = "--data" if args.model else "--model"
@@ -144,9 +145,9 @@ def train(args, seed, out):
     lowrank = loop.install(args, model, plan.steps, seed)
     trainable_params = loop.count_trainable(model)
     settings = loop.settings_of(args, seed, plan, lowrank)
-    loop.announce(settings, f"{args.method} on {args.data}: {len(examples)} training rows, "
-                            f"{sum(asked):,} tokens of them trained on; {plan.steps} steps of "
-                            f"{plan.rows_per_step}; {trainable_params:,} parameters to train")
+    loop.announce(args, settings, f"{args.method} on {args.data}: {len(examples)} training rows, "
+                  f"{sum(asked):,} tokens of them trained on; {plan.steps} steps of "
+                  f"{plan.rows_per_step}; {trainable_params:,} parameters to train")
     held = [e.row for e in dev[:args.generate]]
     prompts = [e.prompt for e in dev[:args.generate]]
     before = answer(model, tokenizer, prompts, stop, 40) if RANK == 0 else []
@@ -230,8 +231,8 @@ def report(args, result, out):
 
 def generate(argv):
     parser, arg = subcommand("generate", "Answers an instruction, token by token.")
-    arg("--instruction", required=True, help="what to do")
-    arg("--input", default="", help="what to do it with")
+    arg("--instruction", type=str, required=True, help="what to do")
+    arg("--input", type=str, default="", help="what to do it with")
     model_flags(parser, arg)
     args = parser.parse_args(argv)
     for name in ("instruction", "input"):

@@ -458,4 +458,8 @@ def main(parts):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["data", "roberta", "llama"])
+    parts, given = ["data", "roberta", "llama"], sys.argv[1:]
+    if not {*given} <= {*parts}:
+        print(f"error: arguments {given}, expected some of {', '.join(parts)}", file=sys.stderr)
+        sys.exit(2)
+    main(given or parts)

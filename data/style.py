@@ -88,6 +88,9 @@ def tidy(answer, direction):
 def classifier_data(folder, out):
     """Writes train.tsv and dev.tsv, with the columns sentence and label (neg, pos), from a folder
     of Yelp's."""
+    for name in ("train.tsv", "dev.tsv"):
+        if (Path(out) / name).exists():
+            raise InputError(f"{out}/{name}: is there already, give another folder")
     tables = {}
     for split in ("train", "dev"):
         rows = []

@@ -29,6 +29,7 @@ import io
 import itertools
 import json
 import math
+import re
 import shlex
 import statistics
 import subprocess
@@ -48,7 +49,7 @@ from data.glue import load_task
 from data.metrics import spearmanr
 from model import LINEARS, Encoder, read_config
 from training.flags import flag_group, need, new_parser
-from training.runs import finished, markdown, mean_std, write_json, write_text
+from training.runs import finished, make_folder, markdown, mean_std, write_json, write_text
 
 SCRIPT = Path(__file__).parents[1] / "train_glue.py"
 TASKS = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
@@ -111,7 +112,7 @@ class Cell:
         name, *method_flags = method.rpartition("=")[2].split()
         self.label, self.seeds = name_of(method), args.seeds
         self.flags = [*common, "--task", self.task, *task_flags, "--method", name, *method_flags]
-        self.folder = Path(args.out) / Path(self.task).name / self.label.replace(" ", "_")
+        self.folder = Path(args.out) / Path(self.task).name / re.sub("[ /]", "_", self.label)
         # refuses what is wrong before anything is loaded
         self.settings = args.parse([*self.flags, "--seeds", *map(str, self.seeds)])
         if self.settings.lr_grid:  # the run chooses the one and is without the other
@@ -159,6 +160,7 @@ def run_all(cells, args):
     missing = {cell: cell.missing() for cell in cells}
     todo = {cell: runs for cell, runs in missing.items() if runs}
     if todo:
+        make_folder(Path(args.out))
         runs, seconds = sum(todo.values()), estimate(todo) / args.jobs
         print(f"{runs} runs to do, about {clock(seconds)} on this machine", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -531,10 +533,10 @@ def main(name, argv, parse):
     """parse(flags): train_glue.py's parse_args."""
     args, common = parse_args(name, argv)
     args.parse = parse
-    for flag in ("--seed", "--resume", "--overwrite"):
+    for flag in ("--seed", "--resume", "--overwrite", "--task", "--method"):
         if flag in [word.partition("=")[0] for word in common]:
-            raise InputError(f"{flag} is for a single run; {name} takes --seeds, goes on by itself "
-                             "and replaces nothing")
+            raise InputError(f"{flag} is for a single run; {name} takes --tasks and --seeds, goes "
+                             "on by itself and replaces nothing; see its --help")
     results, text, pictures = globals()[name](args, common)
     out = Path(args.out)
     print("\n" + text)

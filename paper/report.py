@@ -58,7 +58,9 @@ def read_run(folder):
     result = read_result(folder)
     if result is None:
         raise InputError(f"{folder}: has no result.json, expected the folder of a finished run")
-    missing = {"history", "metrics", "ranks", "steps", "kept_density", "command"} - result.keys()
+    needed = ("history metrics ranks steps kept_density command task method metric seed budget "
+              "trainable_params kept_params head_params seconds")
+    missing = {*needed.split()} - result.keys() | {"r", "window"} - result["settings"].keys()
     if missing:
         raise InputError(f"{folder / 'result.json'}: has no {', '.join(sorted(missing))}, so "
                          "another version wrote it: run it again")
@@ -568,6 +570,10 @@ def main(argv):
                         "folder of the run; several need it)")
     parser.add_argument("--svg", metavar="FILE", help="instead, the gates of a run as a picture")
     args = parser.parse_args(argv)
+    for flag, ending in (("out", ".html"), ("svg", ".svg")):
+        file = getattr(args, flag)
+        need(not file or file.endswith(ending), f"--{flag}", file, f"a file that ends in {ending}")
+    need(not (args.svg and args.out), "--out", "given", "none with --svg, which writes no page")
     folders = []
     for run in map(Path, args.runs):
         seeds = [file.parent for file in run.glob("seed*/result.json")]

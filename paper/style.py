@@ -49,8 +49,9 @@ def style(argv):
     target = args.direction.split("2")[1]
     scorers = open_scorers(args, [target])
     out = out_folder(args, f"style-{args.direction}")
-    if (out / "scores.json").exists():
-        raise InputError(f"--out {out} holds a finished run: give another folder")
+    for name in ("scores.json", "answers.jsonl", f"outputs.{args.direction}"):
+        if (out / name).exists():
+            raise InputError(f"--out {out} has a {name} already: give another folder")
     model, tokenizer, stop = open_model(args)
     prompts = encode_prompts(args, model, tokenizer, [
         fill(args.template, PROMPTS[args.direction], sentence) for sentence in sources])
@@ -90,6 +91,9 @@ def score(argv):
     args = parser.parse_args(argv)
     need(not (args.data and (args.sources or args.references)), "--data", "given",
          "either --data, or --sources and --references")
+    if args.out and (Path(args.out) / "answers.jsonl").exists():
+        raise InputError(f"--out {args.out} holds the scores.json of a run of style: give another "
+                         "folder")
     use_machine(args)
     entries = []
     for file in args.outputs:

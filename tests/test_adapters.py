@@ -614,7 +614,8 @@ def test_merge_and_show_from_the_shell(tmp_path, capsys):
         name: t for name, t in load_file(a / "adapter_model.safetensors").items()
         if "classifier" not in name}, a / "adapter_model.safetensors"), "the head that"),
     (lambda base, a: shutil.copytree(FIXTURES / "llama3", base, dirs_exist_ok=True),
-     "matches no nn.Linear")])
+     "matches no nn.Linear: is the adapter of another model?"),
+    (lambda base, a: (base / "config.json").unlink(), "expected a model folder, not a hub name")])
 def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(change, words, tmp_path, capsys):
     base = Path(shutil.copytree(FIXTURES / "bert", tmp_path / "base"))
     a = Path(shutil.copytree(FIXTURES / "peft-bert", tmp_path / "a"))
@@ -683,13 +684,14 @@ def test_glue_goes_on_from_an_adapter_scores_it_and_merges_it(tmp_path, capsys):
     assert all(torch.equal(t, heads[1][key]) for key, t in heads[0].items())
 
 
-def test_a_folder_with_somebodys_adapter_is_no_place_for_a_run(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["adapter/mine.txt", "predictions.tsv"])
+def test_a_folder_with_somebodys_files_is_no_place_for_a_run(name, tmp_path, capsys):
     (tmp_path / "r" / "adapter").mkdir(parents=True)
-    (tmp_path / "r" / "adapter" / "mine.txt").write_text("mine")
+    (tmp_path / "r" / name).write_text("mine")
     with pytest.raises(SystemExit):
         train_glue.command(["--max-steps", "10", "--out", str(tmp_path / "r")])
-    assert "has an adapter/ which is not of a run" in capsys.readouterr().err
-    assert (tmp_path / "r" / "adapter" / "mine.txt").read_text() == "mine"
+    assert "is not of a run; give another folder" in capsys.readouterr().err
+    assert (tmp_path / "r" / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize("flags,words", [

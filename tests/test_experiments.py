@@ -224,6 +224,7 @@ def test_a_failed_cell_is_told_and_the_others_are_done(tmp_path, capsys):
     ("ranks", ["--targets", "q", "v"], "--targets or --layers is given, expected none"),
     ("table1", ["--seed", "1"], "--seed is for a single run"),
     ("table1", ["--seed=1"], "--seed is for a single run"),
+    ("table1", ["--task", "cola"], "--task is for a single run; table1 takes --tasks"),
     ("sweep", [], "--over"),
     ("sweep", ["--over", "alpha"], "invalid choice: 'alpha'"),
     ("ablation", ["--nonsense"], "unrecognized arguments: --nonsense"),
@@ -233,10 +234,11 @@ def test_a_failed_cell_is_told_and_the_others_are_done(tmp_path, capsys):
     ("components", ["--jobs", "0"], "--jobs is 0"),
     ("ranks", ["--targets", "x"], "invalid choice: 'x'"),
     ("efficiency", ["--window", "0.5", "0.2"], "--window is 0.5 0.2"),
-    ("table1", ["--methods", "lora", ""], "has an empty entry"),
+    ("table1", ["--methods", "lora", ""], "argument --methods: empty, expected a value"),
     ("table1", ["--methods", "a=lora", "a=lora --r 4"],
      "demo with a is asked for twice: give methods that differ different names"),
     ("table1", ["--methods", "small="], "has an empty entry"),
+    ("table1", ["--methods", "lora", "--out", "/dev/null"], "--out /dev/null: cannot be"),
     ("table1", ["--methods", "lora '"], "unrecognized arguments: '"),
 ])
 def test_bad_flags_end_in_one_line_before_anything_is_run(

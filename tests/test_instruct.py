@@ -412,6 +412,22 @@ def test_token_ids_beyond_the_vocabulary_are_one_line(command, yelp, monkeypatch
     assert "tokenizer.json gives token id" in error and not Path("runs").exists()
 
 
+@pytest.mark.parametrize("flags,words", [
+    (["--adapter", ""], "argument --adapter: empty, expected a value"),
+    (["--merge"], "--merge is given, expected none without --adapter"),
+    (["--top-p", "0.9"], "--top-p is 0.9, expected none without --temperature"),
+    (["--model", str(DEMO / "model")], "model_type is 'roberta', expected llama"),
+    (["--adapter", "."], "not found; give the adapter in it, adapter"),
+])
+def test_what_cannot_answer_is_said_in_one_line(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(SystemExit) as e:
+        train_instruct.command(["generate", "--instruction", "Hi", *flags])
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and words in error and error.count("\n") == 1
+
+
 def test_answers_are_computed_in_the_dtype_of_the_run_or_else_of_the_model(tmp_path, capsys):
     model = load_decoder(DEMO / "llama")
     sl.SaLoRA(model, model.target_paths("q"), 1, r=2, window=None)
@@ -566,12 +582,16 @@ def test_perplexity_is_kenlms_per_token(tmp_path, capsys):
     (["--outputs", "two", "--target", "pos", "--classifier", "run"], "has no adapter/ (method ft)"),
     (["--outputs", "two", "--lm", "nowhere.arpa"], "--lm"),
     (["--outputs", "two"], "nothing to score by"),
+    (["--outputs", "two", "--classifier", ""], "argument --classifier: empty, expected a value"),
+    (["--outputs", "two", "--sources", "two", "--out", "style"], "scores.json of a run of style"),
     (["--outputs", "two", "--target", "pos", "--classifier", "."], "has no result.json"),
 ])
 def test_what_cannot_be_scored_is_said_in_one_line(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, text in dict(one="a\n", two="a\nb\n", empty="\n").items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "style").mkdir()
+    (tmp_path / "style" / "answers.jsonl").write_text("")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "result.json").write_text(
         json.dumps(dict(score=0.5, labels=["neg", "pos"], settings=dict(method="ft"))))

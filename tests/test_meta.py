@@ -172,7 +172,7 @@ def test_a_gpu_that_is_there_is_used(monkeypatch, capsys, flags, processes, numb
     finally:
         torch.set_float32_matmul_precision(before)
     assert args.tf32 == (precision == "high")
-    loop.announce(dict(tf32=args.tf32), "")
+    loop.announce(args, dict(tf32=args.tf32), "")
     assert args.tf32 == ("TensorFloat-32" in capsys.readouterr().out)
 
 

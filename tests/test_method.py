@@ -1370,6 +1370,7 @@ def test_matrices_of_rank_zero_are_left_out_of_the_file(tmp_path):
     (lambda c, t: c.update(target_modules="(0"), "no regular expression"),
     (lambda c, t: c.update(r=0), "r is 0"),
     (lambda c, t: c.update(lora_alpha="8"), "lora_alpha is '8'"),
+    (lambda c, t: c.update(lora_alpha=10**400), "lora_alpha is 1000"),
     (lambda c, t: c.update(layers_to_transform=["0"]), "layers_to_transform is"),
     (lambda c, t: c.update(a_new_trick=3), "a_new_trick is 3"),
     (lambda c, t: c.update(rank_pattern={"[02]": -1}), "rank_pattern is"),

@@ -301,12 +301,16 @@ def test_what_is_not_a_run_is_one_line(short, tmp_path, capsys):
         f"error: {tmp_path / 'none'}: has no result.json, expected the folder of a finished run\n")
     with pytest.raises(InputError, match="--out is not given, expected a file for the page of"):
         report.main([str(short[0]), str(short[0])])
+    for flags, words in ((["--out", "result.json"], "expected a file that ends in .html"),
+                         (["--svg", "a.svg", "--out", "a.html"], "expected none with --svg")):
+        with pytest.raises(InputError, match=words):
+            report.main([str(short[0]), *flags])
     for name, text, words in [
             ("log.jsonl", "{", "log.jsonl: line 15 is damaged"),
             ("gates.jsonl", '{"step": 7}', "gates.jsonl: line 6 is damaged"),
             ("gates.jsonl", '{"step": 7, "density": 0.5, "open": [[1]]}',
              "gates.jsonl: line 6 is not of the 24 matrices"),
-            ("result.json", None, "has no command, history, kept_density, metrics")]:
+            ("result.json", None, "has no budget, command, head_params, history, kept_density")]:
         out = tmp_path / f"{name}{len(words)}"
         shutil.copytree(short[0], out)
         before = (out / "report.html").read_bytes()

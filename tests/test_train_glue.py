@@ -23,7 +23,7 @@ from data.glue import HERE, load_task
 from model import load_encoder
 from salora import ranks
 from training.flags import NOT_OF_A_RUN, new_parser
-from training.loop import lr_factor, schedule
+from training.loop import announce, lr_factor, schedule
 from training.runs import CHECKPOINT
 
 ROOT = Path(train_glue.__file__).parent
@@ -427,7 +427,7 @@ def test_given_ranks_come_from_a_run_an_adapter_or_a_table(short, tmp_path):
     ({"a": 1}, ["--method", "salora"], "--ranks is given, expected none with --method salora"),
     ({"a": 1}, ["--targets", "q"], "--targets is given, expected none with --ranks"),
     ({"a": 1}, ["--adapter", "x"], "--adapter is given, expected none with --ranks"),
-    ({"a": 1}, ["--ranks", ""], "--ranks : "),
+    ({"a": 1}, ["--ranks", ""], "argument --ranks: empty"),
     ({"a": 1}, ["--ranks", "nowhere"], "nowhere: not found"),
     ({"a": 1}, [], "--ranks is for a matrix a too, expected the matrices of"),
     ({f"{LAYER}.0.output.dense": 9}, [], "dense is 9, expected 0 to 8: give the --r that"),
@@ -1032,6 +1032,16 @@ def test_an_output_that_is_closed_or_that_nobody_reads(shell, code, tmp_path):
         "--out", tmp_path / "r"]))
     done = subprocess.run(shell.format(command), shell=True, capture_output=True, text=True)
     assert done.stderr == ("141\n" if code else "")
+
+
+@pytest.mark.parametrize("flags,idle", [
+    (["--method", "lora", "--budget", "0.25", "--turn", "--r", "4"], "--budget, --turn"),
+    (["--method", "ft", "--r", "4"], "--r"), (["--method", "prefix", "--bottleneck", "8"],
+                                              "--bottleneck"),
+    (["--method", "lora-svd", "--budget", "0.25", "--gate-lr", "0.1"], "--gate-lr")])
+def test_a_flag_without_effect_is_told(flags, idle, capsys):
+    announce(train_glue.parse_args(flags), dict(tf32=False), "")
+    assert f"without effect with --method {flags[1]}: {idle}\n" in capsys.readouterr().out
 
 
 def test_every_flag_of_the_design_is_there_and_every_flag_has_a_help_sentence(monkeypatch):

@@ -16,11 +16,16 @@ from training.device import LOCAL_RANK, find_device, own_device
 
 LARGEST = 2**31  # above any sensible number
 # not a setting of a single run
-NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid", "command")
+NOT_OF_A_RUN = ("out", "resume", "overwrite", "seeds", "lr_grid", "command", "idle")
 MAY_CHANGE = ("threads", "log_every", "save_every")  # with --resume
 RESOLVED_LATER = ("epochs", "max_length", "selection", "gate_lr", "lr", "r", "dtype")  # None: unset
 CUT = ("salora", "lora-svd", "adalora")  # the methods whose ranks fall
 LOW_RANK = ("salora", "lora", "lora-svd", "adalora")
+METHODS_OF = {  # a flag: the methods that it is for
+    **dict.fromkeys(("r", "alpha", "targets", "layers"), LOW_RANK), "budget": CUT,
+    **dict.fromkeys(("gate_lr", "orth_reduction", "turn", "selection", "fold_gates"), ("salora",)),
+    "recipe": ("salora", "lora-svd"), "beta": ("salora", "adalora"),
+    "bottleneck": ("adapter-h", "adapter-p"), "virtual_tokens": ("prefix", "prompt")}
 WINDOWS = {"adalora": [0.2, 0.5], "lora-svd": [0.4, 0.5]}  # of others the recipe's
 RECIPES = {  # what a recipe sets unless a flag says otherwise
     "default": dict(beta=0.0, orth_reduction="mean", window=(0.5, 0.6), gate_lr=None, turn=True,
@@ -34,7 +39,14 @@ def new_parser(description, **kw):
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kw)
     parser.error = lambda message: sys.exit(fail(message))
+    parser.register("type", None, not_empty)  # an unset variable of the shell is no value
     return parser
+
+
+def not_empty(text):
+    if not text:
+        raise argparse.ArgumentTypeError("empty, expected a value: give one, or leave the flag out")
+    return text
 
 
 def flag_group(parser, title):
@@ -143,6 +155,12 @@ def run_flags(parser, dtype):
     arg("--log-every", type=int, default=10, help="steps between the lines of log.jsonl")
     arg("--save-every", type=int, metavar="N", help="write a checkpoint every N steps, too "
         "(default: after each epoch, and on Ctrl-C or SIGTERM)")
+
+
+def idle(args, parser):
+    """The flags that are given and have no effect with the method; a run says so."""
+    return [flag(name) for name, methods in METHODS_OF.items() if args.method not in methods
+            and getattr(args, name, None) != parser.get_default(name)]
 
 
 def settle(args):

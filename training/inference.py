@@ -51,10 +51,13 @@ def open_classifier(flag, folder, result, device, model=None):
     """A function from texts, tuples of one or two sentences, to their logits (n, num_labels), with
     the adapter of a run of train_glue.py. result: read_run(flag, folder); model: where the run's
     model is now."""
-    settings, labels = result["settings"], result["labels"]
+    settings, labels = result["settings"], result.get("labels")
     if not (Path(folder) / "adapter").is_dir():
         raise InputError(f"{flag} {folder}: has no adapter/ (method {settings['method']}); "
                          f"expected a run of {', '.join(flags.LOW_RANK)}")
+    lacks = sorted({"model", "dtype", "max_length"} - settings.keys())
+    need(not lacks, f"{flag} {folder}: its result.json", f"without {', '.join(lacks)}",
+         "that of a run of train_glue.py, by this version of it")
     source = model_folder(model or settings["model"])
     tokenizer = load_tokenizer(source)
     with contextlib.redirect_stdout(io.StringIO()):  # of its head, which comes with the adapter
@@ -114,14 +117,16 @@ def open_model(args):
     need(0 < args.top_p <= 1, "--top-p", args.top_p, "a share in (0, 1]")
     need(args.temperature == 0 or args.temperature >= 0.001, "--temperature", args.temperature,
          "0, or at least 0.001")
+    need(args.temperature or args.top_p == 1, "--top-p", args.top_p, "none without --temperature")
+    need(args.adapter or not args.merge, "--merge", "given", "none without --adapter")
     device = flags.use_machine(args)
     run = read_result(Path(args.adapter) / "..") if args.adapter else None
     settings = run["settings"] if run else {}
     flags.fill_in(args, model=str(DEMO / "llama"), template=settings.get("template", "alpaca"))
     folder = model_folder(args.model)
     flags.fill_in(args, dtype=settings.get("dtype") or dtype_of(folder))
-    tokenizer, stop = load_tokenizer(folder), stop_ids(folder)
     model = load_decoder(folder, getattr(torch, args.dtype), device).eval()
+    tokenizer, stop = load_tokenizer(folder), stop_ids(folder)
     if args.adapter:
         load_adapter(model, args.adapter)
         if args.merge:

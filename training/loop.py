@@ -127,9 +127,11 @@ def settings_of(args, seed, plan, lowrank):
     return settings
 
 
-def announce(settings, line):
+def announce(args, settings, line):
     """Prints the resolved settings and the line."""
     print("settings: " + " ".join(f"{k}={in_words(v)}" for k, v in settings.items()))
+    if args.idle:
+        print(f"without effect with --method {args.method}: {', '.join(args.idle)}")
     if settings["tf32"]:
         print("float32 products are computed through TensorFloat-32 (--no-tf32: in full)")
     print(line)

@@ -35,9 +35,13 @@ CHECKPOINT = "checkpoint.safetensors"
 def write_text(file, text):
     """Writes all of it or nothing, a power cut included."""
     beside = file.with_name(file.name + ".new")
-    beside.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may be no text
-    sync(beside)
-    os.replace(beside, file)
+    try:
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        sync(beside)
+        os.replace(beside, file)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(file, value):
@@ -155,14 +159,18 @@ def make_folder(out):
 
 
 def clear_folder(out):
-    """Removes the files of an earlier run."""
-    names = ("result.json", "log.jsonl", "gates.jsonl", "report.html", CHECKPOINT)
-    if (out / "adapter").exists() and not any((out / name).exists() for name in names):
-        raise InputError(f"--out {out}: has an adapter/ which is not of a run; give another folder")
+    """Removes the files of an earlier run; log.jsonl, which says that there was one, at last."""
+    names = ("result.json", "report.html", "gates.jsonl", "predictions.tsv",
+             "predictions_mismatched.tsv", CHECKPOINT, "log.jsonl")
+    folders = ("adapter", "checkpoint")  # the second of an earlier version
+    if not any((out / name).exists() for name in ("result.json", CHECKPOINT, "log.jsonl")):
+        for name in (*folders, *names):
+            if (out / name).exists():
+                raise InputError(f"--out {out}: its {name} is not of a run; give another folder")
     try:
-        for name in ("adapter", "checkpoint"):  # the second of an earlier version
+        for name in folders:
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in (*names, "predictions.tsv", "predictions_mismatched.tsv"):
+        for name in names:
             (out / name).unlink(missing_ok=True)
     except OSError as e:
         raise InputError(f"--out {out}: cannot be written ({e.strerror})") from None
