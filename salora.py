@@ -505,8 +505,8 @@ def check_settings(steps, budget, beta, window, alpha, gate_lr, dropout, orth, s
 def moment(salora) -> tuple:
     """What a step of the optimizer changes: torch's count of changes in place of every lora_B. It
     leaves out those by a fused optimizer, so at step 0 there are the numbers of one lora_B too."""
-    b = max(salora.layers, key=lambda m: m.rank).lora_B if salora.step == 0 else None
-    return sum(m.lora_B._version for m in salora.layers), b if b is None else b.detach().clone()
+    b = salora.layers[0].lora_B.detach().clone() if salora.step == 0 else None
+    return sum(m.lora_B._version for m in salora.layers), b
 
 def stepped(salora) -> bool:
     """Has the optimizer stepped since begin_step()?"""
@@ -519,7 +519,7 @@ def check_begin(salora):
          "SaLoRA(steps=..) the number of optimizer steps of the whole run")
     need(salora.begun is None or not stepped(salora), "the optimizer has stepped since the last "
          "begin_step(): call salora.end_step(optimizer) after every optimizer.step()")
-    salora.begun = salora.begun or moment(salora)
+    salora.begun = moment(salora)
     resumed = salora.step == salora.start > 0 and any(m.rank for m in salora.layers)
     need(not resumed or any(m.lora_B.any() for m in salora.layers), "SaLoRA goes on from a "
          "checkpoint, and the adapters start anew: call model.load_state_dict() too")
@@ -530,13 +530,13 @@ def check_step(salora, optimizer):
     """At end_step() of the first step, here or after a resume, and of the window's first and last:
     where training could go on without an error, but not as it should."""
     held = {id(p): g for g in getattr(optimizer, "param_groups", []) for p in g["params"]}
-    params = [p for m in salora.layers for p in m.parameters(recurse=False) if p.numel()]
+    params = [p for m in salora.layers for p in m.parameters(recurse=False)]
     gates = [salora.log_theta, salora.lam] if salora.gated and not salora.pruned else []
     need(all(p.dtype == torch.float32 and p.device == salora.lam.device for p in params),
          "the model got another dtype or device after SaLoRA(..): move it before")
     need(all(id(p) in held for p in params + gates), "the optimizer does not hold all of "
          "SaLoRA's parameters: make it of salora.param_groups(lr)")
-    taken = optimizer.state.get(params[0], {}).get("step", 1) if params else 1
+    taken = optimizer.state.get(params[0], {}).get("step", 1)
     on_gpu = not getattr(taken, "is_cpu", True)  # it is not read, for a step must not wait
     need(salora.step or on_gpu or taken <= 1, "the optimizer goes on from a checkpoint, and SaLoRA "
          "starts anew: call salora.load_state_dict() too")

@@ -194,6 +194,7 @@ def test_a_prefix_of_a_tokens_own_keys_and_values_weighs_it_twice():
 # ---- LoRA, cut by singular values
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("budget", [0.5, 0.25, 0.125])
 def test_lora_svd_keeps_the_largest_singular_values_that_fit(budget):
     torch.manual_seed(0)
