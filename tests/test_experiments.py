@@ -44,6 +44,7 @@ def test_table1_has_all_methods_of_the_paper_and_lora_cut_by_singular_values():
     assert set(args.methods) == set(train_glue.METHODS) - {"head"}
 
 
+@pytest.mark.slow
 def test_a_rate_that_diverges_does_not_end_the_experiment_and_is_not_tried_again(tmp_path, here):
     flags = ["--methods", "head", "--seeds", "0", "--lr-grid", "1e30", "1e-3", "--max-steps", "4"]
     rows = go("table1", tmp_path, *flags)

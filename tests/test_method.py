@@ -380,6 +380,11 @@ def test_bad_settings_are_refused_and_the_model_left_alone(kw, words):
     assert not adapters(model) and all(p.requires_grad for p in model.parameters())
 
 
+def test_going_on_needs_adapters_to_go_on_with():
+    with pytest.raises(ValueError, match="targets=None needs adapters in the model"):
+        SaLoRA(mlp(), None, 10, window=None)
+
+
 def test_all_linear_is_all_but_the_head():
     model = encoder()
     SaLoRA(model, "all-linear", 10, r=2)
