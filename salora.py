@@ -24,7 +24,7 @@ One thing is not in the paper. BA = (BM)(M^-1 A) for any invertible M, so a sing
 has no meaning. When the window opens, A and B are turned into the singular directions of BA, and
 theta starts as singular value / sqrt(d), scaled so that a share b of all is at least 1. This makes
 rows and columns orthogonal, so beta is 0 by default. `SaLoRA(.., **PAPER)` is as published.
-The last quarter of this file is not the method: it finds modules by name, and reports mistakes.
+The last part of this file is not the method: it finds modules by name, and reports mistakes.
 
     salora = SaLoRA(model, targets=["up", "down"], steps=steps, r=8, budget=0.5)
     optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-3))
