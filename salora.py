@@ -85,7 +85,7 @@ class SaLoRALinear(nn.Module):
     def matrices(self):
         """A (r, k) and B diag(g) (d, r)."""
         if self.spent and torch.is_grad_enabled():
-            # id >= 0: a backward pass, in which checkpointing computes activations again
+            # id >= 0: inside a backward pass, where checkpointing recomputes the forward pass
             need(torch._C._current_graph_task_id() >= 0,
                  "a forward pass in the window needs its own salora.begin_step()")
         if self.gates is None:
@@ -135,9 +135,9 @@ PAPER = dict(beta=0.1, orth_reduction="sum", window=(0.2, 0.5), gate_lr=0.01, tu
 @torch.no_grad()
 def turn(layers: list, optimizer) -> torch.Tensor:
     """With BA = U S V', its singular value decomposition, A becomes V' and B becomes U S. Returns S
-    (K, r). The optimizer's moments belong to other directions and are dropped. No d x k matrix is
-    decomposed. In float64, as the last bits of LAPACK's results vary from call to call; on the CPU
-    for MPS, which has neither."""
+    (K, r). The optimizer's moments belong to the old directions and are dropped. No d x k matrix is
+    decomposed. In float64, since the last bits of LAPACK's results may vary from call to call; on
+    the CPU for MPS, which has neither."""
     sigma = []
     for m in layers:
         a, b = (p.cpu() if p.is_mps else p for p in (m.lora_A, m.lora_B))
@@ -162,13 +162,13 @@ def largest(scores: torch.Tensor, size: torch.Tensor, budget: float) -> torch.Te
     room = int(budget * sizes.sum().item() + 1e-6)  # 0.29 * 100 is 28.999..
     order = scores.flatten().argsort(descending=True, stable=True)
     for i, n in zip(order.tolist(), sizes[order].tolist()):
-        if n <= room:  # one that is too large for the room left makes way for a smaller one
+        if n <= room:  # where one does not fit, a smaller one after it may
             keep[i], room = True, room - n
     return keep.view_as(scores).to(scores.device)
 
 def window_steps(window, steps: int) -> tuple:
-    """(first step of the window, first after it). At step 0 B is zero, and gates have no gradient,
-    so it starts at step 1 or later. It has at least one step."""
+    """(first step of the window, first step after it). The window has at least one step, and never
+    starts at step 0, where B is zero and gates have no gradient."""
     first = max(1, min(math.ceil(window[0] * steps - 1e-9), steps - 1))
     return first, max(first + 1, math.ceil(window[1] * steps - 1e-9))
 
@@ -207,12 +207,12 @@ class SaLoRA:
         self.layers = [m for m in adapters(model).values() if m.rank]  # K of them
         found = sorted({m.rank for m in self.layers})
         need(len(found) == 1 or found and window is None, "targets=None needs adapters in the "
-             "model, of one rank if gates are to be learned, not window=None; their ranks are "
-             f"{found}", ValueError)
+             f"model, all of one rank if gates are to be learned; their ranks are {found}: use "
+             "window=None, or targets=[..]", ValueError)
         for m in self.layers:
             shape = len(m.lora_B), m.lora_A.shape[1]  # d, k
-            need(not window or m.rank <= min(shape), f"an adapter has rank {m.rank} on {shape}, "
-                 "too much for gates: window=None", ValueError)
+            need(not window or m.rank <= min(shape), f"an adapter has rank {m.rank}, too much for "
+                 f"its {shape} matrix, so it cannot have gates: use window=None", ValueError)
             m.train()  # a model without dropout may be trained in eval()
             m.dropout, m.uncut = lora_dropout, bool(window)
         self.model, self.gated, self.steps, self.seed = model, bool(window), int(steps), int(seed)
@@ -366,8 +366,8 @@ class SaLoRA:
 def average_gradients(optimizer):
     """With several processes, between backward() and optimizer.step(): every gradient becomes its
     mean over them, log theta's too, which DistributedDataParallel does not know. With the same seed
-    everywhere, all processes keep the same triplets. In every step all of them must use the same
-    weights. Does nothing in a single process."""
+    everywhere, all processes keep the same triplets. Each step must use the same adapters in all of
+    them. Does nothing in a single process."""
     if processes() == 1:
         return
     optimizer.averaged = True  # for check_step()
@@ -384,7 +384,7 @@ def ranks(model: nn.Module) -> dict:
 
 def rank_map(table: dict, r: int) -> str:
     """The ranks {path: rank} out of r as text: a row for each kind of module, a column for each
-    layer. The number of the layer is the first number in a path."""
+    layer, which is the first number in a path."""
     rows, head = {}, {}  # {(stack, kind): {layer: cell}}, {layer: cell}
     for path, rank in table.items():
         stack, layer, kind = re.fullmatch(r"(.*?)(\b\d+\b|$)\.?(.*)", path).groups()
@@ -467,7 +467,7 @@ def updated(weight, scale, a, b):
 
 # ---- mistakes in other people's loops: nothing below changes what is computed -------------------
 def need(ok, words: str, error=RuntimeError):
-    """Raises the error if not ok. Without it, training would often just go on."""
+    """Raises the error if not ok. Without these, training would often go on in silence."""
     if not ok:
         raise error(words)
 
@@ -518,17 +518,17 @@ def check_begin(salora):
     need(salora.step < salora.steps, f"step {salora.step + 1} of {salora.steps}: give "
          "SaLoRA(steps=..) the number of optimizer steps of the whole run")
     need(salora.begun is None or not stepped(salora), "the optimizer has stepped since the last "
-         "begin_step(): call salora.end_step(optimizer) after every optimizer.step()")
+         "begin_step(): call salora.end_step(optimizer) after each optimizer.step()")
     salora.begun = moment(salora)
     resumed = salora.step == salora.start > 0 and any(m.rank for m in salora.layers)
-    need(not resumed or any(m.lora_B.any() for m in salora.layers), "SaLoRA goes on from a "
-         "checkpoint, and the adapters start anew: call model.load_state_dict() too")
+    need(not resumed or any(m.lora_B.any() for m in salora.layers), "SaLoRA continues from a "
+         "checkpoint, but the adapters are new: call model.load_state_dict() too")
     need(not salora.in_window or all(m.training for m in salora.layers), "an adapted layer is in "
          "eval(), where its gates cannot learn: call model.train() before the step")
 
 def check_step(salora, optimizer):
-    """At end_step() of the first step, here or after a resume, and of the window's first and last:
-    where training could go on without an error, but not as it should."""
+    """At end_step() of a run's first step, also after a resume, and of the window's first and last
+    step: mistakes with which training would go on, but not as it should."""
     held = {id(p): g for g in getattr(optimizer, "param_groups", []) for p in g["params"]}
     params = [p for m in salora.layers for p in m.parameters(recurse=False)]
     gates = [salora.log_theta, salora.lam] if salora.gated and not salora.pruned else []
@@ -538,8 +538,8 @@ def check_step(salora, optimizer):
          "SaLoRA's parameters: make it of salora.param_groups(lr)")
     taken = optimizer.state.get(params[0], {}).get("step", 1)
     on_gpu = not getattr(taken, "is_cpu", True)  # it is not read, for a step must not wait
-    need(salora.step or on_gpu or taken <= 1, "the optimizer goes on from a checkpoint, and SaLoRA "
-         "starts anew: call salora.load_state_dict() too")
+    need(salora.step or on_gpu or taken <= 1, "the optimizer continues from a checkpoint, but "
+         "SaLoRA is new: call salora.load_state_dict() too")
     # R_orth gives B a gradient too, but at step 0, where B is zero, that is zero
     grads = [m.lora_B.grad for m in salora.layers if m.rank]
     reached = any(g is not None and (salora.beta == 0 or g.any()) for g in grads)
@@ -552,11 +552,11 @@ def check_step(salora, optimizer):
         late = [name for name, p in salora.model.named_parameters()
                 if p.requires_grad and p.grad is not None and id(p) not in held]
         if late:
-            warnings.warn(f"{late[0]} has a gradient, and the optimizer does not hold it: unfreeze "
+            warnings.warn(f"{late[0]} has a gradient, but the optimizer does not hold it: unfreeze "
                           "it before salora.param_groups()", stacklevel=4)
     if gates:
         need(all(m.rank == len(salora.log_theta[0]) for m in salora.layers), "the model's state "
-             "is of after the cut: call salora.load_state_dict() too")
+             "is from after the cut: call salora.load_state_dict() too")
         need(held[id(salora.lam)].get("maximize") and not (salora.in_window and salora.lam < 0),
              "the optimizer would minimize lambda: it needs the groups of salora.param_groups(lr) "
              "and an option `maximize`, as AdamW has")
@@ -589,5 +589,5 @@ def check_merge(layers: dict):
              f"{path} is a {type(layer.base).__name__} with a forward or a weight of its own, "
              "which cannot be merged: use adapter.save()", ValueError)
     if any(layer.uncut for layer in layers.values()):
-        warnings.warn("the window has not ended, nothing was cut: SaLoRA(steps=..) wants the "
+        warnings.warn("the window has not ended, nothing was cut: SaLoRA(steps=..) must be the "
                       "number of optimizer steps of the run", stacklevel=4)

@@ -735,7 +735,7 @@ def test_gates_need_one_rank(tmp_path, capsys):
                             "--out", str(tmp_path / "r")])
     assert "--method lora goes on from it" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
-    with pytest.raises(ValueError, match="of one rank if gates are to be learned"):
+    with pytest.raises(ValueError, match="all of one rank if gates are to be learned"):
         model = load_encoder(train_glue.HERE / "demo" / "model", 2)
         sl.SaLoRA(adapter.load(model, tmp_path / "a"), None, 10)
     with pytest.raises(ValueError, match="needs adapters in the model"):

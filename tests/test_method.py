@@ -941,7 +941,7 @@ def test_a_head_that_is_unfrozen_too_late_is_told():
     model, salora = wrapped()
     optimizer = torch.optim.AdamW(salora.param_groups(1e-2))
     model[4].requires_grad_(True)
-    with pytest.warns(UserWarning, match="4.weight has a gradient, and the optimizer does not"):
+    with pytest.warns(UserWarning, match="4.weight has a gradient, but the optimizer does not"):
         train(model, salora, 1, optimizer=optimizer)
 
 
@@ -1003,7 +1003,7 @@ def test_a_model_from_after_the_cut_is_told_before_the_window():
     train(model, salora, 12)
     model2, salora2 = wrapped(steps=20)
     model2.load_state_dict(model.state_dict())
-    with pytest.raises(RuntimeError, match="state is of after the cut"):
+    with pytest.raises(RuntimeError, match="state is from after the cut"):
         train(model2, salora2, 1)
 
 
@@ -1585,7 +1585,7 @@ def test_whole_numbers_of_any_type_will_do_for_steps_and_seed():
 def test_a_rank_larger_than_its_matrix_has_no_gates():
     model = nn.Sequential(nn.Linear(16, 1)).requires_grad_(False)
     model[0] = SaLoRALinear(model[0], 8, 1.0)
-    with pytest.raises(ValueError, match=r"rank 8 on \(1, 16\)"):
+    with pytest.raises(ValueError, match=r"rank 8, too much for its \(1, 16\)"):
         SaLoRA(model, None, 10)
     SaLoRA(model, None, 10, window=None)
 
