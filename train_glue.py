@@ -9,9 +9,9 @@ Fine-tunes RoBERTa or BERT on a GLUE task with SaLoRA, or with a method it is co
     python train_glue.py table1 --tasks cola rte # an experiment of paper/
     torchrun --nproc-per-node 2 train_glue.py .. # splits every step's rows; one GPU per process
 
-The columns of your own files are sentence (or sentence1, sentence2) and label (or score). The
+Your own files need the columns sentence (or sentence1, sentence2) and label (or score). The
 experiments are table1, ablation, efficiency, ranks, shuffle, sweep, components and recover. A run
-leaves in --out: report.html (the run as one page), result.json, log.jsonl, gates.jsonl,
+writes to --out: report.html (the run as one page), result.json, log.jsonl, gates.jsonl,
 predictions.tsv, adapter/ (loads in PEFT) and checkpoint.safetensors (for --resume).
 """
 
@@ -45,8 +45,8 @@ def parse_args(argv=None):
     arg("--task", default="demo", help=TASK)
     arg("--model", help="folder in Hugging Face layout, or a hub name (default: roberta-base; for "
         "demo the built-in one)")
-    arg("--data", help="folder in GLUE's layout, DIR/CoLA/train.tsv .. (default: data/, where a "
-        "missing task is downloaded)")
+    arg("--data", help="folder in GLUE's layout, DIR/CoLA/train.tsv .. (default: data/, where "
+        "missing tasks are downloaded)")
     flags.main_flags(arg, METHODS, epochs="by task, 3 to 20", batch_size=32, out="runs/TASK-METHOD",
                      lr="3e-4; ft 3e-5, prefix and prompt 1e-3; more for demo")
 
@@ -54,23 +54,23 @@ def parse_args(argv=None):
     arg("--limit-train", type=int, metavar="N", help="use the first N training rows (default: all)")
     arg("--limit-dev", type=int, metavar="N", help="use the first N dev rows (default: all)")
     arg("--hold-out", type=float, metavar="N",
-        help="to choose settings by: score on N random training rows, always the same, that are "
-        "not trained on; below 1: on this share of them, at most 3000 (default: off)")
-    arg("--max-length", type=int, help="longer inputs are cut to this many tokens (default: 128, "
-        "or what the model has positions for)")
+        help="for choosing settings: hold out the same N random training rows every time and score "
+        "on them; below 1: this share of them, at most 3000 (default: off)")
+    arg("--max-length", type=int, help="cut longer inputs to this many tokens (default: 128, "
+        "or the model's limit if that is lower)")
 
     flags.method_flags(parser, LINEARS)
     arg = flags.flag_group(parser, "some baselines")
     arg("--bottleneck", type=int, help="width of adapter-h and adapter-p (default: 32 and 64, "
-        "which makes them as large as LoRA of rank 8)")
+        "as many parameters as LoRA of rank 8)")
     arg("--virtual-tokens", type=int, default=20, help="length of the prefix or the prompt")
 
     flags.run_flags(parser, dtype="float32")
     arg = flags.flag_group(parser, "choice of the learning rate")
     arg("--lr-grid", type=float, nargs="+", metavar="LR",
-        help="a run for each, with a seed of its own, scored on rows held out of training "
-        "(--hold-out, by default a fifth, at most 3000); then the run, or those of --seeds, on all "
-        "rows at the best (default: off, --lr)")
+        help="run each rate once, with a separate seed, and score it on held-out training rows "
+        "(--hold-out, by default a fifth, at most 3000); then do the run, or those of --seeds, on "
+        "all rows at the best rate (default: off, use --lr)")
     args = parser.parse_args(argv)
     args.idle = flags.idle(args, parser)
 
@@ -84,7 +84,7 @@ def parse_args(argv=None):
     if args.task not in TASKS:
         need(Path(args.task).is_dir(), "--task", repr(args.task), TASK)
         need(args.data is None, "--data", repr(args.data),
-             "nothing when --task is itself the folder with the data")
+             "nothing, as --task is already the folder with the data")
     grid = args.lr_grid or []
     need(all(0 < lr < math.inf for lr in grid) and len(set(grid)) == len(grid), "--lr-grid", grid,
          "different positive numbers")
@@ -93,9 +93,9 @@ def parse_args(argv=None):
 
 @torch.no_grad()
 def order_head(args, model, names):
-    """Puts the outputs of a head that has been trained before, the model folder's or the
-    adapter's, into the order of the task's labels, `names`. InputError: some names are the task's
-    and stand elsewhere, others are not."""
+    """Puts the outputs of an already trained head, from the model folder or the adapter, into the
+    order of the task's labels, `names`. InputError: only some of the head's names are the task's,
+    and one of these is in another place."""
     found, where = model.labels, args.model
     if args.adapter and any(p.requires_grad for p in model.classifier.parameters()):  # its own head
         found = (adapter.read_own(args.adapter).get("labels") or found
@@ -119,15 +119,15 @@ def order_head(args, model, names):
             return
     if any(name in wanted and wanted.index(name) != i for i, name in enumerate(known)):
         raise InputError(f"{where}: its head gives {', '.join(found)}, expected the labels of the "
-                         f"task, {', '.join(names)}, or names that have nothing to do with them: "
-                         "correct id2label in config.json")
-    print(f"{where}: its head gives {', '.join(found)}; taken, in this order, for "
+                         f"task, {', '.join(names)}, or unrelated names: correct id2label in "
+                         "config.json")
+    print(f"{where}: its head gives {', '.join(found)}; used, in this order, as "
           f"{', '.join(names)}")
 
 
 def train(args, seed, out):
-    """One run: trains, writes its files into `out`, returns result.json (in the first process)."""
-    # ---- data, and what the model's sizes allow
+    """One run: trains, writes its files into `out`, returns result.json (None if RANK > 0)."""
+    # ---- data, checked against the model's sizes
     task, train_rows, dev_sets = load_task(
         args.task, args.data, args.limit_train, args.limit_dev, args.hold_out)
     folder = model_folder(args.model)
@@ -149,7 +149,7 @@ def train(args, seed, out):
     # ---- model and method
     torch.manual_seed(seed)
     device = own_device(args)
-    # full fine-tuning in bfloat16: autocast, since what is trained stays float32
+    # full fine-tuning in bfloat16 is autocast: the trained weights stay float32
     mixed = args.method == "ft" and args.dtype == "bfloat16"
     dtype = torch.float32 if mixed else getattr(torch, args.dtype)
     model = load_encoder(folder, task.num_labels, dtype).to(device)
@@ -225,7 +225,7 @@ def train(args, seed, out):
 
 
 def report(args, result, out):
-    """Prints the end of a run, and writes its page."""
+    """Prints the results of a run, and writes its page."""
     rows = "held-out" if args.hold_out else "dev"
     print(f"\n{result['metric']} {result['score']:.4f} on {result['dev_rows'][0]} {rows} rows "
           f"after {result['steps']} steps, {result['seconds']:.0f} s")
@@ -237,23 +237,23 @@ def report(args, result, out):
 
 
 def predict(argv):
-    """Labels of a file of texts, as a table."""
-    parser, arg = subcommand("predict", "Labels texts with what a run has learned: a line for each "
-                             "with its number from 0, the label, the label's probability, and a "
-                             "logit for each label.", "train_glue.py")
+    """Labels the texts of a file, as a table."""
+    parser, arg = subcommand("predict", "Labels texts with the adapter of a run. Each text gets a "
+                             "line: its number, from 0, the label, the label's probability, and "
+                             "a logit for each label.", "train_glue.py")
     arg("--run", required=True, help="folder of a finished run with an adapter")
     arg("--text", required=True, metavar="FILE", help="tab-separated, with columns sentence (or "
-        "sentence1 and sentence2) as GLUE's test.tsv has them; or plain lines, a sentence each")
+        "sentence1 and sentence2) like GLUE's test.tsv; or plain text, one sentence a line")
     arg("--out", metavar="FILE", help="file to write (default: standard output)")
-    arg("--model", help="the model of the run, if it has moved (default: as the run was given it)")
+    arg("--model", help="the model of the run, if it has moved (default: the run's own --model)")
     flags.machine_flags(parser)
     args = parser.parse_args(argv)
     out = args.out and Path(args.out)
-    need(not out or not out.exists(), "--out", f"{out}, which is there", "a new file")
-    need(not out or out.parent.is_dir(), "--out", out, "a file in a folder that is there")
+    need(not out or not out.exists(), "--out", f"{out}, which already exists", "a new file")
+    need(not out or out.parent.is_dir(), "--out", out, "a file in an existing folder")
     result = read_run("--run", args.run)
-    need("columns" in result, f"--run {args.run}: its result.json", "without columns of text",
-         "that of a run of train_glue.py, by this version of it")
+    need("columns" in result, f"--run {args.run}: its result.json", "missing columns",
+         "a run of this version of train_glue.py")
     names, (numbers, texts) = result.get("labels"), read_texts(args.text, result["columns"])
     logits = open_classifier("--run", args.run, result, flags.use_machine(args), args.model)(texts)
     columns = ["index", "prediction"] + ["probability"] * bool(names)

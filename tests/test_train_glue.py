@@ -204,8 +204,8 @@ def test_a_trained_head_is_read_by_the_names_of_its_outputs(named, tmp_path, cap
 
 
 @pytest.mark.parametrize("names,words", [
-    (["LABEL_0", "LABEL_1", "LABEL_2"], "its head gives LABEL_0, LABEL_1, LABEL_2; taken, in this"),
-    (["a", "b", "poor"], "its head gives a, b, poor; taken, in this order, for fair, good, poor"),
+    (["LABEL_0", "LABEL_1", "LABEL_2"], "its head gives LABEL_0, LABEL_1, LABEL_2; used, in this"),
+    (["a", "b", "poor"], "its head gives a, b, poor; used, in this order, as fair, good, poor"),
     (["good", "bad", "poor"], None),
 ])
 def test_outputs_of_other_names_are_taken_as_they_are_unless_some_are_in_the_wrong_place(
@@ -337,12 +337,12 @@ def test_predictions_are_names_of_labels_for_one_or_two_sentences_or_numbers(
     ("sentence1\tsentence2\na\tb\n", [], "expected sentence among them"),
     ("sentence\n", [], "text: has no rows"),
     ("", [], "text: has no rows"),
-    (None, ["--out", "text"], "--out is text, which is there"),
-    (None, ["--out", "no/folder"], "--out is no/folder, expected a file in a folder that is there"),
+    (None, ["--out", "text"], "--out is text, which already exists"),
+    (None, ["--out", "no/folder"], "--out is no/folder, expected a file in an existing folder"),
     (None, ["--model", "./gone"], "--model ./gone: no such folder"),
     (dict(model="./gone"), [], "--model ./gone: no such folder"),
     (dict(method="ft"), [], "run: has no adapter/ (method ft); expected a run of salora, lora"),
-    (dict(columns=...), [], "without columns of text, expected that of a run of train_glue.py"),
+    (dict(columns=...), [], "missing columns, expected a run of this version of train_glue.py"),
 ])
 def test_what_cannot_be_predicted_is_said_in_one_line(
         change, flags, words, short, tmp_path, monkeypatch, capsys):
