@@ -715,7 +715,7 @@ def test_adapters_to_start_from_that_cannot_be_are_one_line(flags, words, tmp_pa
 
 @pytest.mark.parametrize("targets,saved,words", [
     (["query", "classifier.dense"], (), "its target_modules is one that reaches into the head"),
-    (["query"], ["LayerNorm"], "its modules_to_save is with roberta.embeddings.LayerNorm.weight")])
+    (["query"], ["LayerNorm"], "its modules_to_save is for roberta.embeddings.LayerNorm.weight")])
 def test_an_adapter_that_could_not_be_saved_again_is_refused(targets, saved, words, tmp_path,
                                                              capsys):
     model = load_encoder(train_glue.HERE / "demo" / "model", 2)

@@ -21,12 +21,12 @@ MAY_CHANGE = ("threads", "log_every", "save_every")  # with --resume
 RESOLVED_LATER = ("epochs", "max_length", "selection", "gate_lr", "lr", "r", "dtype")  # None: unset
 CUT = ("salora", "lora-svd", "adalora")  # the methods whose ranks fall
 LOW_RANK = ("salora", "lora", "lora-svd", "adalora")
-METHODS_OF = {  # a flag: the methods that it is for
+METHODS_OF = {  # the methods that a flag applies to
     **dict.fromkeys(("r", "alpha", "targets", "layers"), LOW_RANK), "budget": CUT,
     **dict.fromkeys(("gate_lr", "orth_reduction", "turn", "selection", "fold_gates"), ("salora",)),
     "recipe": ("salora", "lora-svd"), "beta": ("salora", "adalora"),
     "bottleneck": ("adapter-h", "adapter-p"), "virtual_tokens": ("prefix", "prompt")}
-WINDOWS = {"adalora": [0.2, 0.5], "lora-svd": [0.4, 0.5]}  # of others the recipe's
+WINDOWS = {"adalora": [0.2, 0.5], "lora-svd": [0.4, 0.5]}  # others: RECIPES
 RECIPES = {  # what a recipe sets unless a flag says otherwise
     "default": dict(beta=0.0, orth_reduction="mean", window=(0.5, 0.6), gate_lr=None, turn=True,
                     selection=None, fold_gates=False, rewarm=True),
@@ -35,11 +35,12 @@ RECIPES = {  # what a recipe sets unless a flag says otherwise
 
 
 def new_parser(description, **kw):
-    """An ArgumentParser that prints its description as it is, and whose errors are one line."""
+    """An ArgumentParser that keeps the line breaks of its description and prints errors in one
+    line."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kw)
     parser.error = lambda message: sys.exit(fail(message))
-    parser.register("type", None, not_empty)  # an unset variable of the shell is no value
+    parser.register("type", None, not_empty)  # as in --out "$UNSET"
     return parser
 
 
@@ -75,14 +76,14 @@ def main_flags(arg, methods, epochs, batch_size, lr, out):
 def method_flags(parser, letters):
     arg = flag_group(parser, "method")
     arg("--adapter", metavar="DIR",
-        help="go on from this LoRA adapter, saved by this project or by PEFT, with its own --r, "
-        "--alpha, --targets and --layers; --epochs 0 only scores it (default: start anew)")
+        help="start from this LoRA adapter, saved by this project or by PEFT, which sets --r, "
+        "--alpha, --targets and --layers; --epochs 0 only scores it (default: a new one)")
     arg("--alpha", type=float, help="the update is scaled by alpha/r (default: r, a scale of 1; "
         f"adalora {baselines.AdaLoRA.SCALE} r)")
     arg("--ranks", metavar="FILE",
-        help="of lora: a rank for each matrix, 0 leaves it alone, from a run's result.json, an "
-        "adapter's folder, or JSON of {module path: rank}. The scale stays alpha / r, with the --r "
-        "that the ranks were found from (default: the rank is --r for all)")
+        help="for lora: a rank for each matrix (0: not adapted), from a run's result.json, an "
+        "adapter's folder, or JSON of {module path: rank}. The scale stays alpha / r: give the "
+        "--r of the run that found the ranks (default: --r for every matrix)")
     more = ", and W^G if named" if "g" in letters else ""
     arg("--lora-dropout", type=float, default=0.0, metavar="P",
         help="share of the inputs of each adapter that are zeroed in training")
@@ -95,12 +96,12 @@ def method_flags(parser, letters):
         help="fractions of the run between which gates are learned (default: 0.5 0.6); adalora's "
         "budget falls there (0.2 0.5), and lora-svd cuts at END (0.4 0.5)")
     arg("--recipe", choices=list(RECIPES), default="default",
-        help="paper: the letter of the paper, --beta 0.1 --orth-reduction sum --window 0.2 0.5 "
+        help="paper: as published, --beta 0.1 --orth-reduction sum --window 0.2 0.5 "
         "--gate-lr 0.01 --no-turn --selection paper --fold-gates --no-rewarm")
     arg("--orth-reduction", choices=["mean", "sum"],
-        help="of the regularizer over the matrices (default: mean)")
-    arg("--selection", choices=["budget", "paper"], help="keep what fits the budget, or what has "
-        "a gate above 0 (default: budget; with --price: paper)")
+        help="mean or sum of the regularizer over the matrices (default: mean)")
+    arg("--selection", choices=["budget", "paper"], help="budget: keep what fits the budget; "
+        "paper: keep gates above 0 (default: budget; with --price: paper)")
     arg("--turn", action=argparse.BooleanOptionalAction,
         help="when the window opens, turn A and B into the singular directions of BA and start "
         "the gates from the singular values (default: yes)")
@@ -113,15 +114,15 @@ def method_flags(parser, letters):
 
 
 def machine_flags(parser, dtype=None):
-    """`dtype`: its default, in words; None: no such flag."""
+    """`dtype`: the default of --dtype, in words; None: no --dtype."""
     arg = flag_group(parser, "machine")
     arg("--device", default="auto", help="auto, cpu, cuda or cuda:i")
-    arg("--no-tf32", dest="tf32", action="store_false", help="on a GPU, compute products of "
-        "float32 matrices in full; by default they go through TensorFloat-32, which is several "
-        "times as fast and keeps 10 bits of each factor's mantissa")
+    arg("--no-tf32", dest="tf32", action="store_false", help="on a GPU, multiply float32 matrices "
+        "in full precision; the default, TensorFloat-32, is several times as fast and keeps 10 "
+        "bits of each factor's mantissa")
     if dtype:
         arg("--dtype", choices=["float32", "bfloat16"],
-            help=f"of the frozen weights; what is trained is float32 (default: {dtype})")
+            help=f"of the frozen weights; trained ones are float32 (default: {dtype})")
     arg("--threads", type=int, help="CPU threads (default: torch's choice; 1 to train the demo, "
         "whose tensors are small)")
     return arg
@@ -133,15 +134,15 @@ def run_flags(parser, dtype):
     arg("--max-steps", type=int, help="stop after this many steps (default: no limit)")
     arg("--accumulate", type=int, default=1, help="forward passes per step")
     arg("--warmup", type=float, default=0.06, help="share of the steps in which the learning "
-        "rates rise, before they fall linearly to 0")
+        "rate rises, before it falls linearly to 0")
     arg("--rewarm", action=argparse.BooleanOptionalAction,
-        help="at the end of the window, when the adapter has been cut, the learning rate starts "
-        "at --lr again (default: yes for salora and lora-svd)")
+        help="restart the learning rate at --lr after the window, when the adapter has been cut "
+        "(default: yes for salora and lora-svd)")
     arg("--weight-decay", type=float, default=0.01, help="of the weights; gates have none")
     arg("--seed", type=int, default=0,
         help="of head and adapter weights, order of rows, dropout and gates")
-    arg("--seeds", type=int, nargs="+", help="several runs, --out/seed0 .., with their mean and "
-        "standard deviation (default: one run, with --seed)")
+    arg("--seeds", type=int, nargs="+", help="a run for each, in --out/seed0 .., with their mean "
+        "and standard deviation (default: one run, with --seed)")
 
     arg = machine_flags(parser, dtype)
     arg("--compile", action="store_true", default=False, help="use torch.compile")
@@ -149,16 +150,16 @@ def run_flags(parser, dtype):
         help="recompute activations in the backward pass: less memory, more time")
 
     arg = flag_group(parser, "output")
-    arg("--resume", action="store_true", default=False, help="go on from the checkpoint in --out")
+    arg("--resume", action="store_true", default=False, help="continue the run in --out")
     arg("--overwrite", action="store_true", default=False, help="replace the run in "
-        "--out, or in the folder that is its default")
+        "--out, or in its default folder")
     arg("--log-every", type=int, default=10, help="steps between the lines of log.jsonl")
-    arg("--save-every", type=int, metavar="N", help="write a checkpoint every N steps, too "
-        "(default: after each epoch, and on Ctrl-C or SIGTERM)")
+    arg("--save-every", type=int, metavar="N", help="also write a checkpoint every N steps "
+        "(default: only after each epoch, and on Ctrl-C or SIGTERM)")
 
 
 def idle(args, parser):
-    """The flags that are given and have no effect with the method; a run says so."""
+    """The given flags that have no effect with the method, for announce()."""
     return [flag(name) for name, methods in METHODS_OF.items() if args.method not in methods
             and getattr(args, name, None) != parser.get_default(name)]
 
@@ -169,38 +170,38 @@ def settle(args):
     fill_in(args, window=WINDOWS.get(args.method), beta=0.1 if adalora else None,
             rewarm=None if args.method in ("salora", "lora-svd") else False)
     fill_in(args, **RECIPES[args.recipe])
-    args.window = list(args.window)  # as JSON gives it back
+    args.window = list(args.window)  # as JSON would load it
     if args.adapter is None:
         fill_in(args, r=8, targets=list("qkvoud") if args.ranks is None else None)
         fill_in(args, alpha=float(args.r * (baselines.AdaLoRA.SCALE if adalora else 1)))
     check(args)
-    if args.ranks is not None:  # by content: the file may change before a --resume
+    if args.ranks is not None:  # not the file, which may change before --resume
         args.ranks = read_ranks(args.ranks, args.r)
 
 
 def read_ranks(file, r):
-    """adapter.read_ranks, where all is an InputError, a rank above r too."""
+    """adapter.read_ranks. InputError: as there, or a rank is above r."""
     try:
         ranks = adapter.read_ranks(file)
     except (ValueError, SafetensorError) as e:
         raise InputError(f"--ranks {file}: {str(e).removeprefix(f'{file}: ')}") from None
     path = max(ranks, key=ranks.get)
     need(ranks[path] <= r, f"--ranks {file}: the rank of {path}", ranks[path],
-         f"0 to {r}: give the --r that it was found from")
+         f"0 to {r}: give the --r of the run that found it")
     return ranks
 
 
 def fill_in(args, **values):
-    """Sets what no flag has set."""
+    """Sets what is still None."""
     for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
 
 def check(args):
-    """Refuses flags that are wrong whatever the files hold."""
+    """Refuses flags that are wrong for any model and data."""
     need(args.adapter is None or args.method in ("lora", "salora"), "--adapter", "given",
-         f"no adapter with --method {args.method}; lora and salora can go on from one")
+         f"no adapter with --method {args.method}; lora and salora can start from one")
     for name in ("r", "alpha", "targets", "layers"):
         need(args.adapter is None or getattr(args, name) is None, flag(name), "given",
              "none with --adapter, which has its own")
@@ -208,11 +209,11 @@ def check(args):
         need(args.ranks is None or getattr(args, name) is None, flag(name), "given",
              "none with --ranks, which says what to adapt")
     need(args.ranks is None or args.method == "lora", "--ranks", "given",
-         f"none with --method {args.method}: they are those of lora")
+         f"none with --method {args.method}: it is for --method lora")
 
     need(0 <= args.lora_dropout < 1, "--lora-dropout", args.lora_dropout, "a share in [0, 1)")
     need(args.price is None or args.method == "salora" and args.selection != "budget", "--price",
-         args.price, "none: it is for --method salora, instead of a budget")
+         args.price, "none: it replaces the budget of --method salora")
     need(not args.lora_dropout or args.method in LOW_RANK, "--lora-dropout", args.lora_dropout,
          f"none with --method {args.method}, which has no low-rank adapters")
     need(0 < args.budget <= 1, "--budget", args.budget, "a share in (0, 1]")
@@ -235,7 +236,7 @@ def check(args):
     targets = args.targets or []
     need(len(set(targets)) == len(targets), "--targets", " ".join(targets), "each letter once")
     need(not args.resume or args.out, "--resume", "given without --out",
-         "the --out of the run to go on with")
+         "the --out of the run to continue")
     find_device(args)
 
 
@@ -267,7 +268,7 @@ def flag(name):
 
 
 def in_words(value):
-    """A setting as text; of --ranks the ranks alone."""
+    """A setting as text; of --ranks only the numbers."""
     if isinstance(value, dict):
         value = list(value.values())
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

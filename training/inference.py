@@ -1,5 +1,5 @@
 """
-A trained model at work: logits of rows, answers to prompts, and the flags of commands that answer.
+Inference: logits of rows, answers to prompts, and the flags of commands that generate text.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def evaluate(model, rows, pad_id, device, batch_size=128):
 
 
 def read_run(flag, folder):
-    """result.json of a finished run that a flag names."""
+    """result.json of the finished run in `folder`, the value of `flag`."""
     result = read_result(folder)
     if result is None:
         seeds = f", such as {folder}/seed0" if (Path(folder) / "seed0").is_dir() else ""
@@ -48,19 +48,19 @@ def read_run(flag, folder):
 
 
 def open_classifier(flag, folder, result, device, model=None):
-    """A function from texts, tuples of one or two sentences, to their logits (n, num_labels), with
-    the adapter of a run of train_glue.py. result: read_run(flag, folder); model: where the run's
-    model is now."""
+    """A function from texts (tuples of one or two sentences) to logits (n, num_labels), with the
+    adapter of a train_glue.py run. result: read_run(flag, folder); model: where the run's model
+    is, if it has moved."""
     settings, labels = result["settings"], result.get("labels")
     if not (Path(folder) / "adapter").is_dir():
         raise InputError(f"{flag} {folder}: has no adapter/ (method {settings['method']}); "
                          f"expected a run of {', '.join(flags.LOW_RANK)}")
     lacks = sorted({"model", "dtype", "max_length"} - settings.keys())
-    need(not lacks, f"{flag} {folder}: its result.json", f"without {', '.join(lacks)}",
-         "that of a run of train_glue.py, by this version of it")
+    need(not lacks, f"{flag} {folder}: its result.json", f"missing {', '.join(lacks)}",
+         "a run of this version of train_glue.py")
     source = model_folder(model or settings["model"])
     tokenizer = load_tokenizer(source)
-    with contextlib.redirect_stdout(io.StringIO()):  # of its head, which comes with the adapter
+    with contextlib.redirect_stdout(io.StringIO()):  # no "new head": the adapter has it
         dtype = getattr(torch, settings["dtype"])
         encoder = load_encoder(source, len(labels or [0]), dtype).to(device)
     for module in encoder.head:
@@ -76,7 +76,7 @@ def open_classifier(flag, folder, result, device, model=None):
 
 
 def answer(model, tokenizer, prompts, stop, max_new_tokens, batch_size=16, **sampling):
-    """The texts that the model answers to prompts (lists of token ids)."""
+    """The model's answers, as text, to prompts (lists of token ids)."""
     model.eval()
     texts = []
     for i in range(0, len(prompts), batch_size):
@@ -101,12 +101,12 @@ def model_flags(parser, arg):
         help="add the adapter to the weights first: faster, the same up to rounding")
     arg("--template", choices=list(TEMPLATES),
         help="as in training (default: that of the adapter's run, else alpaca)")
-    arg("--max-new-tokens", type=int, default=256, help="limit of an answer")
+    arg("--max-new-tokens", type=int, default=256, help="limit of the answer")
     arg("--temperature", type=float, default=0.0,
-        help="0 takes the most likely token; above, tokens are drawn")
+        help="0 takes the most likely token; above 0, tokens are sampled")
     arg("--top-p", type=float, default=1.0,
-        help="draw from the smallest set of tokens whose probabilities reach this")
-    arg("--seed", type=int, default=0, help="of the draw")
+        help="sample from the smallest set of tokens whose probabilities reach this")
+    arg("--seed", type=int, default=0, help="of the sampling")
     flags.machine_flags(parser, dtype="that of the adapter's run, else of the model")
 
 
@@ -135,15 +135,15 @@ def open_model(args):
 
 
 def dtype_of(folder):
-    """In which dtype to compute with a model folder: bfloat16 if its weights are, else float32."""
+    """The dtype to compute in with a model folder: bfloat16 if its weights are, else float32."""
     config = read_json(folder / "config.json")
-    stored = config.get("dtype") or config.get("torch_dtype")  # the first from transformers 5 on
+    stored = config.get("dtype") or config.get("torch_dtype")  # dtype: transformers 5
     return "bfloat16" if stored == "bfloat16" else "float32"
 
 
 def encode_prompts(args, model, tokenizer, texts):
-    """Prompts as lists of token ids, which the model knows and has room to answer; says in which
-    dtype it will."""
+    """Prompts as lists of token ids; prints the dtype. InputError: the model does not know an id,
+    or has no room for the answer."""
     prompts = [encode_prompt(tokenizer, text, model.config.vocab_size) for text in texts]
     longest = max(map(len, prompts))
     room = max(model.config.max_length - longest, 0)

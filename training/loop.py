@@ -1,5 +1,5 @@
 """
-One run: learning rate schedule, method put into the model, a LLaMA's loss, training loop and log.
+One run: learning rate schedule, setup of the method, LLaMA's loss, training loop and log.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from training.flags import CUT, NOT_OF_A_RUN, in_words
 
 @contextlib.contextmanager
 def noticed_signals():
-    """A list that collects the numbers of SIGINT and SIGTERM, so that the step can be finished
+    """Yields a list that collects SIGINT and SIGTERM by number, so that the step can be finished
     first; a second signal interrupts at once. Only the main thread receives signals."""
     seen = []
     if threading.current_thread() is not threading.main_thread():
@@ -52,14 +52,14 @@ def noticed_signals():
 
 
 def schedule(args, lengths, weights, epochs):
-    """The plan of a run. lengths: tokens of each training row; weights: what each row counts in the
-    mean loss of a step. warmup and restart are in steps: see lr_factor."""
+    """The plan of a run. lengths: tokens of each training row; weights: of each row in the mean
+    loss of a step. warmup and restart are in steps: see lr_factor."""
     rows_per_step = args.batch_size * args.accumulate * PROCESSES
     epoch_steps = math.ceil(len(lengths) / rows_per_step)
     steps = min(math.ceil(epochs * epoch_steps), args.max_steps or math.inf)
     if args.method in CUT and steps == 1:
-        raise InputError(f"one step is too short a run for --method {args.method}: in the first "
-                         "step B is zero and gates have no gradient")
+        raise InputError(f"one step is too few for --method {args.method}: B starts at zero, where "
+                         "gates have no gradient")
     end = sl.window_steps(args.window, steps)[1]
     return SimpleNamespace(
         lengths=lengths, weights=weights, epochs=epochs, rows_per_step=rows_per_step,
@@ -70,7 +70,7 @@ def schedule(args, lengths, weights, epochs):
 
 def lr_factor(plan, step):
     """The learning rate as a share of its peak: it rises linearly over the warm-up and falls
-    linearly to 0; at restart, when the adapter has been cut, it falls from the peak once more."""
+    linearly to 0; at restart, when the adapter has been cut, it falls from the peak again."""
     if step >= plan.restart:
         return (plan.steps - step) / (plan.steps - plan.restart)
     fall = (plan.steps - step) / max(plan.steps - plan.warmup, 1)
@@ -78,21 +78,21 @@ def lr_factor(plan, step):
 
 
 def start_from(args, model, steps):
-    """Loads the adapter of --adapter; refuses one that the run cannot go on with."""
+    """Loads the adapter of --adapter. InputError: the run cannot start from it."""
     load_adapter(model, args.adapter)
     name, ranks = f"--adapter {args.adapter}", set(sl.ranks(model).values()) - {0}
-    need(ranks, f"{name}: its target_modules", "empty", "at least one matrix to go on with")
+    need(ranks, f"{name}: its target_modules", "empty", "at least one matrix to train")
     need(len(ranks) == 1 or args.method == "lora" or not steps, f"{name}: its rank",
          f"{min(ranks)} to {max(ranks)}",
-         "one for all where gates are to be learned; --method lora goes on from it")
+         "one rank for all matrices, to learn gates; --method lora goes on from it")
     head = [m for part in getattr(model, "head", ()) for m in part.modules()]
     need(not any(isinstance(m, sl.SaLoRALinear) for m in head), f"{name}: its target_modules",
-         "one that reaches into the head", "names in the body: the head is trained whole")
+         "one that reaches into the head", "names outside it: the head is trained whole")
     adapted = {id(p) for m in [*head, *sl.adapters(model).values()] for p in m.parameters()}
     others = [path for path, p in model.named_parameters()
               if p.requires_grad and id(p) not in adapted]
-    need(not others, f"{name}: its modules_to_save", f"with {', '.join(others)}",
-         "nothing but the head")
+    need(not others, f"{name}: its modules_to_save", f"for {', '.join(others)}",
+         "only the head")
 
 
 def install(args, model, steps, seed):
@@ -117,7 +117,7 @@ def install(args, model, steps, seed):
 
 
 def settings_of(args, seed, plan, lowrank):
-    """Every flag of a run as resolved, for result.json and the check of --resume."""
+    """All flags of a run with their final values, for result.json and the check of --resume."""
     settings = {name: value for name, value in vars(args).items() if name not in NOT_OF_A_RUN}
     settings |= dict(seed=seed, epochs=plan.epochs, processes=PROCESSES)
     if args.method == "salora":
@@ -128,23 +128,23 @@ def settings_of(args, seed, plan, lowrank):
 
 
 def announce(args, settings, line):
-    """Prints the resolved settings and the line."""
+    """Prints the settings and the line."""
     print("settings: " + " ".join(f"{k}={in_words(v)}" for k, v in settings.items()))
     if args.idle:
         print(f"without effect with --method {args.method}: {', '.join(args.idle)}")
     if settings["tf32"]:
-        print("float32 products are computed through TensorFloat-32 (--no-tf32: in full)")
+        print("float32 matrices are multiplied in TensorFloat-32 (--no-tf32: full precision)")
     print(line)
 
 
 def token_losses(model, x, targets, chunk=1024):
-    """Cross-entropy in float32 of the positions of x (b, t, d) that have a target: (n,). The
-    vocabulary is large: only `chunk` positions have their logits in memory at a time, in the
-    backward pass too, which computes them again."""
+    """Cross-entropy in float32 at the n positions of x (b, t, d) with a target other than -100:
+    (n,). The vocabulary is large, so only the logits of `chunk` positions are in memory at a time;
+    the backward pass computes them again."""
     targets = targets.flatten()
-    asked = (targets != -100).nonzero().squeeze(1)  # (n,), numbers of positions
-    targets = send(targets[asked], x.device)  # (n,)
-    x = x.flatten(0, 1).index_select(0, send(asked, x.device))  # (n, d)
+    index = (targets != -100).nonzero().squeeze(1)  # (n,)
+    targets = send(targets[index], x.device)  # (n,)
+    x = x.flatten(0, 1).index_select(0, send(index, x.device))  # (n, d)
 
     def losses(x, targets):
         return F.cross_entropy(model.lm_head(x).float(), targets, reduction="none")
@@ -157,26 +157,26 @@ def token_losses(model, x, targets, chunk=1024):
 
 
 class Log:
-    """log.jsonl, and the same on the screen: a line now and then, means since the last line; and
+    """Writes log.jsonl, with means over the steps since its last line, the same on the screen, and
     gates.jsonl."""
 
     def __init__(self, out, plan, device):
         self.file, self.gates, self.plan = out / "log.jsonl", out / "gates.jsonl", plan
         self.sums = torch.zeros(2, device=device)  # loss, task loss since the last line
-        self.tokens = self.steps = 0  # since then
+        self.tokens = self.steps = 0  # since the last line
         self.seconds = 0.0  # of the whole run
         self.restart_clock()
 
     def restart_clock(self):
-        """After an evaluation or a checkpoint, which do not count as training."""
+        """After an evaluation or a checkpoint, which are not training time."""
         self.start = time.time()
 
     def state(self):
-        """What a checkpoint needs to go on between two lines."""
+        """The sums so far of the next line, for a checkpoint."""
         return [*self.sums.tolist(), self.tokens, self.steps]
 
     def resume(self, step, seconds, state):
-        """Goes on at `step`, without the lines that were written after it."""
+        """Continues at `step`; removes the lines of later steps."""
         self.seconds = seconds
         self.sums = torch.tensor(state[:2], device=self.sums.device)
         self.tokens, self.steps = state[2:]
@@ -195,15 +195,15 @@ class Log:
 
     @torch.no_grad()
     def write_gates(self, step, salora):
-        """Some 50 times in the window, and at its end: P(g > 0) of each triplet (K, r), as gates.
-        The first line is of the moment when it opens; the last has the triplets that stay."""
+        """About 50 times in the window: P(g > 0) of each triplet, (K, r). The first line is from
+        when the window opens, the last from when it closes, with the triplets that stay."""
         now = step + 1  # salora.step
         every, closed = math.ceil((salora.last - salora.first) / 50), now == salora.last
         due = salora.first <= now <= salora.last and (now - salora.first) % every == 0
         if RANK or not (due or closed):
             return
 
-        def rows(values):  # of all matrices: one that came without a rank has gates of 0
+        def rows(values):  # of all matrices: one that --adapter left at rank 0 has zeros
             own = dict(zip(salora.layers, values.tolist()))
             return [own.get(m, [0] * values.shape[1]) for m in sl.adapters(salora.model).values()]
 
@@ -221,7 +221,7 @@ class Log:
         if PROCESSES > 1:
             dist.all_reduce(self.sums)
         loss, task_loss = (self.sums / self.steps).tolist()
-        now = time.time()  # after the line above, which waits for the device
+        now = time.time()  # tolist() above waits for the device
         speed = self.tokens / (now - self.start)
         self.seconds += now - self.start
         entry = {"step": step, "epoch": round((step + 1) / plan.epoch_steps, 4), "loss": loss,
@@ -259,7 +259,7 @@ class Log:
 
 
 def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
-    """The training loop, which writes log.jsonl, gates.jsonl and its checkpoint into `out`.
+    """The training loop. Writes log.jsonl, gates.jsonl and its checkpoint into `out`.
     loss_of(rows): the summed loss of rows, given by number; evaluate(): a list of output arrays on
     the dev rows, and {metric: value}. Returns the trained model's outputs and scores, the scores
     after each epoch, and the seconds it took."""
@@ -270,7 +270,7 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
         params = lowrank.param_groups(args.lr, args.weight_decay)
     optimizer = torch.optim.AdamW(params, args.lr, weight_decay=args.weight_decay, fused=True)
 
-    # ---- resume, or start anew
+    # ---- resume, or start over
     log, step, history = Log(out, plan, device), 0, []
     matrices = {path: [m.r, m.scale] for path, m in sl.adapters(model).items()}
     source = runs.source_of(plan, model)
@@ -300,16 +300,16 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
     model.train()
     with noticed_signals() as stop:
         while step < steps:
-            if batches is None or step % epoch_steps == 0:  # resumes into the same order
+            if batches is None or step % epoch_steps == 0:  # the same after a resume
                 rng = np.random.default_rng([seed, step // epoch_steps])
                 batches = batch_order(plan.lengths, plan.rows_per_step, rng)
             batch = batches[step % epoch_steps]
-            # log theta and lambda, the other groups, keep their rate
+            # the other groups, log theta and lambda, keep their rate
             optimizer.param_groups[0]["lr"] = args.lr * lr_factor(plan, step)
 
-            torch.manual_seed((seed * steps + step) * PROCESSES + RANK)  # dropout; resumes the same
+            torch.manual_seed((seed * steps + step) * PROCESSES + RANK)  # dropout, resumed or not
             total = sum(plan.weights[j] for j in batch)
-            # a last batch too small for all processes: the others take a row that does not count
+            # a last batch may have too few rows: the other processes take one that does not count
             share = batch[RANK::PROCESSES] or batch[:1]
             for i in range(0, len(share), args.batch_size):
                 if lowrank:
@@ -355,7 +355,7 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
                     checkpoint()
                 break
 
-        # resumed between the last step and here, or no step at all
+        # resumed after the last step, or there are no steps
         if outputs is None and not stop:
             outputs, scores = finite(evaluate(), step)
             history = history or [dict(step=0, epoch=0.0, **scores)]
@@ -366,7 +366,7 @@ def fit(args, plan, settings, out, model, lowrank, loss_of, evaluate):
 
 
 def finite(evaluated, step):
-    """What evaluate() gave, if its outputs are finite."""
+    """Returns what evaluate() gave. InputError: an output is not finite."""
     if not all(np.isfinite(values).all() for values in evaluated[0]):
         words = "the model's outputs on the dev rows are not all finite numbers"
         if step:
@@ -395,7 +395,7 @@ def common_result(
 
 
 def load_adapter(model, folder):
-    """adapter.load, where a damaged folder is an InputError."""
+    """adapter.load, with InputError for whatever is wrong."""
     try:
         return adapter.load(model, folder)
     except (OSError, ValueError) as e:

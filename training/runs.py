@@ -1,5 +1,5 @@
 """
-The folders of runs: checkpoints, resuming, several seeds, choice of the learning rate.
+The folders of runs: checkpoints, resuming, several seeds, choosing the learning rate.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 def write_text(file, text):
-    """Writes all of it or nothing, a power cut included."""
+    """Writes all of it or nothing, even in a power cut."""
     beside = file.with_name(file.name + ".new")
     try:
         beside.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -49,14 +49,14 @@ def write_json(file, value):
 
 
 def markdown(head, rows):
-    """A table."""
+    """A Markdown table."""
     rows = (head, ["---"] * len(head), *rows)
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
 
 
 def save_checkpoint(file, optimizer, lowrank, progress):
-    """Everything a run needs to resume, in one file of safetensors, which holds no code: tensors,
-    and `progress` as JSON in its header. A kill or a power cut leaves the old file or the new."""
+    """Writes all that a run needs to resume into one safetensors file, which cannot hold code:
+    tensors, and `progress` as JSON in its header. A kill or power cut leaves the old or the new."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = {f"param.{i}": p.detach() for i, p in enumerate(trained)}
     for i, p in enumerate(trained):
@@ -82,32 +82,32 @@ def save_checkpoint(file, optimizer, lowrank, progress):
 
 
 def source_of(plan, model):
-    """A number for rows and base model, by which --resume knows them: from the length of each row
-    and the first weights, which are the embedding's."""
+    """A checksum by which --resume notices other rows or another base model: of the length of each
+    row and the first weights, the embedding."""
     weights = next(model.parameters()).detach().cpu().view(torch.uint8).numpy()
     return zlib.crc32(repr((plan.steps, plan.lengths)).encode(), zlib.crc32(weights))
 
 
 def load_checkpoint(file, optimizer, lowrank, settings, matrices, source):
-    """The inverse of save_checkpoint. Returns progress. matrices: {path: [rank, scale]} of the
-    adapters at the start, and source, a number for data and model: files may have changed since."""
+    """The inverse of save_checkpoint; returns progress. matrices, {path: [rank, scale]} of the
+    adapters at the start, and source_of() show whether files have changed since."""
     try:
         with safe_open(file, "pt") as f:
             progress = json.loads((f.metadata() or {})["progress"])
             tensors = {name: f.get_tensor(name) for name in f.keys()}
     except (OSError, SafetensorError, ValueError, KeyError) as e:
         raise InputError(f"--resume: {file} is damaged ({e}): --overwrite without --resume starts "
-                         "anew") from None
+                         "over") from None
     before, given = progress["settings"], settings["adapter"]
     if given and before.get("adapter") == given and progress.get("matrices", matrices) != matrices:
         raise InputError(f"--resume: --adapter {given} has other matrices, ranks or scales than "
-                         f"when {file} was written: put back what it held")
+                         f"when {file} was written: restore it")
     changed = [name for name, value in settings.items()
                if before.get(name) != value and name not in flags.MAY_CHANGE]
-    changed.sort(key="gate_lr".__eq__)  # the last: its default follows from the steps
-    if changed in ([], ["gate_lr"]):  # other flags may make other rows
+    changed.sort(key="gate_lr".__eq__)  # last: its default depends on the steps
+    if changed in ([], ["gate_lr"]):  # with other flags the rows may differ
         need(progress.get("source", source) == source, "--resume: what --task, --data and --model "
-             "name", "changed", f"what it was when {file} was written; or start anew with "
+             "name", "changed", f"what it was when {file} was written; or start over with "
              "--overwrite")
     if changed:
         name = changed[0]
@@ -119,8 +119,8 @@ def load_checkpoint(file, optimizer, lowrank, settings, matrices, source):
         try:
             lowrank.load_state_dict(progress["method"] | state)
         except KeyError as e:
-            raise InputError(f"--resume: {file} has no {e}, as another version wrote it: start "
-                             "anew") from None
+            raise InputError(f"--resume: {file} has no {e}, so another version wrote it: start "
+                             "over") from None
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
         kind, *rest = name.split(".")
@@ -159,10 +159,10 @@ def make_folder(out):
 
 
 def clear_folder(out):
-    """Removes the files of an earlier run; log.jsonl, which says that there was one, at last."""
+    """Removes the files of an earlier run; last log.jsonl, which shows that there was one."""
     names = ("result.json", "report.html", "gates.jsonl", "predictions.tsv",
              "predictions_mismatched.tsv", CHECKPOINT, "log.jsonl")
-    folders = ("adapter", "checkpoint")  # the second of an earlier version
+    folders = ("adapter", "checkpoint")  # checkpoint: of earlier versions
     if not any((out / name).exists() for name in ("result.json", CHECKPOINT, "log.jsonl")):
         for name in (*folders, *names):
             if (out / name).exists():
@@ -177,7 +177,7 @@ def clear_folder(out):
 
 
 def out_folder(args, name):
-    """--out; without it runs/name, or runs/name-2, name-3 .. if that is taken and stays."""
+    """--out, else runs/name; if that exists, runs/name-2, name-3 .. (not with --overwrite)."""
     if args.out:
         return Path(args.out)
     out, number = Path(f"runs/{name}"), 2
@@ -187,7 +187,7 @@ def out_folder(args, name):
 
 
 def refuse_taken(args, out):
-    """Without a flag that says so, no run is replaced, finished or not."""
+    """InputError: a run, finished or not, would be replaced without a flag that says so."""
     if (out / "result.json").exists() and not args.overwrite:
         raise InputError(f"--out {out} holds a finished run: give another folder, or --overwrite")
     if (out / "checkpoint").is_dir() and not args.overwrite:
@@ -206,7 +206,7 @@ def read_result(out):
     result = read_json(file)
     score = result.get("score")
     if not isinstance(result.get("settings"), dict) or not isinstance(score, float):
-        raise InputError(f"{file}: has no settings or no score, so it is not of a run")
+        raise InputError(f"{file}: has no settings or no score, so no run wrote it")
     return result
 
 
@@ -229,8 +229,8 @@ def finished(args, out):
 
 
 def run(args, seed, out, train, report):
-    """train(args, seed, out) and report(args, result, out), unless --resume finds it finished.
-    Returns the result (in the first process)."""
+    """Calls train(args, seed, out) and report(args, result, out), unless --resume finds the run
+    finished. Returns the result (None if RANK > 0)."""
     if args.adapter and out.resolve() in Path(args.adapter).resolve().parents:
         raise InputError(f"--out {out}: --adapter lies in it and would be overwritten; give "
                          "another folder")
@@ -247,7 +247,7 @@ def run(args, seed, out, train, report):
 
 
 class Diverged(InputError):
-    """A smaller learning rate may do."""
+    """A smaller learning rate may help."""
 
 
 def mean_std(values):
@@ -278,7 +278,7 @@ def choose_lr(args, root, train, report):
 
 
 def run_all(args, name, train, report):
-    """The choice of --lr-grid, then the run or those of --seeds, on data called `name`."""
+    """Tries the rates of --lr-grid, then does the run or those of --seeds, on data named `name`."""
     root = args.out = out_folder(args, f"{name}-{args.method}")
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -288,12 +288,12 @@ def run_all(args, name, train, report):
     grid, summary = getattr(args, "lr_grid", None) or [], root / "summary.json"
     other = summary if seeds is None else root / "result.json"
     need(not other.exists(), f"--out {root}: its content", f"a {other.name}",
-         "none: a run and one of several --seeds need a folder each")
+         "none: a run and several --seeds need different folders")
     if summary.exists() and not args.resume:
         need(args.overwrite, f"--out {root}: its content", "a summary.json of earlier --seeds",
              "--resume to go on with them, --overwrite to replace them, or another folder")
         if RANK == 0:
-            summary.unlink(missing_ok=True)  # or it would stay if a run failed
+            summary.unlink(missing_ok=True)  # so that it is not left if a run fails
     if not args.resume:  # check all folders before the first run takes hours
         for out in [root / f"lr{lr:g}" for lr in grid] + [out for _, out in runs]:
             if out.exists():
@@ -328,9 +328,9 @@ def run_command(main, argv):
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
         warnings.simplefilter("ignore")
     warnings.formatwarning = lambda message, *rest: f"warning: {message}\n"
-    if sys.stdout is None:  # it was closed
+    if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not so in a notebook
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # for a terminal that prints only ASCII
     try:
         main(sys.argv[1:] if argv is None else argv)
@@ -342,12 +342,12 @@ def run_command(main, argv):
     except KeyboardInterrupt:
         fail("stopped")
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # nobody reads on, as with | head
-        sys.stdout = open(os.devnull, "w")  # for what is left in its buffer
+    except BrokenPipeError:  # the reader has quit, as with | head
+        sys.stdout = open(os.devnull, "w")  # for the rest of its buffer
         sys.exit(128 + signal.SIGPIPE)
     except (OSError, SafetensorError) as e:
         where = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e
-        sys.exit(fail(f"{where}; what was saved before is still there, and where a checkpoint was, "
+        sys.exit(fail(f"{where}; files saved earlier are intact, and if there is a checkpoint, "
                       "--resume goes on from it"))
     except (MemoryError, RuntimeError) as e:  # on a CPU torch raises a plain RuntimeError
         memory = isinstance(e, (MemoryError, torch.OutOfMemoryError))
