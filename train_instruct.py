@@ -1,5 +1,5 @@
 """
-Tunes a LLaMA on instructions with SaLoRA or a LoRA, and lets it answer.
+Tunes a LLaMA on instructions with SaLoRA or LoRA, and generates answers.
 
     python train_instruct.py                                   # offline demo, about a minute
     python train_instruct.py --model DIR --data alpaca.json --out runs/NAME
@@ -9,7 +9,7 @@ Tunes a LLaMA on instructions with SaLoRA or a LoRA, and lets it answer.
 
 DIR is a folder in Hugging Face layout (config.json, model.safetensors or its shards,
 tokenizer.json), --data a JSON list or JSONL of objects with instruction, input and output. A run
-leaves in --out: report.html (the run as one page), result.json, log.jsonl, gates.jsonl,
+writes to --out: report.html (the run as one page), result.json, log.jsonl, gates.jsonl,
 predictions.tsv, adapter/ (loads in PEFT) and checkpoint.safetensors (for --resume).
 """
 
@@ -45,22 +45,22 @@ def parse_args(argv=None):
     arg("--model", help=MODEL)
     arg("--data", help="JSON or JSONL file of instructions (default: the demo's)")
     arg("--template", choices=list(TEMPLATES), default="alpaca",
-        help="how an instruction becomes a prompt: Alpaca's, or a turn of a chat")
+        help="the prompt around an instruction: Alpaca's, or a turn of a chat")
     flags.main_flags(arg, ("salora", "lora", "lora-svd"), epochs="3", batch_size=16,
                      lr="3e-4; for demo 5e-3", out="runs/DATA-METHOD")
 
     arg = flags.flag_group(parser, "rows and tokens")
     arg("--train-on-prompt", action="store_true", default=False,
-        help="train on the tokens of the prompt too, not only on those of the response")
+        help="train on the tokens of the prompt too, not just the response")
     arg("--limit-train", type=int, metavar="N", help="use the first N training rows (default: all)")
     arg("--limit-dev", type=int, metavar="N", help="use the first N held-out rows (default: all)")
     arg("--hold-out", type=float, metavar="N", default=0.05,
-        help="random rows, always the same, that are scored and not trained on; below 1: this "
-        "share of them")
+        help="hold out the same N random rows every time, to score on; below 1: this share of "
+        "the rows")
     arg("--max-length", type=int, default=512,
-        help="prompt and response are cut to this many tokens")
-    arg("--generate", type=int, metavar="N", help="held-out rows that are answered before and "
-        "after training (default: 8; for demo 100)")
+        help="cut prompt and response to this many tokens")
+    arg("--generate", type=int, metavar="N", help="answer N held-out rows before and after "
+        "training (default: 8; for demo 100)")
     flags.method_flags(parser, DECODER_LINEARS)
     flags.run_flags(parser, dtype="bfloat16; for demo float32")
     args = parser.parse_args(argv)
@@ -84,8 +84,8 @@ def parse_args(argv=None):
 
 
 def collate(examples, device, on_prompt=False):
-    """input_ids and targets (b, t), padded on the right; a target is the next token, or -100. The
-    targets stay on the CPU, where token_losses counts them without waiting for a GPU."""
+    """input_ids and targets (b, t), padded on the right; a target is the next token, or -100 for
+    none. Targets stay on the CPU, so token_losses can count them without waiting for a GPU."""
     t = max(map(len, examples))
     ids = torch.tensor([e.prompt + e.response + [0] * (t - len(e)) for e in examples])
     targets = torch.full_like(ids, -100)
@@ -97,7 +97,7 @@ def collate(examples, device, on_prompt=False):
 
 @torch.no_grad()
 def evaluate(model, examples, device, batch_size=32):
-    """Summed loss and number of response tokens of each example: (n, 2) on the CPU; each process
+    """Summed loss and number of response tokens of each example, (n, 2) on the CPU. Each process
     computes its share."""
     model.eval()
     sums = torch.zeros(len(examples), 2, device=device)
@@ -117,8 +117,8 @@ def evaluate(model, examples, device, batch_size=32):
 
 
 def train(args, seed, out):
-    """One run: trains, writes its files into `out`, returns result.json (in the first process)."""
-    # ---- data, and what the model's sizes allow
+    """One run: trains, writes its files into `out`, returns result.json (None if RANK > 0)."""
+    # ---- data, checked against the model's sizes
     rows, held = split(load_instructions(args.data), args.hold_out)
     rows, held = rows[:args.limit_train], held[:args.limit_dev]
     folder = model_folder(args.model)
@@ -133,9 +133,9 @@ def train(args, seed, out):
     examples, dev = (encode(tokenizer, part, args.template, end_id, args.max_length,
                             config.vocab_size) for part in (rows, held))
     lengths = [len(e) for e in examples]
-    # tokens that are trained on
-    asked = [len(e) - 1 if args.train_on_prompt else len(e.response) for e in examples]
-    plan = loop.schedule(args, lengths, asked, args.epochs)
+    # the loss of a step is a mean over target tokens
+    counts = [len(e) - 1 if args.train_on_prompt else len(e.response) for e in examples]
+    plan = loop.schedule(args, lengths, counts, args.epochs)
 
     # ---- model and method
     torch.manual_seed(seed)
@@ -145,8 +145,8 @@ def train(args, seed, out):
     lowrank = loop.install(args, model, plan.steps, seed)
     trainable_params = loop.count_trainable(model)
     settings = loop.settings_of(args, seed, plan, lowrank)
-    loop.announce(args, settings, f"{args.method} on {args.data}: {len(examples)} training rows, "
-                  f"{sum(asked):,} tokens of them trained on; {plan.steps} steps of "
+    loop.announce(args, settings, f"{args.method} on {args.data}: {len(examples)} training rows "
+                  f"with {sum(counts):,} target tokens; {plan.steps} steps of "
                   f"{plan.rows_per_step}; {trainable_params:,} parameters to train")
     held = [e.row for e in dev[:args.generate]]
     prompts = [e.prompt for e in dev[:args.generate]]
@@ -182,7 +182,7 @@ def train(args, seed, out):
                       before=b, after=a) for row, b, a in zip(held, before, answers)]
         if shown:
             scores["exact_match"] = sum(e["after"] == e["reference"] for e in shown) / len(shown)
-        # first what training has taught
+        # first those wrong before and right after
         best = sorted(shown, key=lambda e: (e["before"] == e["reference"],
                                             e["after"] != e["reference"]))
         result = dict(
@@ -202,7 +202,7 @@ def escape(text):
 
 
 def report(args, result, out):
-    """Prints the end of a run, and writes its page."""
+    """Prints the results of a run, and writes its page."""
     for example in result["examples"]:
         before, after, reference = (
             escape(example[name])[:150] for name in ("before", "after", "reference"))
@@ -212,7 +212,7 @@ def report(args, result, out):
     print(f"\nloss {result['score']:.4f} (perplexity {scores['perplexity']:.2f}) on "
           f"{result['dev_rows'][0]} held-out rows after {result['steps']} steps, "
           f"{result['seconds']:.0f} s")
-    # a free answer is hardly ever the reference to the letter
+    # a free answer is hardly ever exactly the reference
     demo = args.data == str(DEMO / "instruct.jsonl")
     if result["answered"] and (scores["exact_match"] or demo):
         right = round(scores["exact_match"] * result["answered"])
@@ -230,7 +230,7 @@ def report(args, result, out):
 
 
 def generate(argv):
-    parser, arg = subcommand("generate", "Answers an instruction, token by token.")
+    parser, arg = subcommand("generate", "Prints the answer to an instruction as it is generated.")
     arg("--instruction", type=str, required=True, help="what to do")
     arg("--input", type=str, default="", help="what to do it with")
     model_flags(parser, arg)
@@ -248,7 +248,7 @@ def generate(argv):
         if token not in stop:
             ids.append(token)
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # half a character
+        if not text.endswith("\ufffd"):  # an incomplete character
             print(text[len(printed):], end="", flush=True)
             printed = text
     print()
