@@ -1,6 +1,5 @@
 """
-Adapter folders in the format of Hugging Face's PEFT: saved, loaded, merged into a model folder, and
-shown.
+Saves, loads, merges and shows adapter folders in the format of Hugging Face's PEFT.
 
     python adapter.py merge --model DIR --adapter DIR --out DIR    # a plain model folder
     python adapter.py show ADAPTER                                 # its ranks, parameters, budget
@@ -39,13 +38,13 @@ from salora import (
 
 
 def within(name, modules):
-    """Is a parameter of that name inside one of the modules? There PEFT puts no adapter."""
+    """Is a parameter of that name inside one of the modules? PEFT puts no adapter there."""
     return any(f".{m}." in f".{name}" for m in modules or ())
 
 
 def replaced(name, modules):
     """Is a parameter of that name replaced whole? PEFT replaces every module whose path ends in
-    one of modules_to_save: "norm" stands for "input_layernorm" too."""
+    one of modules_to_save: "norm" matches "input_layernorm" too."""
     return any(f"{m}." in name for m in modules or ())
 
 
@@ -55,19 +54,19 @@ def natural(n, least=0):
 
 def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float | None = None,
          labels=None, **config):
-    """Writes the adapters of a model as PEFT loads them, with gate and scale folded into B. PEFT
-    has no rank 0, so those matrices are left out. Two of them get a triplet of zeros instead: the
-    smallest, if nothing else is left, and one whose path ends in the path of another ("b.q" beside
-    "q", where naming q would adapt both). salora.json has what PEFT's files do not: `budget`, all
-    ranks, the first one, and `labels`. Names are those of the model without torch.compile,
-    DataParallel and DistributedDataParallel around it.
+    """Writes the adapters of a model in PEFT's format, with gate and scale folded into B. PEFT has
+    no rank 0, so matrices of rank 0 are left out. Some get a triplet of zeros instead: the smallest
+    one if all have rank 0, and any whose path ends in the path of a kept one ("b.q" beside "q",
+    where naming q would adapt both). salora.json has what PEFT's files lack: `budget`, all ranks,
+    the initial rank, and `labels`. Names are those of the model itself, inside torch.compile,
+    DataParallel or DistributedDataParallel.
 
         modules_to_save    names of modules to save whole, such as a head: "classifier"
         labels             names of that head's outputs, in order
         config             more entries, such as base_model_name_or_path or task_type
 
-    ValueError: nothing is adapted, a module to save is not there or has an adapter in it, or
-    something that is trained would be left behind."""
+    ValueError: nothing is adapted, a module to save is missing or has an adapter in it, or a
+    trained parameter would not be saved."""
     model, layers = unwrap(model), adapters(model)
     state = {plain(name): t for name, t in model.state_dict(keep_vars=True).items()}
     whole = [modules_to_save] if isinstance(modules_to_save, str) else list(modules_to_save)
@@ -79,7 +78,7 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
                              "first, or do not target it")
     for m in whole:
         if not any(replaced(name, [m]) for name in state):
-            raise ValueError(f"modules_to_save names {m!r}, and no parameter is in such a module")
+            raise ValueError(f"modules_to_save names {m!r}, but no parameter is in such a module")
     saved = {name: t for name, t in state.items() if replaced(name, whole)}
     own = (p for m in layers.values() for p in m.parameters(recurse=False))
     held = set(map(id, [*saved.values(), *own]))
@@ -97,7 +96,7 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
     if not live:
         zeros = [min(layers, key=lambda path: layers[path].base.weight.numel())]
     tensors, table = {}, {}
-    # the longest path first: PEFT takes the first pattern that fits the end of a path
+    # longest path first: PEFT takes the first pattern that matches the end of a path
     for path in sorted(live + zeros, key=len, reverse=True):
         (a, b), (d, k) = layers[path].matrices(), layers[path].base.weight.shape
         if path in zeros:
@@ -126,16 +125,16 @@ def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float
     save_file(tensors, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
     for name, value in (("adapter_config.json", settings), ("salora.json", known)):
         (folder / f"{name}.new").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    # save_file lets nobody else read its file
+    # save_file makes its file private
     shutil.copymode(folder / "salora.json.new", folder / "adapter_model.safetensors.new")
     for name in ("salora.json", "adapter_model.safetensors", "adapter_config.json"):
         sync(folder / f"{name}.new")
         os.replace(folder / f"{name}.new", folder / name)  # there is never half a file
 
 
-IMPLEMENTED = dict(  # what adapter_config.json may say
+IMPLEMENTED = dict(  # allowed values in adapter_config.json
     peft_type=["LORA"], bias=["none"], fan_in_fan_out=[False],
-    # other ways to start change the base weights
+    # other initializations change the base weights
     init_lora_weights=[True, False, "gaussian", "orthogonal", "eva"])
 READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules",
         "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -160,7 +159,7 @@ def read_adapter(folder: str | Path) -> tuple:
             raise ValueError(f"{file}: {key} is {value!r}, which is not implemented")
 
     def positive(n):
-        return type(n) in (int, float) and 0 < n < 1e30  # above, products in float32 are infinite
+        return type(n) in (int, float) and 0 < n < 1e30  # larger ones overflow in float32
 
     def share(p):
         return type(p) in (int, float) and 0 <= p < 1
@@ -205,9 +204,9 @@ def stored_ranks(tensors: dict) -> dict:
 
 
 def read_own(folder: str | Path, tensors: dict | None = None) -> dict:
-    """salora.json of an adapter's folder, for what PEFT's files do not have: `r`, `budget`,
-    `ranks`, `labels`; {} without one, or if its ranks are not those of the tensors, which a
-    printed line says. InputError: it is damaged."""
+    """salora.json of an adapter's folder, with what PEFT's files lack: `r`, `budget`, `ranks`,
+    `labels`. {} if there is none, or if its ranks are not those of the tensors (a printed line
+    says so). InputError: it is damaged."""
     file = Path(folder) / "salora.json"
     own = read_json(file) if file.is_file() else {}
     labels, table = own.get("labels"), own.get("ranks")
@@ -221,15 +220,15 @@ def read_own(folder: str | Path, tensors: dict | None = None) -> dict:
         need(found is None or good, f"{file}: {key}", repr(found)[:80], expected)
     found = stored_ranks(tensors or {})
     if table and any(table.get(path) not in (0, rank) for path, rank in found.items()):
-        print(f"{file}: is left out, for its ranks are not those of the adapter")
+        print(f"{file}: is ignored: its ranks are not those of the adapter")
         return {}
     return own
 
 
 def read_ranks(file: str | Path) -> dict:
-    """{module path: rank} from the folder of an adapter or its adapter_config.json; from the folder
-    of a run or its result.json; or from a JSON file that is such a table. ValueError: it is
-    damaged, or has no ranks."""
+    """{module path: rank} from the folder of an adapter or its adapter_config.json, the folder of a
+    run or its result.json, or a JSON file that is such a table. ValueError: it is damaged, or has
+    no ranks."""
     file = Path(file)
     if file.name == "adapter_config.json":
         file = file.parent
@@ -249,9 +248,9 @@ def read_ranks(file: str | Path) -> dict:
 
 
 def as_regex(pattern: str, end: bool = False) -> re.Pattern:
-    """A pattern of adapter_config.json, compiled. It has to fit a whole module path; with `end`,
-    the end of one. ValueError: it is no regular expression, or one that could take forever, as a
-    stranger might send it: with backreferences, a repeated group, many groups or repetitions."""
+    """Compiles a pattern of adapter_config.json, which has to match a whole module path or, with
+    `end`, the end of one. ValueError: it is not a regular expression, or it is one that could take
+    forever: with backreferences, a repeated group, many groups or repetitions."""
     bare = re.sub(r"\\\D|\[[^\]]*\]", "x", pattern)  # each escape or class of characters is one x
     backreference, repeated_group = "\\" in bare, re.search(r"\)[*+?{]", bare)
     many = len(re.findall(r"(?<!\()[*+?{]", bare)) > 3 or bare.count("(") > 3
@@ -284,7 +283,7 @@ def chosen(settings, linears) -> dict:
             if not within(f"{path}.weight", settings.get("modules_to_save"))
             and not named(path, settings.get("exclude_modules") or [])}
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        return find(free | {"lm_head": None}, "all-linear")  # with a head to leave out
+        return find(free | {"lm_head": None}, "all-linear")  # lm_head: a head to leave out
     found = {path: size for path, size in free.items() if named(path, targets)}
     if layers and not isinstance(targets, str):
         found = {path: size for path, size in found.items() if path in targets or in_layers(path)}
@@ -292,26 +291,26 @@ def chosen(settings, linears) -> dict:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Are these the same values, of which one may be stored in a narrower dtype?"""
+    """Are the values the same, even if one dtype is narrower?"""
     return a.shape == b.shape and (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a))
 
 
 def match(folder, settings, tensors, linears, saved, weight):
     """{module path: (r, scale)} of the layers that an adapter changes, out of linears {module
     path: (d, k)}. saved {name: shape}: the parameters that it replaces whole. weight(name): the
-    model's own tensor, or None. A name in the settings that fits nothing has no effect, as in PEFT,
-    and a printed line says so. ValueError names a tensor that is missing, unexpected or misshapen;
-    one that only repeats the model's own is none of these."""
+    model's own tensor, or None. A name in the settings that matches nothing has no effect, as in
+    PEFT, and a printed line says so. ValueError names a tensor that is missing, unexpected or
+    misshapen. One that only repeats the model's own is allowed."""
     targets, whole = settings["target_modules"], settings.get("modules_to_save") or []
     targeted = chosen(settings, linears)
     if not targeted and targets:
         names = [targets] if isinstance(targets, str) else targets
         some = ", ".join(repr(name)[:80] for name in names[:3]) + ", .." * (len(names) > 3)
-        raise ValueError(f"target_modules: {some} matches no nn.Linear: is the adapter of another "
+        raise ValueError(f"target_modules: {some} matches no nn.Linear: is the adapter for another "
                          "model?")
 
     def values(name):
-        """{module path: value}: the first pattern that fits counts."""
+        """{module path: value}: the first pattern that matches counts."""
         found = {}
         for pattern, value in (settings.get(name) or {}).items():
             regex = as_regex(pattern, end=True)
@@ -324,7 +323,7 @@ def match(folder, settings, tensors, linears, saved, weight):
     unused = [f"{target!r} in target_modules" for target in targets if not isinstance(targets, str)
               and not chosen(settings | dict(target_modules=[target]), linears)
               and not within(f"{target}.weight", whole)]
-    # PEFT adds these to every classifier's
+    # PEFT adds classifier and score itself
     unused += [f"{m!r} in modules_to_save" for m in whole if m not in ("classifier", "score")
                and not any(replaced(name, [m]) for name in saved)]
     ranks_of, alphas_of = values("rank_pattern"), values("alpha_pattern")
@@ -337,7 +336,7 @@ def match(folder, settings, tensors, linears, saved, weight):
     for key in wanted | found:
         expected, got = (list(t[key]) if key in t else "nothing" for t in (wanted, found))
         own = None if key in wanted else weight(key.replace(".base_layer.", "."))
-        if own is not None:  # PEFT saves an lm_head beside its adapter
+        if own is not None:  # PEFT also saves an adapted lm_head
             if same(tensors[key], own.cpu()):
                 continue
             expected = "the model's own values, or nothing"
@@ -351,9 +350,8 @@ def match(folder, settings, tensors, linears, saved, weight):
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
     """Puts an adapter in PEFT's LoRA format into `model`, in place, and returns the model. A, B
     and the saved modules are trainable, the rest is frozen. A saved module that was tied to another
-    is so no longer, as in PEFT. ValueError: the model has adapters already, or names a tensor that
-    is missing, unexpected or misshapen, or a setting that is not implemented; the model is then as
-    it was."""
+    no longer is, as in PEFT. ValueError: the model has adapters already, a tensor is missing,
+    unexpected or misshapen, or a setting is not implemented; the model is then unchanged."""
     if adapters(model):
         raise ValueError(f"{folder}: the model has adapters already: merge() them first")
     settings, tensors = read_adapter(folder)
@@ -370,7 +368,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     except ValueError as e:
         raise ValueError(f"{folder}: {e}") from None
 
-    # matrices without a rank, for the next save() and its rank map
+    # matrices of rank 0, for the next save() and its rank map
     layers |= {path: (0, 1.0) for path, rank in (own.get("ranks") or {}).items()
                if rank == 0 and path in linears and path not in layers
                and not within(f"{path}.weight", whole)}
@@ -391,7 +389,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
             continue
         twins = [other for other, t in state.items() if t is state[name] and other != name]
         if twins:
-            print(f"{folder}: has a {name} of its own, which is no longer tied to {twins[0]}")
+            print(f"{folder}: has its own {name}, which is no longer tied to {twins[0]}")
         setattr(modules[path], leaf, nn.Parameter(value))
     return outer
 
@@ -399,33 +397,33 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
 # -------------------------------------------------------------------------------------------------
 # merging into a model folder, and the command line
 
-# the head of a classifier, which may have another number of labels than that of the model folder
+# a classifier's head, which may have another number of labels than the model folder
 CLASSIFIER = {"classifier.weight", "classifier.bias", "classifier.out_proj.weight",
               "classifier.out_proj.bias", "score.weight"}
 
 
 def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
-    """Writes the folder `out`: a model folder in Hugging Face's layout with an adapter in its
-    weights. Each sum is taken in float32 and stored in the dtype of the weight. Modules that the
-    adapter saved whole (a head) come along, and config.json then has their labels: those in
-    salora.json, else the model's own if there are as many. A head that was tied to the embedding is
-    not tied afterwards if the adapter changes one of them. ValueError: `out` is there already, or
-    adapter and model do not fit together; nothing is left behind."""
+    """Writes the folder `out`: a model folder in Hugging Face's layout with an adapter merged into
+    its weights. Sums are computed in float32 and stored in the dtype of the weight. Modules that
+    the adapter saved whole (a head) are copied, and config.json gets their labels: those in
+    salora.json, else the model's own if the number fits. If the adapter changes a head or embedding
+    that were tied, they no longer are. ValueError: `out` already exists, or adapter and model do
+    not fit together; nothing is then written."""
     model, out = Path(model), Path(out)
     if out.exists():
-        raise ValueError(f"{out}: is there already, give another folder")
+        raise ValueError(f"{out}: already exists; give another folder")
     settings, tensors = read_adapter(adapter)
     config, (files, index) = read_json(
         model / "config.json", "; expected a model folder, not a hub name"), weight_files(model)
     if config.get("quantization_config"):
-        raise ValueError(f"{model}: its weights are quantized; merge into the ones before")
+        raise ValueError(f"{model}: its weights are quantized; take the model before quantization")
     places = {}  # {name: (file, key there, shape)}
     for file in files:
         with open_tensors(file) as f:
             for key in f.keys():
                 name = full_name(key)
                 if name in places:
-                    raise ValueError(f"{model}: two of its tensors are {name}, {key} is one")
+                    raise ValueError(f"{model}: has {name} twice, once as {key}")
                 places[name] = file, key, f.get_slice(key).get_shape()
 
     whole = settings.get("modules_to_save")
@@ -437,7 +435,7 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
                          f"names is missing ({', '.join(whole)})")
     changed = [*saved, *(name.replace(".lora_A.", ".") for name in tensors if ".lora_A." in name)]
     parts = [name.partition(".") for name in changed if name not in places]
-    body = next((first for first, _, rest in parts if rest in places), "")  # if the keys lack it
+    body = next((first for first, _, rest in parts if rest in places), "")  # if keys lack its name
     places = {full_name(name, body): place for name, place in places.items()}
     tied = config.get("tie_word_embeddings") and [name for name in changed if name.endswith(
         ("embed_tokens.weight", "lm_head.weight"))]
@@ -446,7 +444,7 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
             places[other] = places[one]
 
     def optional(name):
-        """Heads and poolers that the adapter says nothing of are not in the model it is for."""
+        """Is it in a head or pooler that the adapter does not change? Its model may lack that."""
         path = name.rpartition(".")[0]
         return ((name.startswith(HEADS) or ".pooler." in name) and name not in saved
                 and f"{path}.lora_A.weight" not in tensors)
@@ -487,7 +485,7 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     beside.chmod(0o755)
     try:
-        weight_map, dtype = {}, torch.float32  # dtype: of the last weight, for what the model lacks
+        weight_map, dtype = {}, torch.float32  # dtype: the last, for what the model lacks
         for file in files:
             merged = {}
             with open_tensors(file) as f:
@@ -498,8 +496,8 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
                     if weight.is_floating_point():
                         dtype = weight.dtype
                     elif path in layers:
-                        raise ValueError(f"{file}: {key} is {weight.dtype}, quantized; merge into "
-                                         "the weights before")
+                        raise ValueError(f"{file}: {key} is {weight.dtype}, quantized; take the "
+                                         "model before quantization")
                     if path in layers:
                         a, b = (tensors[f"{path}.lora_{x}.weight"] for x in "AB")
                         weight = updated(weight, layers[path][1], a, b)
@@ -525,15 +523,15 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path):
         for file in files:
             shutil.copymode(beside / "config.json", beside / file.name)
         done = {*written, "adapter_config.json", "salora.json"}
-        for file in model.iterdir():  # the tokenizer, and what else is text
+        for file in model.iterdir():  # the tokenizer and other text files
             text = file.suffix in (".json", ".txt", ".model", ".jinja")
             if text and file.name not in done and not file.name.endswith(".index.json"):
                 shutil.copy(file, beside)
         os.replace(beside, out)
         if tied:
             print(f"{out}: head and embedding are two tensors there, and tie_word_embeddings is "
-                  f"false, for {adapter} changes {' and '.join(tied)}")
-    finally:  # of an attempt that failed
+                  f"false, as {adapter} changes {' and '.join(tied)}")
+    finally:  # if it failed
         shutil.rmtree(beside, ignore_errors=True)
 
 
@@ -571,7 +569,7 @@ def main(argv=None):
     for flag, text in (
             ("--model", "folder with config.json and model.safetensors, or its shards"),
             ("--adapter", "folder with adapter_config.json and adapter_model.safetensors"),
-            ("--out", "folder to write, which must not be there yet")):
+            ("--out", "folder to write, which must not exist yet")):
         command.add_argument(flag, required=True, metavar="DIR", help=text)
     command = commands.add_parser("show", help="print an adapter's ranks, parameters and budget")
     command.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter")
@@ -581,9 +579,9 @@ def main(argv=None):
         sys.exit(2)
 
     for each in (parser, *commands.choices.values()):
-        each.error = error  # one line, as all others
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what a notebook has is none
-        sys.stdout.reconfigure(errors="replace")  # for a terminal that knows nothing but ASCII
+        each.error = error  # one line, as for other errors
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that prints only ASCII
     args = parser.parse_args(argv)
     try:
         if args.command == "show":

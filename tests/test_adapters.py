@@ -279,10 +279,10 @@ def test_ranks_of_another_adapter_are_left_out_and_that_is_said(tmp_path, capsys
     peft_folder(tmp_path / "b", QUERIES, target_modules=["query"])
     shutil.copy(tmp_path / "a" / "salora.json", tmp_path / "b")
     alone, _, _ = adapter.show(tmp_path / "b").partition("at the start")
-    assert "rank 2 to 2" in alone and "salora.json: is left out" in capsys.readouterr().out
+    assert "rank 2 to 2" in alone and "salora.json: is ignored" in capsys.readouterr().out
     model = adapter.load(load_encoder(FIXTURES / "bert", 3), tmp_path / "b")
     assert sl.ranks(model) == dict.fromkeys(QUERIES, 2)
-    assert "salora.json: is left out" in capsys.readouterr().out
+    assert "salora.json: is ignored" in capsys.readouterr().out
 
 
 def test_an_adapted_model_can_be_stored_and_flattened_before_and_after_the_cut(tmp_path):
@@ -331,7 +331,7 @@ def test_merged_folder_is_the_model_with_the_adapter(name, tmp_path):
         assert (model(*inputs) - logits).abs().max() < 1e-4 and not sl.adapters(model)
     assert before == {file.name: file.read_bytes() for file in (FIXTURES / name).iterdir()}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         adapter.merge_folder(FIXTURES / name, FIXTURES / f"peft-{name}", tmp_path / "m")
 
 
@@ -614,7 +614,7 @@ def test_merge_and_show_from_the_shell(tmp_path, capsys):
         name: t for name, t in load_file(a / "adapter_model.safetensors").items()
         if "classifier" not in name}, a / "adapter_model.safetensors"), "the head that"),
     (lambda base, a: shutil.copytree(FIXTURES / "llama3", base, dirs_exist_ok=True),
-     "matches no nn.Linear: is the adapter of another model?"),
+     "matches no nn.Linear: is the adapter for another model?"),
     (lambda base, a: (base / "config.json").unlink(), "expected a model folder, not a hub name")])
 def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(change, words, tmp_path, capsys):
     base = Path(shutil.copytree(FIXTURES / "bert", tmp_path / "base"))
