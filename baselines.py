@@ -1,21 +1,21 @@
 """
-What SaLoRA is compared with. install(model, method, ..) puts a method into an Encoder and freezes
+The methods SaLoRA is compared with. install(model, method, ..) puts one into an Encoder and freezes
 the other weights:
 
     ft         full fine-tuning, every weight
-    head       only the classifier, the floor of every comparison
+    head       only the classifier, the least a method has to beat
     adapter-h  Houlsby et al. 2019, arXiv 1902.00751: a bottleneck after the attention and after the
                feed-forward of each layer, before the residual sum. The layer norms stay frozen, as
                in the LoRA paper; Houlsby et al. train them
     adapter-p  Pfeiffer et al. 2021, arXiv 2005.00247: a bottleneck after the feed-forward only.
-               Ours is Houlsby's; theirs has ReLU and another layer norm and residual sum around it
+               Ours is Houlsby's; theirs has ReLU and its own layer norm and residual sum
     prefix     Li and Liang 2021, arXiv 2101.00190: n keys and values in every layer, from a small
-               network that is dropped at the end. Without their dropout on the prefix, and with
-               the network's output divided by the root of its width
+               network that is dropped at the end. Unlike theirs, ours has no dropout on the
+               prefix and divides the network's output by the square root of its width
     prompt     Lester et al. 2021, arXiv 2104.08691: n input vectors that start as random words.
                They follow the first token, which the classifier reads
-    lora       Hu et al. 2022, arXiv 2106.09685: SaLoRA without gates and regularizer; with
-               `ranks`, of a given rank for each matrix
+    lora       Hu et al. 2022, arXiv 2106.09685: SaLoRA without gates and regularizer; `ranks`
+               gives each matrix its own rank
     lora-svd   LoRA cut to the largest singular values of all its updates: below
     adalora    Zhang et al. 2023, arXiv 2303.10512: below
 """
@@ -62,9 +62,9 @@ class Prefix(nn.Module):
         if self.network is None:
             return self.table
         layers, two, n, d = self.shape
-        # Adam moves every weight by about the learning rate, so the prefix by a sum of 512 such
-        # moves. Divided, prefix and head can learn at one rate; undivided, on STS-B, it ended far
-        # below the head alone.
+        # Adam moves every weight by about the learning rate, so the prefix moves by a sum of 512
+        # such steps. The division lets prefix and head share a learning rate; without it, STS-B
+        # ended far below the head alone.
         y = self.network(self.table) / self.network[2].in_features**0.5
         return y.view(n, layers, two, d).permute(1, 2, 0, 3)  # (layers, 2, n, d)
 
@@ -75,16 +75,15 @@ class Prefix(nn.Module):
 
 def install(model, method, paths, steps, r=8, alpha=None, budget=0.5, beta=0.1, window=(0.2, 0.5),
             bottleneck=32, virtual_tokens=20, lora_dropout=0.0, ranks=None):
-    """Freezes what `method` does not train (the head too: unfreeze it afterwards) and puts the
-    method in, in place. paths: the nn.Linear modules that low-rank methods adapt; steps: of the
-    run. ranks: of lora, {path: rank from 0 to r} instead of paths; the scale is alpha / r for all,
-    as it is for what SaLoRA has cut. Returns the SaLoRA or AdaLoRA of a low-rank method, else
-    None."""
+    """Puts `method` into the model, in place, and freezes what it does not train (the head too:
+    unfreeze it afterwards). paths: the nn.Linear modules that low-rank methods adapt; steps: of
+    the run. ranks: for lora, {path: rank from 0 to r} instead of paths; the scale is alpha / r for
+    all, as after SaLoRA's cut. Returns the SaLoRA or AdaLoRA of a low-rank method, else None."""
     if method == "lora" and ranks:
         sl.adapt(model, list(ranks), r, alpha)
         for path, layer in sl.adapters(model).items():
             layer.prune(torch.arange(r, device=layer.lora_A.device) < ranks[path])
-        paths = None  # those that are there
+        paths = None  # keeps these adapters
     if method == "lora":
         return sl.SaLoRA(
             model, paths, max(steps, 1), r, alpha, window=None, lora_dropout=lora_dropout)
@@ -112,8 +111,8 @@ def install(model, method, paths, steps, r=8, alpha=None, budget=0.5, beta=0.1, 
 
 class LoRASVD(sl.SaLoRA):
     """LoRA until the window ends. Then each update is turned into its singular directions, and the
-    triplets with the largest singular values that fit the budget stay. It has no gates: this is
-    what SaLoRA has to beat."""
+    triplets with the largest singular values that fit the budget are kept. There are no gates:
+    SaLoRA has to beat this."""
 
     def __init__(self, model, targets, steps, r=8, alpha=None, budget=0.5, window=(0.4, 0.5),
                  lora_dropout=0.0):
@@ -150,14 +149,14 @@ class AdaLoRALinear(sl.SaLoRALinear):
 
 
 class AdaLoRA:
-    """Adaptive budget allocation (Zhang et al. 2023), used in a training loop as SaLoRA is. In the
-    window the number of triplets whose singular value is not 0 falls, as a cubic, from all to
-    `budget` of all; a smoothed importance decides which stay, again and again. At the end the
+    """Adaptive budget allocation (Zhang et al. 2023), used in a training loop like SaLoRA. In the
+    window the number of triplets with a nonzero singular value falls, as a cubic, from all to the
+    share `budget`; every few steps a smoothed importance decides which ones stay. At the end the
     tensors are cut. beta: weight of the mean over the 2K matrices of |PP' - I|, which their paper
-    squares and their code does not. ValueError: as SaLoRA.
+    squares and their code does not. ValueError: as in SaLoRA.
 
-    Ours differs in two points: window and interval are shares of the run, theirs are numbers of
-    steps for each task; and lost triplets are cut out, where their code goes on with zeros."""
+    Two things differ: window and interval are shares of the run, not numbers of steps per task,
+    and lost triplets are cut out, while their code keeps them as zeros."""
 
     BETA = 0.85  # of both moving averages
     SCALE = 16  # default alpha/r, as in their GLUE scripts; Adam moves singular values slowly
@@ -180,7 +179,7 @@ class AdaLoRA:
         self.uncertainty = [torch.zeros_like(p) for p in self.params]
 
     def begin_step(self):
-        """As SaLoRA's: there is nothing to draw."""
+        """As in SaLoRA, but there is nothing to draw."""
 
     def penalty(self):
         """beta times the mean over the matrices of |MM' - I|: a scalar."""
@@ -208,7 +207,7 @@ class AdaLoRA:
             self.params, self.sensitivity, self.uncertainty = [], [], []
 
     def measure(self):
-        """Updates the importance from this step's gradients; now and then masks the least."""
+        """Updates the importance from this step's gradients; masks the least every few steps."""
         if any(p.grad is None for p in self.params):
             raise RuntimeError("an adapter has no gradient: the task loss does not reach it, or "
                                "zero_grad() came before end_step()")
@@ -231,7 +230,7 @@ class AdaLoRA:
         return keep.view(len(self.layers), -1)
 
     def scores(self):
-        """Importance of the triplets (K, r): singular value's, plus the means of both vectors'."""
+        """Importance of the triplets (K, r): the singular value's plus the mean of each vector."""
         importance = torch._foreach_mul(self.sensitivity, self.uncertainty)  # eq. 11
         a, b, e = (importance[i::3] for i in range(3))
         return torch.stack([a.mean(1) + b.mean(0) + e for a, b, e in zip(a, b, e)])  # eq. 7
