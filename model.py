@@ -1,6 +1,5 @@
 """
-RoBERTa and BERT for sequence classification and LLaMA for text, written out, and the reader of
-Hugging Face folders.
+RoBERTa and BERT for sequence classification, LLaMA for text, and a reader of Hugging Face folders.
 
 Submodules carry Hugging Face's names (attention.self.query, intermediate.dense ..), so the keys of
 a checkpoint and the module paths in an adapter need no translation.
@@ -76,8 +75,8 @@ class EncoderConfig:
     @property
     def max_length(self) -> int:
         """Longest input in tokens. RoBERTa's positions start at padding_idx + 1."""
-        unread = self.pad_token_id + 1 if self.model_type == "roberta" else 0
-        return self.max_position_embeddings - unread
+        unused = self.pad_token_id + 1 if self.model_type == "roberta" else 0
+        return self.max_position_embeddings - unused
 
 
 def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
@@ -95,18 +94,18 @@ def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
 def attention(q, k, v, mask, p: float, training: bool) -> torch.Tensor:
     """softmax(q k' / sqrt(d)) v for q, k, v (b, heads, t, d), with dropout on the softmax. mask
     (b, 1, 1, t) is True where a token may be read. With dropout on a CPU it is written out, which
-    is faster there than PyTorch's own; a GPU has fused kernels, for masks of this shape too."""
+    is faster there than PyTorch's own; a GPU has fused kernels, even with such a mask."""
     if not training or p == 0 or q.device.type != "cpu" or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p if training else 0.0)
     scores = q / math.sqrt(q.shape[-1]) @ k.mT  # (b, heads, t, t)
     if mask is not None:
-        # not -inf: a row may have nothing to read
+        # not -inf: a row that is all masked would be nan
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return dropout(scores.softmax(-1), p, training) @ v
 
 
 def init_weights(model):
-    """Matrices at random, biases of 0; a norm starts with weights of 1."""
+    """Random matrices, zero biases; weights of norms stay 1."""
     for name, p in model.named_parameters():
         if p.dim() > 1:
             nn.init.normal_(p, std=model.config.initializer_range)
@@ -134,7 +133,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x, mask=None, first_only=False, prefix=None):
         b, attn = len(x), self.attention
-        rows = x[:, :1] if first_only else x  # (b, 1 or t, d): the rows whose output is read
+        rows = x[:, :1] if first_only else x  # (b, 1 or t, d): where output is needed
 
         def split(y):
             return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b, heads, t, d / heads)
@@ -160,7 +159,7 @@ class Encoder(nn.Module):
         c, d = config, config.hidden_size
         self.config, self.num_labels, self.checkpoint_activations = config, num_labels, False
         self.prefix = self.prompt = None  # of baselines.py: keys and values; input vectors
-        self.labels = None  # names of the outputs that config.json gives; None: a new head
+        self.labels = None  # config.json's names of the outputs; None: a new head
         body = nn.ModuleDict(dict(
             embeddings=nn.ModuleDict(dict(
                 word_embeddings=nn.Embedding(c.vocab_size, d),
@@ -186,7 +185,7 @@ class Encoder(nn.Module):
 
     @property
     def head(self) -> list:
-        """What every method trains whole: RoBERTa's classifier; BERT's pooler and classifier."""
+        """What every method trains in full: RoBERTa's classifier; BERT's pooler and classifier."""
         if self.config.model_type == "roberta":
             return [self.classifier]
         return [self.body.pooler, self.classifier]
@@ -201,8 +200,8 @@ class Encoder(nn.Module):
     def hidden(self, input_ids: torch.Tensor, attention_mask=None, token_type_ids=None,
                first_only: bool = False) -> torch.Tensor:
         """Last hidden states (b, t, d) of input_ids (b, t). attention_mask (b, t): 1 on tokens, 0
-        on padding; None: nothing is padded. first_only: (b, 1, d), the first token alone, which
-        spares the last layer the other rows."""
+        on padding; None: nothing is padded. first_only: only the first token, (b, 1, d), so that
+        the last layer skips the others."""
         c, e = self.config, self.body.embeddings
         if token_type_ids is None or c.type_vocab_size == 1:
             token_type_ids = torch.zeros_like(input_ids)
@@ -266,7 +265,7 @@ class DecoderConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict = None  # None: none; else rope_type llama3 or linear with its numbers
+    rope_scaling: dict = None  # or rope_type llama3 or linear with its numbers
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -303,15 +302,15 @@ class RMSNorm(nn.Module):
 
 
 def rotary(c: DecoderConfig, positions: torch.Tensor) -> tuple:
-    """cos and sin (.., t, head_dim) of the rotary embedding at positions (.., t). As in Hugging
-    Face's layout, dimension i turns with i + head_dim / 2."""
+    """cos and sin (.., t, head_dim) of the rotary embedding at positions (.., t). Dimension i is
+    paired with i + head_dim / 2, Hugging Face's layout."""
     i = torch.arange(0, c.head_dim, 2, device=positions.device).float()
     freq = c.rope_theta ** -(i / c.head_dim)  # (head_dim / 2,)
     scaling = c.rope_scaling or {}
     if scaling.get("rope_type") == "linear":
         freq = freq / scaling["factor"]
-    elif scaling.get("rope_type") == "llama3":  # stretches long waves, and those between in part
-        # turns in the context that the model was first trained on
+    elif scaling.get("rope_type") == "llama3":  # stretches long waves, medium ones in part
+        # full turns within the original context
         turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -362,8 +361,8 @@ class DecoderLayer(nn.Module):
             k, v = cache[:, :, :, :start + t]
         if k.shape[1] < q.shape[1]:  # grouped-query attention: query heads share keys and values
             k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
-        # is_causal, for FlashAttention takes no mask; a token after a cache sees all. In training
-        # no size is asked, at which torch.compile would break its graph
+        # is_causal, as FlashAttention takes no mask; one token after a cache sees all. Training
+        # never compares t, which would make torch.compile break its graph
         causal = mask is None and (cache is None or t > 1)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
                                            dropout_p=self.p_attention if self.training else 0.0)
@@ -397,8 +396,8 @@ class Decoder(nn.Module):
     def hidden(self, input_ids: torch.Tensor, positions=None, mask=None, cache=None,
                start: int = 0) -> torch.Tensor:
         """Last hidden states (b, t, d) of input_ids (b, t). positions: (b, t) or (t,), by default
-        from `start`. mask (b, 1, t, start + t): True where a token may look; None: at itself and
-        those before it, which suits rows padded on the right."""
+        from `start`. mask (b, 1, t, start + t): True where a token may look; None: causal, which
+        suits rows padded on the right."""
         if positions is None:
             positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
         x = self.model.embed_tokens(input_ids)
@@ -416,9 +415,9 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def generate(self, prompts: list, max_new_tokens: int, stop_ids=(), temperature: float = 0.0,
                  top_p: float = 1.0, seed: int = 0):
-        """Yields a list with the next token of each of `prompts` (lists of token ids), until each
-        has had one of `stop_ids` or `max_new_tokens` of them; None stands where a row has ended.
-        temperature 0: the likeliest token; above 0: a random one of the smallest set of tokens
+        """Yields a list with the next token of each of `prompts` (lists of token ids), None where
+        a row has ended, until each row has one of `stop_ids` or `max_new_tokens` tokens.
+        temperature 0: the most likely token; above 0: sampled from the smallest set of tokens
         whose probabilities reach top_p."""
         device, longest = self.lm_head.weight.device, max(map(len, prompts))
         c, pad = self.config, [longest - len(prompt) for prompt in prompts]
@@ -427,7 +426,7 @@ class Decoder(nn.Module):
         real = torch.arange(longest + max_new_tokens, device=device)
         real = real >= torch.tensor(pad, device=device).unsqueeze(1)  # (b, all positions)
         positions = (real.cumsum(1) - 1).clamp(min=0)
-        # a token looks at real tokens up to itself; padding, which nobody looks at, at itself
+        # a token looks at real tokens up to itself; padding, which is never read, at itself
         itself = torch.eye(longest, dtype=torch.bool, device=device)
         mask = real[:, None, :longest] & torch.ones_like(itself).tril() | itself  # (b, t, t)
         cache = self.lm_head.weight.new_zeros(c.num_hidden_layers, 2, len(prompts),
@@ -453,13 +452,13 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float, generator) ->
     if temperature == 0:
         return logits.argmax(-1)
     p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    before = p.cumsum(-1) - p  # of the more likely ones: those up to where it reaches top_p stay
+    before = p.cumsum(-1) - p  # of likelier tokens; from top_p on they are dropped
     p = p.masked_fill((before >= top_p) & (before > 0), 0)
     return order.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
 
 
 def run(model, layer, *args):
-    """layer(*args), computed once more in the backward pass if checkpoint_activations is set."""
+    """layer(*args), recomputed in the backward pass if checkpoint_activations is set."""
     if model.checkpoint_activations and model.training:
         return checkpoint(layer, *args, use_reentrant=False)
     return layer(*args)
@@ -508,7 +507,7 @@ def open_tensors(file: str | Path, dtype: torch.dtype | None = None):
     tensors take no second copy; else it is read tensor by tensor. InputError: the file is damaged,
     or not there."""
     try:
-        with open(file, "rb"), safe_open(file, framework="pt") as f:  # which says not found of both
+        with open(file, "rb"), safe_open(file, framework="pt") as f:  # open() for its errors
             stored = {f.get_slice(key).get_dtype() for key in f.keys()}
         mapped = stored == {STORED.get(dtype)}
         with safe_open(file, framework="pt", backend="mmap" if mapped else "pread") as f:
@@ -522,13 +521,13 @@ def open_tensors(file: str | Path, dtype: torch.dtype | None = None):
                          "again") from None
 
 
-# modules beside the body of a model, which the model for another task may lack
+# modules outside the body, which a model for another task may lack
 HEADS = ("classifier.", "cls.", "lm_head.", "qa_outputs.", "score.")
 
 
 def full_name(key: str, body: str = "") -> str:
-    """The name in the full model of a checkpoint's key. Older files say gamma and beta in
-    LayerNorm, and files of a bare body lack its name, `body`, in their keys."""
+    """A checkpoint's key as a name in the full model. Older files have gamma and beta in
+    LayerNorm, and the keys of a bare body lack its name, `body`."""
     key = key.replace("LayerNorm.gamma", "LayerNorm.weight")
     key = key.replace("LayerNorm.beta", "LayerNorm.bias")
     bare = body and not key.startswith((f"{body}.", *HEADS))
@@ -537,7 +536,7 @@ def full_name(key: str, body: str = "") -> str:
 
 def read_config(folder: str | Path, kind: type = EncoderConfig):
     """The EncoderConfig or DecoderConfig, `kind`, of folder/config.json. InputError: it is
-    damaged, or asks for what this file does not implement."""
+    damaged, or needs something that is not implemented."""
     file = Path(folder) / "config.json"
     raw = read_json(file, "; a model folder holds config.json, model.safetensors, tokenizer.json")
     decoder = kind is DecoderConfig
@@ -588,7 +587,7 @@ def read_rope(raw, file):
     """rope_theta and rope_scaling of a LLaMA's config; newer files keep both in rope_parameters."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # in transformers' order
     if raw.get("rope_parameters") not in (None, {}, rope):
-        print(f"{file}: rope_scaling counts, not rope_parameters")
+        print(f"{file}: rope_scaling is used, not rope_parameters")
     need(isinstance(rope, dict), f"{file}: rope_scaling", repr(rope), "an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     llama3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -597,7 +596,7 @@ def read_rope(raw, file):
     share = rope.get("partial_rotary_factor", 1)
     need(share in (None, 1), f"{file}: partial_rotary_factor", repr(share),
          "1; no other is implemented")
-    original = "original_max_position_embeddings"  # the one outside comes first
+    original = "original_max_position_embeddings"  # one outside of rope wins
     rope |= {original: raw.get(original, rope.get(original, raw.get("max_position_embeddings")))}
     for name in needed:
         value = rope.get(name)
@@ -609,9 +608,9 @@ def read_rope(raw, file):
 
 def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="cpu",
                  tied=()) -> list:
-    """Fills a model on the meta device from a folder. spelling: from a key of the file to one of
-    the model, or None for what is not needed. Keys in `new` may be missing or of another shape, and
-    of two in `tied` one may be missing: they are returned, still on meta. InputError names any
+    """Fills a model on the meta device from a folder. spelling(a key of the file): that of the
+    model, or None if it is not needed. Keys in `new` may be missing or have another shape, and one
+    of the two in `tied` may be missing: these are returned, still on meta. InputError names any
     other key that is missing, unexpected, there twice or misshapen."""
     wanted, state, unexpected = model.state_dict(), {}, []
     for file in weight_files(folder)[0]:
@@ -623,7 +622,7 @@ def load_weights(model, folder, spelling, new=(), dtype=torch.float32, device="c
                     continue
                 tensor, shape = f.get_tensor(raw_key), wanted[key].shape
                 if key in state:
-                    raise InputError(f"{folder}: two of its tensors are {key}, {raw_key} is one")
+                    raise InputError(f"{folder}: has {key} twice, once as {raw_key}")
                 if not tensor.is_floating_point():
                     raise InputError(f"{folder}: {raw_key} is {tensor.dtype}, quantized; take the "
                                      "model before quantization")
@@ -655,10 +654,10 @@ def output_names(config: dict, outputs: int) -> list:
 
 def load_encoder(folder: str | Path, num_labels: int, dtype=torch.float32) -> Encoder:
     """The pretrained Encoder of a Hugging Face folder with `num_labels` outputs, on the CPU. If the
-    checkpoint has no head, or one of another size, the head starts anew, and a printed line says
-    so. InputError: as in load_weights."""
+    checkpoint has no head, or one of another size, the head is new, and a printed line says so.
+    InputError: as in load_weights."""
     config = read_config(folder)
-    with torch.device("meta"):  # shapes only: no random weights that are overwritten at once
+    with torch.device("meta"):  # shapes only: weights are read below
         model = Encoder(config, num_labels)
     unused = ("lm_head.", "cls.", "qa_outputs.", "roberta.pooler.")  # of other tasks
 

@@ -424,7 +424,7 @@ def test_llama_configs_that_are_not_computed_are_refused(tied, changes, words):
 
 
 @pytest.mark.parametrize("more,words", [
-    ({"norm.weight": torch.ones(32)}, "two of its tensors are model.norm.weight"),
+    ({"norm.weight": torch.ones(32)}, "has model.norm.weight twice"),
     ({"model.layers.0.mlp.up_proj.weight": torch.ones(48, 32, dtype=torch.int8)},
      "up_proj.weight is torch.int8, quantized")])
 def test_weights_that_could_be_read_in_two_ways_are_refused(tied, more, words):
