@@ -24,7 +24,7 @@ def need(ok, name, found, expected):
 
 @contextlib.contextmanager
 def locked(folder, wait=True):
-    """Keeps other processes that call this out of a folder. BlockingIOError: one is in it, and
+    """Locks a folder against other processes that call this. BlockingIOError: it is locked, and
     `wait` is False."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -44,8 +44,8 @@ def sync(path):
 
 
 def read_text(file, hint=""):
-    """A text file without the byte order mark that it may start with, its line ends as they are.
-    hint: what is added where it is not found."""
+    """A text file, without a byte order mark and with its own line ends. hint: added to the error
+    if it is not found."""
     try:
         text = Path(file).read_bytes().decode().removeprefix("\ufeff")
     except FileNotFoundError:
@@ -56,7 +56,7 @@ def read_text(file, hint=""):
         raise InputError(f"{file}: cannot be read ({e.strerror})") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise InputError(f"{file}: line {line} holds a NUL byte: it is not a text file, or damaged")
+        raise InputError(f"{file}: line {line} holds a NUL byte: it is damaged, or not text")
     return text
 
 
@@ -74,7 +74,7 @@ def read_json(file: str | Path, hint: str = "") -> dict:
 
 
 def draw_rows(n, count):
-    """The numbers 0 to n - 1 in two parts, each in order: those that stay, and `count` random ones,
-    always the same, that are held out."""
+    """Splits the numbers 0 to n - 1 into those to keep and `count` random ones to hold out, the
+    same every time; each part in order."""
     order = np.random.default_rng(0).permutation(n)
     return sorted(order[count:].tolist()), sorted(order[:count].tolist())

@@ -1,4 +1,4 @@
-"""Text to tensors: tokenized once, batched by length so that next to nothing is padding."""
+"""Text to tensors: tokenized once, batched by length so that there is little padding."""
 
 import json
 from pathlib import Path
@@ -23,17 +23,17 @@ CLASSES = {
     "GPT2Tokenizer": dict(unk_token="<|endoftext|>", bos_token="<|endoftext|>",
                           eos_token="<|endoftext|>"),
 }
-OF_MODEL = {"bert": "BertTokenizer", "roberta": "RobertaTokenizer"}  # where no file names one
-WHOLE = ("", "PreTrainedTokenizer", "TokenizersBackend")  # these take all of tokenizer.json
+OF_MODEL = {"bert": "BertTokenizer", "roberta": "RobertaTokenizer"}  # if no file names one
+WHOLE = ("", "PreTrainedTokenizer", "TokenizersBackend")  # these use all of tokenizer.json
 
-PLAIN = json.loads(processors.TemplateProcessing(  # what no post-processor does
+PLAIN = json.loads(processors.TemplateProcessing(  # the same as none
     single="$A", pair="$A $B:1", special_tokens=[]).__getstate__())
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder as transformers makes it of tokenizer.json and
-    tokenizer_config.json; a printed line says where that is not what tokenizer.json holds. It
-    does not pad or cut, whatever the files ask for. InputError: a file is missing or damaged."""
+    """The tokenizer of a model folder as transformers builds it from tokenizer.json and
+    tokenizer_config.json; a printed line says where it differs from tokenizer.json. It does not pad
+    or cut, whatever the files say. InputError: a file is missing or damaged."""
     folder = Path(folder)
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -72,7 +72,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def tokenizer_config(folder):
-    """tokenizer_config.json, with what older folders have in files of their own."""
+    """tokenizer_config.json, with what older folders have in separate files."""
     def read(name):
         return read_json(folder / name) if (folder / name).is_file() else {}
 
@@ -86,7 +86,7 @@ def tokenizer_config(folder):
 
 
 def tokenizer_class(parts, config, file):
-    """The class in transformers, or "" where all of tokenizer.json counts."""
+    """The class in transformers, or "" if all of tokenizer.json is used."""
     kind = config["tokenizer_class"] or OF_MODEL.get(config["model_type"], "")
     kind = kind.removesuffix("Fast")
     stored = parts["model"].get("type") or ("BPE" if "merges" in parts["model"] else "WordPiece")
@@ -120,8 +120,8 @@ def rebuild(parts, kind, config, file):
     for name, value in new.items():
         if parts.get(name) != value:
             print(f"{file}: its {name} {json.dumps(parts.get(name))[:160]} becomes "
-                  f"{json.dumps(value, ensure_ascii=False)}, as tokenizer_config.json or the "
-                  f"defaults of a {kind} have it")
+                  f"{json.dumps(value, ensure_ascii=False)}, from tokenizer_config.json or the "
+                  f"defaults of a {kind}")
     parts |= new
     if kind:
         return
@@ -131,12 +131,12 @@ def rebuild(parts, kind, config, file):
     if typeless(config) and '"type_id": 1' in post:
         parts["post_processor"] = json.loads(post.replace('"type_id": 1', '"type_id": 0'))
         if config["model_type"] == "bert":
-            print(f"{file}: the second of two sentences has token type 0, for model_input_names in "
-                  "tokenizer_config.json is without token_type_ids")
+            print(f"{file}: the second of two sentences has token type 0, as model_input_names in "
+                  "tokenizer_config.json has no token_type_ids")
 
 
 def typeless(config):
-    """Does the model get no token types, even of two sentences?"""
+    """Does the model get no token types, even for two sentences?"""
     whole = (config["tokenizer_class"] or "-").removesuffix("Fast") in WHOLE
     default = [] if whole else ["token_type_ids"]
     return "token_type_ids" not in (config.get("model_input_names") or default)
@@ -147,7 +147,7 @@ def text_of(token):
 
 
 def add_tokens(tokenizer, config, folder):
-    """Adds the tokens that only tokenizer_config.json and the older files know."""
+    """Adds the tokens that are only in tokenizer_config.json and the older files."""
     def added(token):
         flags = {k: v for k, v in token.items() if k != "__type"} if isinstance(token, dict) else {}
         return AddedToken(**dict(content=text_of(token), special=True) | flags)
@@ -169,12 +169,12 @@ def add_tokens(tokenizer, config, folder):
     for text, i in [*((text_of(token), i) for i, token in by_id.items()), *older.items()]:
         if tokenizer.token_to_id(text) != i:
             raise InputError(f"{folder}: its added token {text!r} should have the id {i}, and is "
-                             f"{tokenizer.token_to_id(text)}: save the tokenizer anew")
+                             f"{tokenizer.token_to_id(text)}: save the tokenizer again")
 
 
 def tokenize(tokenizer, texts, max_length, vocab_size):
-    """[(ids, type ids)] of one or two sentences each, special tokens included. Of two sentences
-    the longer is truncated first."""
+    """[(ids, type ids)] of one or two sentences each, with special tokens. Of two sentences the
+    longer is truncated first."""
     side = tokenizer.truncation["direction"] if tokenizer.truncation else "right"
     tokenizer.enable_truncation(max_length, direction=side)
     encodings = tokenizer.encode_batch([t if len(t) == 2 else t[0] for t in texts])
@@ -187,7 +187,7 @@ def tokenize(tokenizer, texts, max_length, vocab_size):
 
 
 def check_ids(rows, vocab_size):
-    """rows: lists of token ids, which the model has to know."""
+    """InputError: rows, lists of token ids, have one that the model lacks."""
     highest = max((max(ids) for ids in rows if ids), default=0)
     if highest >= vocab_size:
         raise InputError(f"tokenizer.json gives token id {highest}, but the model's vocab_size is "
@@ -198,8 +198,8 @@ def batch_order(lengths, batch_size, rng=None):
     """Lists of row numbers, rows of similar length together. Without rng, in order of length. With
     rng (a numpy Generator), in a new random order: rows of one length are shuffled, every row moves
     by up to two batches in the order of length, and the batches are shuffled. That pads 1 to 3 % of
-    a GLUE task's tokens; random rows would pad 50 to 200 %. The longest batch comes first: memory
-    that suffices for the first step suffices for all."""
+    a GLUE task's tokens; random rows would pad 50 to 200 %. The longest batch comes first: if it
+    fits into memory, all do."""
     order = np.argsort(lengths, kind="stable")
     if rng is not None:
         order = np.lexsort((rng.random(len(lengths)), lengths))
@@ -214,7 +214,7 @@ def batch_order(lengths, batch_size, rng=None):
 
 
 def send(x, device):
-    """x on the device. Only a copy of pinned memory to a GPU runs beside the host."""
+    """x on the device. The host waits for a copy to a GPU unless the memory is pinned."""
     if torch.device(device).type == "cuda":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)

@@ -1,6 +1,6 @@
 """
-Downloads: GLUE's archives and Hugging Face models. Files are checked beside their place and then
-moved there, so they are there whole or not at all.
+Downloads: GLUE's archives and Hugging Face models. GLUE's files are checked in a scratch folder and
+then moved into place, so they are complete or absent.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ LIMIT = 2 << 30  # bytes of an archive, and of its files; the largest, MNLI, has
 
 
 def fetch(url, file):
-    """Downloads url to file, with a progress bar. InputError: that failed or broke off, or it is
-    another file than expected."""
+    """Downloads url to file, with a progress bar. InputError: the download failed, broke off or is
+    not the expected file."""
     from tqdm import tqdm
     name, digest = url.rsplit("/", 1)[-1], hashlib.sha256()
     try:
@@ -91,7 +91,7 @@ def unpack(archive, name, folder):
 
 
 def split_mrpc(scratch, folder):
-    """GLUE's MRPC: Microsoft's training file. The pairs in mrpc_dev_ids.tsv become dev.tsv."""
+    """GLUE's MRPC: Microsoft's training file; pairs in mrpc_dev_ids.tsv go to dev.tsv."""
     ids, pairs = ((scratch / name).read_text(encoding="utf-8")
                   for name in ("mrpc_dev_ids.tsv", "msr_paraphrase_train.txt"))
     dev_ids = {tuple(line.split("\t")) for line in ids.splitlines()}
@@ -109,7 +109,7 @@ def download_task(name, into):
     """Puts GLUE's folder `name` (CoLA, SST-2 ..) with its train.tsv and dev files below `into`."""
     into = Path(into)
     with locked(into), tempfile.TemporaryDirectory(prefix=".download-", dir=into) as scratch:
-        if (into / name).is_dir():  # under torchrun the first process has downloaded it meanwhile
+        if (into / name).is_dir():  # under torchrun another process has downloaded it
             return
         scratch = Path(scratch)
         folder = scratch / name
@@ -136,7 +136,7 @@ def model_folder(name):
         raise InputError(f"--model {name}: no such folder; expected a folder in Hugging Face "
                          "layout or a hub name such as roberta-base")
     from huggingface_hub import snapshot_download
-    # all that model.py and batching.py may read: a cased BERT says so in tokenizer_config.json
+    # all files that model.py and batching.py may read
     wanted = ["model*.safetensors", "model.safetensors.index.json", "config.json",
               "generation_config.json", "tokenizer.json", "tokenizer_config.json",
               "special_tokens_map.json", "added_tokens.json"]
@@ -144,5 +144,5 @@ def model_folder(name):
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as e:  # the hub client's errors are many, and all mean the same here
         reason = str(e).strip().split("\n")[0]
-        raise InputError(f"--model {name}: no such folder, and not to be had from the Hugging Face "
+        raise InputError(f"--model {name}: no such folder, and not available from the Hugging Face "
                          f"hub ({type(e).__name__}: {reason})") from None

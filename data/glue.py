@@ -1,9 +1,9 @@
 """
-The nine GLUE tasks, the demo, and anybody's own TSV folder: from a name to rows of text with their
+The nine GLUE tasks, the demo, and TSV folders of your own: from a name to rows of text with their
 labels.
 
-GLUE's TSV files have no quoting (a bare " is a character), one line a row, and a header, except in
-CoLA. Labels are read as they stand in the files, without white space around them.
+GLUE's TSV files have no quoting (a " is an ordinary character), one row per line, and a header,
+except CoLA. Labels are read as they are, without white space around them.
 """
 
 import math
@@ -68,15 +68,15 @@ TASKS = {
 }
 
 
-LAYOUT = ("; expected GLUE's files in --data, as in CoLA/train.tsv and CoLA/dev.tsv, or for a "
-          "--task of your own train.tsv and dev.tsv in its folder")
+LAYOUT = ("; expected GLUE's files in --data, such as CoLA/train.tsv and CoLA/dev.tsv, or "
+          "train.tsv and dev.tsv in the folder that --task names")
 
 
 def read_table(file, header, hint=LAYOUT):
-    """Column names (numbers without a header) and the rows as (line number, cells). hint: what is
-    added where the file is not found."""
+    """Column names (numbers without a header) and the rows as (line number, cells). hint: added to
+    the error if the file is not found."""
     text = read_text(file, hint)
-    # not splitlines: a text may hold U+2028
+    # splitlines would also split at U+2028
     lines = [(number, line.removesuffix("\r").split("\t"))
              for number, line in enumerate(text.split("\n"), 1) if line.strip(" \r")]
     if len(lines) <= header:
@@ -134,8 +134,8 @@ def read_rows(file, task, limit=None):
 
 def read_texts(file, columns):
     """Texts without labels: their numbers, from 0 for the first line of data, and tuples of one or
-    two sentences. columns: those of a task's text. The file is a table with a header that has them,
-    or sentence, or sentence1 and sentence2; or one without a header, laid out as the task's; or,
+    two sentences. columns: those of a task's text. The file is a table whose header has them, or
+    sentence, or sentence1 and sentence2; a table without a header, laid out like the task's; or,
     for single sentences, plain lines of text."""
     names, table = read_table(file, False, "; expected a file of texts, one a line")
     head = [cell.strip() for cell in table[0][1]]
@@ -178,7 +178,7 @@ def own_task(folder):
     labels = {cells[at].strip() for _, cells in table if len(cells) > at}
     if "" in labels:
         line = next(line for line, cells in table if len(cells) > at and not cells[at].strip())
-        raise InputError(f"{file}: line {line} has no label: give it one, or take the row out")
+        raise InputError(f"{file}: line {line} has no label: give it one, or remove the row")
     if not 2 <= len(labels) <= 1000:
         raise InputError(f"{file}: column label has {len(labels)} distinct values, expected 2 to "
                          "1000 classes (for numbers name the column score)")
@@ -194,10 +194,10 @@ def load_task(name, data=None, limit_train=None, limit_dev=None, hold_out=None):
     """Task, train Rows and a list of dev Rows.
 
     name: one of TASKS, or a user's folder
-    data: a folder in GLUE's layout; None: this one, into which a missing GLUE task is downloaded
-    hold_out: so many rows of the training file, or below 1 this share of them (at most 3000), take
-        the place of the dev rows, so that settings can be chosen without a look at those. They are
-        random, but always the same"""
+    data: a folder in GLUE's layout; None: this one, and a missing GLUE task is downloaded into it
+    hold_out: this many random rows of the training file, or below 1 this share of them (at most
+        3000), replace the dev rows, so that settings can be chosen without looking at those. They
+        are the same every time"""
     if name in TASKS:
         task = TASKS[name]
         folder = Path(data or HERE) / task.folder

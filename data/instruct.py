@@ -28,8 +28,8 @@ TEMPLATES = {  # prompt with an input, prompt without one, what ends a response 
 @dataclass
 class Example:
     prompt: list  # token ids
-    response: list  # token ids, with what ends it unless it was cut
-    row: dict = None  # what it was made from
+    response: list  # token ids; it ends with end_id unless it was cut
+    row: dict = None  # its source
 
     def __len__(self):
         return len(self.prompt) + len(self.response)
@@ -45,8 +45,8 @@ def fill(template, instruction, input=""):
 
 def load_instructions(file):
     """Rows of a JSON list or of JSONL, as Alpaca has them: dicts with instruction, input (may be
-    missing or null) and output. A row whose instruction or output is empty, as those of 28 rows in
-    Alpaca's own file, is left out, and a printed line says so. InputError names the row."""
+    missing or null) and output. Rows whose instruction or output is empty, such as 28 rows of
+    Alpaca's own file, are left out, and a printed line says so. InputError names the row."""
     text = read_text(file, hint="; expected a JSON list or JSONL of objects with instruction, "
                                 "input and output")
     try:
@@ -66,7 +66,7 @@ def load_instructions(file):
         for name in ("instruction", "input", "output"):
             value = values.get(name)
             texts[name] = "" if value is None and name in values else value
-            # JSON may hold half a character, as UTF-16 writes some, and a tokenizer takes none
+            # JSON may hold half of a surrogate pair, which tokenizers refuse
             if not isinstance(texts[name], str) or re.search("[\ud800-\udfff]", texts[name]):
                 raise InputError(f"{file}: {where}: {name} is {ascii(value)[:80]}, expected text; "
                                  f"rows are objects with instruction, input and output")
@@ -80,22 +80,22 @@ def load_instructions(file):
         raise InputError(f"{file}: {empty[0]}, and no other row has both an instruction and an "
                          "output")
     if empty:
-        print(f"{file}: {len(empty)} of {len(rows)} rows are left out, which have no instruction "
+        print(f"{file}: {len(empty)} of {len(rows)} rows are left out, as they have no instruction "
               f"or no output; the first is {empty[0]}")
     return kept
 
 
 def split(rows, hold_out):
-    """Training rows and held-out rows, in the order of the file. `hold_out` of them, or below 1
-    this share of them, are held out, at random but always the same."""
+    """Training rows and held-out rows, in the order of the file. `hold_out` random ones, or below 1
+    this share of them, are held out, the same every time."""
     n = int(hold_out) if hold_out >= 1 else max(1, round(hold_out * len(rows)))
     need(n < len(rows), "--hold-out", hold_out, f"fewer than the {len(rows)} rows")
     return tuple([rows[i] for i in part] for part in draw_rows(len(rows), n))
 
 
 def encode_prompt(tokenizer, text, vocab_size):
-    """Token ids with what the tokenizer puts before a text (LLaMA's <s>), without what it may put
-    behind it. InputError: the model does not know one of them."""
+    """Token ids with what the tokenizer puts before a text (LLaMA's <s>), without what it puts
+    after it. InputError: the model does not know one of them."""
     encoding = tokenizer.encode(text)
     ids, special = list(encoding.ids), list(encoding.special_tokens_mask)
     end = tokenizer.encode(text, add_special_tokens=False).ids
@@ -107,9 +107,9 @@ def encode_prompt(tokenizer, text, vocab_size):
 
 
 def encode(tokenizer, rows, template, end_id, max_length, vocab_size):
-    """[Example] of the rows. Prompt and response are tokenized apart, so no token spans both. What
-    is longer than max_length loses the end of its response. A row whose prompt leaves no room for
-    a response is left out, and a printed line says so."""
+    """[Example] of the rows. Prompt and response are tokenized separately, so no token spans both.
+    Responses are cut so that rows have at most max_length tokens. A row whose prompt leaves no room
+    for a response is left out, and a printed line says so."""
     ending = TEMPLATES[template][2]
     examples = []
     for row in rows:

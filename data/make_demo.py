@@ -1,14 +1,14 @@
 """
-Makes everything in data/demo: an acceptability task in CoLA's layout, and a small RoBERTa that has
-read the grammar's good sentences; instructions about such sentences, and a small LLaMA that has
-read much of the kind, but never an answer to a prompt in Alpaca's form.
+Makes everything in data/demo: an acceptability task in CoLA's layout, and a small RoBERTa trained
+on the grammar's good sentences; instructions about such sentences, and a small LLaMA trained on
+similar text, but never on an answer to a prompt in Alpaca's form.
 
     python -m data.make_demo            # data in seconds, then 40 minutes of training on 2 cores
     python -m data.make_demo data       # data only; likewise roberta, llama
 
-A row of the task is a sentence or its minimal corruption; the first column names the phenomenon, as
-CoLA's names the source. Sentences and instructions are the same bytes on every machine, weights
-only on the same machine, torch build and number of threads.
+A row of the task is a sentence or a minimal corruption of it; the first column names the
+phenomenon, where CoLA names the source. Sentences and instructions are the same bytes on every
+machine, weights only on the same machine, torch build and number of threads.
 """
 
 import json
@@ -108,7 +108,7 @@ class Grammar:
         return verb + self.noun_phrase(person=self.chance(0.6), modified=self.chance(0.3))[0]
 
     def two_forms(self, form, other):
-        """The same verb phrase in both."""
+        """One verb phrase in two forms."""
         state = self.rng.getstate()
         one = self.verb_phrase(form)
         self.rng.setstate(state)
@@ -217,7 +217,7 @@ class Grammar:
                  "order")
 
     def pair(self):
-        """Phenomenon, good sentence, bad sentence; now and then below a verb of saying."""
+        """Phenomenon, good sentence, bad sentence; sometimes after "somebody said that"."""
         name = self.pick(self.PHENOMENA)
         good, bad = getattr(self, name)()
         if good[-1] != "?":
@@ -228,8 +228,8 @@ class Grammar:
     # A simple sentence in all its forms, for instructions.
 
     def forms(self):
-        """{name of a form: text} of a sentence with subject, verb and perhaps an object, and the
-        name of one."""
+        """{name of a form: text} of a sentence with subject, verb and perhaps an object, and a
+        random one of the names."""
         subject, number, _ = self.noun_phrase(modified=False)
         if self.chance(0.4):
             verb, rest = self.pick(INTRANSITIVE), []
@@ -259,7 +259,7 @@ class Grammar:
         return dict(instruction=order, input=forms["sentence"], output=forms[name])
 
     def word(self):
-        """What is asked, a word, its other form."""
+        """Name of a form, a word, that form of it."""
         if self.chance(0.5):
             noun = self.pick(NOUNS + THINGS)
             return "plural", noun[0], noun[1]
@@ -267,7 +267,7 @@ class Grammar:
         return "past of a word", verb[BASE], verb[PAST]
 
     def example(self):
-        """A line for the LLaMA to read: a sentence or a word and one of its forms, named."""
+        """A line to train the LLaMA on: a sentence or a word, the name of a form, that form."""
         if self.chance(0.1):
             name, word, other = self.word()
             return f"{word} ({name.split()[0]}) {other}"
@@ -398,7 +398,7 @@ def roberta(without, steps=4000, batch_size=192, lr=2e-3):
 
 
 def write_model(name, tokenizer, settings, model, body):
-    """A folder in float16, of the weights whose names start with `body`."""
+    """A folder, in float16, of the weights whose names start with `body`."""
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -409,9 +409,9 @@ def write_model(name, tokenizer, settings, model, body):
 
 
 def llama(steps=3000, batch_size=128, lr=3e-3):
-    """Next-token prediction from scratch, of four kinds of lines: a sentence or word with one of
-    its forms; a plain sentence; an order with its answer, in a form of its own; and now and then
-    Alpaca's prompt, after which comes any sentence at all."""
+    """Next-token prediction from scratch, on four kinds of lines: a sentence or word with one of
+    its forms; a plain sentence; an order with its answer, in another format than Alpaca's; and
+    sometimes Alpaca's prompt, followed by an unrelated sentence."""
     grammar, lines = Grammar(4), []
     while len(lines) < 150_000:
         kind = grammar.rng.random()

@@ -19,7 +19,7 @@ def accuracy(label, prediction):
 
 
 def f1(label, prediction):
-    """Of class 1, in a two-class task."""
+    """F1 of class 1, for two classes."""
     label, prediction = np.asarray(label) == 1, np.asarray(prediction) == 1
     denominator = label.sum() + prediction.sum()
     return float(2 * (label & prediction).sum() / denominator) if denominator else 0.0
@@ -31,7 +31,7 @@ def matthews_correlation(label, prediction):
     label, prediction = both[:len(label)], both[len(label):]
     n = len(label)
     true, guessed = (np.bincount(x, minlength=len(classes)) for x in (label, prediction))
-    # Python integers: products of counts outgrow neither int64 nor float64's 53 bits
+    # Python integers: products of counts can exceed int64, or float64's 53 bits
     covariance = int((label == prediction).sum()) * n - int(true @ guessed)
     variance = (n * n - int(true @ true)) * (n * n - int(guessed @ guessed))
     return covariance / variance ** 0.5 if variance else 0.0
@@ -55,7 +55,7 @@ def spearmanr(label, prediction):
 
 
 def tokenize_13a(line):
-    """Words as in WMT's mteval-v13a: punctuation apart, but for . and , between digits."""
+    """Words as in WMT's mteval-v13a: punctuation is split off, but not . and , in numbers."""
     line = line.replace("<skipped>", "")  # a mark of that script
     for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         line = line.replace(entity, character)
@@ -73,7 +73,7 @@ def ngrams(words):
 
 def bleu(outputs, references):
     """BLEU, 0 to 100 (Papineni et al. 2002), of a list of sentences against lists of references,
-    each as long. As sacrebleu's default: 13a tokens, case kept, the brevity penalty from the
+    each as long. Like sacrebleu's default: 13a tokens, case kept, the brevity penalty from the
     reference of closest length, and a precision of 0 replaced by 1 / (2^k total) at the k-th such
     order."""
     correct, total = [0] * 4, [0] * 4

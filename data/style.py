@@ -1,17 +1,17 @@
 """
-Zero-shot style transfer, Table 2 of the paper: what is asked of the model, the files of Yelp and
-GYAFC, and training data for a classifier of styles.
+Zero-shot style transfer, Table 2 of the paper: the prompts, the files of Yelp and GYAFC, and
+training data for a classifier of styles.
 
     python -m data.style DIR/yelp OUT        # makes OUT/train.tsv and dev.tsv
     python train_glue.py --task OUT --model bert-base-uncased --method lora
 
-Yelp (Li et al. 2018): a folder with test.neg and test.pos (a sentence a line, lower-cased,
-tokenized), ref0.neg2pos, ref0.pos2neg and on (references, a line for each line of the source), and
-for the classifier train*.neg, train*.pos, dev.neg, dev.pos.
+Yelp (Li et al. 2018): a folder with test.neg and test.pos (one sentence per line, lower-cased,
+tokenized), ref0.neg2pos, ref0.pos2neg and so on (references, line by line), and for the classifier
+train*.neg, train*.pos, dev.neg, dev.pos.
 
-GYAFC (Rao and Tetreault 2018): the folder of one of its domains, such as Entertainment_Music, as it
-is unpacked: test/informal with test/formal.ref0 .. ref3, and test/formal with test/informal.ref0
-.. ref3.
+GYAFC (Rao and Tetreault 2018): the unpacked folder of one of its domains, such as
+Entertainment_Music: test/informal with test/formal.ref0 .. ref3, and test/formal with
+test/informal.ref0 .. ref3.
 """
 
 import random
@@ -35,19 +35,19 @@ GYAFC = ("GYAFC is licensed: ask its authors for it (github.com/raosudha89/GYAFC
 
 
 def read_lines(file, hint=""):
-    """The lines of a text file; of a line with tabs the last column."""
+    """The lines of a text file; if a line has tabs, its last column."""
     lines = read_text(file, hint=hint).removesuffix("\n").split("\n")
     if not any(line.strip() for line in lines):
-        raise InputError(f"{file}: is empty, expected a sentence a line")
+        raise InputError(f"{file}: is empty, expected one sentence per line")
     return [line.removesuffix("\r").split("\t")[-1].strip() for line in lines]
 
 
 def read_beside(file, lines, owner):
-    """read_lines(file), which belong line to line to `lines`, those of the file `owner`."""
+    """read_lines(file), which has to match `lines`, those of the file `owner`, line by line."""
     own = read_lines(file)
     if len(own) != len(lines):
-        raise InputError(f"{file}: has {len(own)} lines, but {owner} has {len(lines)}: they belong "
-                         "line to line")
+        raise InputError(f"{file}: has {len(own)} lines, but {owner} has {len(lines)}: they must "
+                         "match line by line")
     return own
 
 
@@ -66,9 +66,9 @@ def task_files(folder, direction):
 
 
 def read_task(folder, direction):
-    """Source sentences, and for each file of references its lines."""
+    """Source sentences, and the lines of each file of references."""
     file, references = task_files(folder, direction)
-    hint = GYAFC if "formal" in direction else "see data/style.py for the files that are expected"
+    hint = GYAFC if "formal" in direction else "see data/style.py for the expected files"
     sources = read_lines(file, f"; {hint}")
     return sources, [read_beside(reference, sources, file) for reference in references]
 
@@ -86,11 +86,11 @@ def tidy(answer, direction):
 
 
 def classifier_data(folder, out):
-    """Writes train.tsv and dev.tsv, with the columns sentence and label (neg, pos), from a folder
-    of Yelp's."""
+    """Writes train.tsv and dev.tsv, with the columns sentence and label (neg, pos), from Yelp's
+    folder."""
     for name in ("train.tsv", "dev.tsv"):
         if (Path(out) / name).exists():
-            raise InputError(f"{out}/{name}: is there already, give another folder")
+            raise InputError(f"{out}/{name}: already exists; give another folder")
     tables = {}
     for split in ("train", "dev"):
         rows = []
@@ -100,7 +100,7 @@ def classifier_data(folder, out):
                 raise InputError(f"{folder}/{split}*.{style}: not found; expected sentences of "
                                  "that style, one a line")
             rows += [f"{line}\t{style}\n" for file in files for line in read_lines(file) if line]
-        random.Random(0).shuffle(rows)  # so that --limit-train takes of both
+        random.Random(0).shuffle(rows)  # so that --limit-train gets both
         tables[split] = "sentence\tlabel\n" + "".join(rows)
     Path(out).mkdir(parents=True, exist_ok=True)
     for split, text in tables.items():

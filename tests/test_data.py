@@ -523,7 +523,7 @@ def test_sentences_for_a_classifier_of_styles(tmp_path):
     for name in ("train_sub.neg", "train_sub.pos", "dev.neg", "dev.pos"):
         (tmp_path / name).write_text("".join(f"{name} {i} .\n" for i in range(5)))
     style.classifier_data(tmp_path, tmp_path / "out")
-    with pytest.raises(InputError, match="out/train.tsv: is there already, give another folder"):
+    with pytest.raises(InputError, match="out/train.tsv: already exists; give another folder"):
         style.classifier_data(tmp_path, tmp_path / "out")
     task, train, dev = load_task(str(tmp_path / "out"))
     assert task.labels == ("neg", "pos") and sorted(train.labels) == [0] * 5 + [1] * 5
