@@ -1,18 +1,18 @@
 """
-Measures what SaLoRA costs. Compare only rows of one table: they were measured in turns, on one
-machine, in one run.
+Measures what SaLoRA costs. Compare only rows of one table: they are measured by turns, in one run
+on one machine.
 
     python paper/bench.py                              # step, on the demo: half a minute
     python paper/bench.py step loop --task cola --model DIR --data DIR --json > speed.json
 
 step       ms per training step on the same batches: LoRA, SaLoRA in its window, SaLoRA pruned
-loop       examples per second of train_glue.py over an epoch, and peak memory; with --peers, the
-           python of another environment, also of other people's code (peers.py) on CoLA
+loop       examples per second of train_glue.py over an epoch, and peak memory; with --peers PYTHON,
+           from an environment for it, also of other people's code (peers.py) on CoLA
 start      seconds from the command to the end of the second step of train_glue.py
 size       ms per step on random models by rank, targets, length and width
 memory     estimates for RoBERTa-large, SmolLM2-135M and LLaMA-7B; nothing is run
 gpu        on a CUDA GPU, RoBERTa-base and -large with random weights: ms and peak memory of a step
-           by method and batch size (Table 4); of transformers and PEFT too, where installed
+           by method and batch size (Table 4); also of transformers with PEFT, if installed
 gpu-llama  on a CUDA GPU, LLaMA-7B with random weights: memory, training, decoding
 """
 
@@ -119,7 +119,7 @@ def time_steps(steps, batches, repeats, block):
             wait()
             seconds[i, j] = time.perf_counter() - start
     ratios = seconds / seconds[:, :1]
-    error = 1.25 * ratios.std(0) / repeats ** 0.5  # of a median
+    error = 1.25 * ratios.std(0) / repeats ** 0.5  # of the median
     return zip(1000 / block * np.median(seconds, 0), np.median(ratios, 0), error)
 
 
@@ -176,7 +176,7 @@ def bench_size(args):
 
 
 def run_script(args, *flags):
-    """{examples per second, peak MB, start} of train_glue.py. start: from command to last line."""
+    """{examples per second, peak MB, start} of train_glue.py. start: seconds to the log's end."""
     command = [sys.executable, ROOT / "train_glue.py", "--task", args.task, "--model", args.model]
     command += ["--epochs", 1, "--lr", 1e-3, "--limit-dev", 32, "--threads", args.threads, *flags]
     if args.data:
@@ -232,9 +232,9 @@ def bench_start(args):
 
 
 def kept_by_encoder_layer(d, i, size, mask=1):
-    """Bytes per token that a layer keeps for the backward pass, numbers of `size` bytes, dropout
-    masks of `mask`: x, q, k, v, attention, inputs of both norms, output of the first; input and
-    output of GELU."""
+    """Bytes per token that a layer keeps for the backward pass, if numbers have `size` bytes and
+    dropout masks `mask`: x, q, k, v, attention, inputs of both norms, output of the first; input
+    and output of GELU."""
     return (8 * d + 2 * i) * size + 2 * d * mask
 
 
@@ -343,7 +343,7 @@ def bench_gpu(args):
     if find_spec("transformers") and find_spec("peft"):
         kinds["peft"] = "LoRA, transformers + PEFT"
     else:
-        print("transformers and peft are not installed: without their rows")
+        print("transformers and peft are not installed: their rows are left out")
     for (name, shape), batch in product(ROBERTA.items(), BATCHES):
         config = EncoderConfig("roberta", **shape, **ROBERTA_REST)
         ids = torch.randint(2, ROBERTA_REST["vocab_size"], (batch, 128), device=args.device)
@@ -370,7 +370,7 @@ def bench_gpu(args):
 
 def bench_gpu_llama(args):
     """Training steps of SaLoRA in its window, bfloat16. TFLOP/s counts 4 operations per token and
-    frozen weight: not attention, and not what is computed again for --checkpoint-activations."""
+    frozen weight, without attention and what --checkpoint-activations computes again."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(args.device):
@@ -446,7 +446,7 @@ def main(argv):
         parser.error("--peers: the peers run cola, give --task cola and --data")
     if any(name.startswith("gpu") for name in args.what):
         if not torch.cuda.is_available():
-            parser.error("gpu: torch finds no CUDA GPU, and this is measured on one")
+            parser.error("gpu: torch finds no CUDA GPU, which this needs")
         args.device = "cuda"
     at_least(args, 1, "repeats")
     args.tf32 = True  # as in a run

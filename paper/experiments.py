@@ -1,23 +1,23 @@
 """
-The experiments of the paper, a command each. It prints its table and leaves in --out: table.md,
+The experiments of the paper, one command each. It prints a table and writes to --out: table.md,
 runs.csv, runs.jsonl (all results) and, with matplotlib, pictures.
 
     python train_glue.py table1      methods by tasks (Table 1)
     python train_glue.py ablation    the whole method, a constant price per gate instead of a
                                      budget, no turn into singular directions (Table 3)
     python train_glue.py efficiency  peak memory and time of a step, by batch size (Table 4)
-    python train_glue.py ranks       the ranks that are left (Figure 7); one kind of matrix, or one
-                                     group of layers, adapted alone (Figure 1)
-    python train_glue.py shuffle     LoRA with the ranks that SaLoRA found, with the same shuffled
+    python train_glue.py ranks       the ranks that SaLoRA keeps (Figure 7); LoRA on one kind of
+                                     matrix or one group of layers alone (Figure 1)
+    python train_glue.py shuffle     LoRA with the ranks that SaLoRA found, with these shuffled
                                      over the matrices, and with equal ones: paired differences
                                      (not in the paper)
-    python train_glue.py sweep       score over the rank or the budget, with LoRA and, over the
-                                     budget, LoRA-SVD beside it (Figures 4 and 5)
+    python train_glue.py sweep       score over the rank or the budget, beside LoRA and, over the
+                                     budget, LoRA-SVD (Figures 4 and 5)
     python train_glue.py components  density, lambda and orthogonality over the steps (Figure 6)
 
 Other flags, such as --model, --data, --epochs, --dtype or --lr-grid, go to every run (python
-train_glue.py --help). An entry of --tasks and --methods may have flags of its own, which come last,
-and one of --methods a name: --tasks "cola --epochs 4" mrpc --methods salora "small=lora --r 4". A
+train_glue.py --help). Entries of --tasks and --methods may have flags of their own, which win, and
+those of --methods a name: --tasks "cola --epochs 4" mrpc --methods salora "small=lora --r 4". A
 cell of a table is one train_glue.py command with --seeds, in a process of its own; finished runs
 are not repeated.
 """
@@ -78,7 +78,7 @@ def parse_args(name, argv):
     if name == "sweep":
         arg("--over", choices=["r", "budget"], required=True, help="what is varied")
         arg("--values", type=float, nargs="+",
-            help="its values; without: 1 2 4 8 16, or 0.125 0.25 0.5 0.75 1")
+            help="its values (default: 1 2 4 8 16, or 0.125 0.25 0.5 0.75 1)")
     arg("--jobs", type=int, default=1, help="runs at a time")
     arg("--out", default=f"runs/{name}", help="folder of the runs and the results")
     args, common = parser.parse_known_args(argv)
@@ -113,9 +113,9 @@ class Cell:
         self.label, self.seeds = name_of(method), args.seeds
         self.flags = [*common, "--task", self.task, *task_flags, "--method", name, *method_flags]
         self.folder = Path(args.out) / Path(self.task).name / re.sub("[ /]", "_", self.label)
-        # refuses what is wrong before anything is loaded
+        # refuses wrong flags before anything is loaded
         self.settings = args.parse([*self.flags, "--seeds", *map(str, self.seeds)])
-        if self.settings.lr_grid:  # the run chooses the one and is without the other
+        if self.settings.lr_grid:  # lr is chosen; the final runs hold out none
             self.settings.lr = self.settings.hold_out = None
 
     def results(self):
@@ -155,8 +155,8 @@ def run_all(cells, args):
     """{(task, name of the method): [result ..]}, after running what is missing."""
     for i, cell in enumerate(cells):
         if cell.folder in [other.folder for other in cells[:i]]:
-            raise InputError(f"{cell.task} with {cell.label} is asked for twice: give methods that "
-                             "differ different names, small=lora ..")
+            raise InputError(f"{cell.task} with {cell.label} is given twice: name methods that "
+                             "differ, as in small=lora ..")
     missing = {cell: cell.missing() for cell in cells}
     todo = {cell: runs for cell, runs in missing.items() if runs}
     if todo:
@@ -166,12 +166,12 @@ def run_all(cells, args):
     with ThreadPoolExecutor(args.jobs) as pool:
         failed = list(pool.map(Cell.run, todo)).count(False)
     if failed:
-        raise InputError(f"{failed} cells failed; the same command goes on with them")
+        raise InputError(f"{failed} cells failed; the same command tries them again")
     return {(cell.task, cell.label): cell.results() for cell in cells}
 
 
 def estimate(todo):
-    """Seconds for the runs of {cell: how many} one after the other, from the speed of ten steps of
+    """Seconds for the runs of {cell: how many}, one after another, from the speed of ten steps of
     the first. A token costs a third as much in evaluation as in training."""
     lengths, total = {}, 0.0
     for cell, runs in todo.items():
@@ -198,7 +198,7 @@ def estimate(todo):
         if first.settings.lr_grid:
             command += ["--lr-grid", str(min(first.settings.lr_grid))]  # a large one may diverge
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:  # so will the run itself
+        if done.returncode:  # the run would fail too
             error = done.stderr.strip().removeprefix("error: ")
             raise InputError(f"{first.task}, {first.label}: {error}")
         last = json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])
@@ -262,7 +262,7 @@ def tasks_and_labels(results):
 
 
 def paired_table(results, pairs):
-    """Scores of one method minus those of another with the same seed, times 100: the mean and its
+    """Scores of one method minus those of another with the same seed, times 100: the mean, its
     standard error, and in how many pairs the first is ahead. pairs: [(one, other) ..]."""
     tasks, labels = tasks_and_labels(results)
     rows = []
@@ -384,7 +384,7 @@ def ablation(args, common):
 
 
 def efficiency(args, common):
-    common = ["--max-steps", "20", *common]  # a --max-steps of the command comes later and counts
+    common = ["--max-steps", "20", *common]  # --max-steps of the command comes later and wins
 
     def sized(method, b):
         """The entry with that batch size in its flags and its name."""
@@ -414,7 +414,7 @@ def efficiency(args, common):
 def ranks(args, common):
     base = args.parse([*common, "--task", names(args.tasks)[0]])
     need(base.targets == list(LINEARS) and base.layers is None, "--targets or --layers", "given",
-         "none: ranks adapts each kind of matrix, and each third of the layers, itself")
+         "none: ranks itself goes through the kinds of matrices and thirds of the layers")
     count = read_config(model_folder(base.model)).num_hidden_layers
     layers = [str(i) for i in range(count)]
     third = -(-count // 3)
@@ -433,7 +433,7 @@ def ranks(args, common):
 
 
 def shuffled(ranks, model, seed):
-    """{path: rank}, dealt out anew among the matrices of one shape: the size stays."""
+    """{path: rank}, shuffled among the matrices of one shape, which keeps the size."""
     rng, groups, table = np.random.default_rng(seed), {}, dict(ranks)
     for path in ranks:
         groups.setdefault(model.get_submodule(path).weight.shape, []).append(path)
@@ -443,17 +443,17 @@ def shuffled(ranks, model, seed):
 
 
 def shuffle(args, common):
-    """A run of LoRA has the seed, so the head, order of rows and start of A, of the SaLoRA whose
-    ranks it is given."""
+    """A LoRA has the seed of the SaLoRA whose ranks it gets: the same head, order of rows and
+    start of A."""
     found, equal = [Cell(task, "salora", common, args) for task in args.tasks], {}
     for cell in found:
         r, budget = cell.settings.r, cell.settings.budget
-        need(r, "--adapter", "given", "none: shuffle gives its runs ranks of their own")
+        need(r, "--adapter", "given", "none: shuffle sets the ranks itself")
         equal[cell] = int(budget * r + 1e-6)  # 0.29 * 100 is 28.999..
         need(equal[cell], "--budget", f"{budget:g}", f"at least 1 / {r}, or a larger --r: a LoRA "
              "of equal ranks would have none")
     count = len(found) * len(args.seeds)
-    print(f"{count} runs of SaLoRA in all, and with the ranks of each 3 of LoRA", flush=True)
+    print(f"{count} runs of SaLoRA in all, and 3 of LoRA for each of them", flush=True)
     results, cells = run_all(found, args), []
     for task, cell in zip(args.tasks, found):
         with torch.device("meta"):
@@ -486,7 +486,7 @@ def shuffle(args, common):
 
 def sweep(args, common):
     r = args.parse(common).r
-    need(r, "--adapter", "given", "none: sweep gives its runs ranks of their own")
+    need(r, "--adapter", "given", "none: sweep sets the ranks itself")
     if args.over == "r":
         values, xlabel = args.values or [1, 2, 4, 8, 16], "rank at the start"
         lines = {m: [(v, f"{m} --r {v:g}") for v in values] for m in ("salora", "lora")}
@@ -495,7 +495,7 @@ def sweep(args, common):
         lines = {"salora": [(b, f"salora --budget {b:g}") for b in values],
                  "lora": [(b, f"lora --r {max(1, round(b * r))}") for b in values],
                  "lora-svd": [(b, f"lora-svd --budget {b:g}") for b in values]}
-    # a dict, for two budgets may have the same rank of LoRA
+    # a dict, as two budgets may give LoRA the same rank
     methods = dict.fromkeys(method for line in lines.values() for _, method in line)
     results = run_cells(args.tasks, methods, common, args)
     panels = {}
@@ -535,8 +535,8 @@ def main(name, argv, parse):
     args.parse = parse
     for flag in ("--seed", "--resume", "--overwrite", "--task", "--method"):
         if flag in [word.partition("=")[0] for word in common]:
-            raise InputError(f"{flag} is for a single run; {name} takes --tasks and --seeds, goes "
-                             "on by itself and replaces nothing; see its --help")
+            raise InputError(f"{flag} is for a single run; {name} takes --tasks and --seeds, "
+                             "resumes by itself and replaces nothing; see its --help")
     results, text, pictures = globals()[name](args, common)
     out = Path(args.out)
     print("\n" + text)
@@ -550,5 +550,5 @@ def main(name, argv, parse):
             draw(out / file, *what)
         drawn = f", {', '.join(pictures)}"
     except ImportError:
-        drawn = "; no pictures, for which matplotlib is needed"
+        drawn = "; no pictures, which need matplotlib"
     print(f"{out}/: table.md, runs.csv, runs.jsonl{drawn}")

@@ -1,7 +1,7 @@
 """
-What bench.py compares with: other people's code on the same task. SaLoRA does not need it. It runs
+Other people's code on the same task, for bench.py to compare with. SaLoRA does not need it. It runs
 in an environment of its own (pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate
-datasets), whose python is given to `paper/bench.py loop --peers`.
+datasets), whose python goes to `paper/bench.py loop --peers`.
 
     python paper/peers.py trainer|grouped|adalora|floor --model DIR --data DIR    # prints JSON
 
@@ -51,7 +51,7 @@ collate = DataCollatorWithPadding(tokenizer)
 
 
 class Clock(TrainerCallback):
-    """Takes the time of the loop, from the first step to the end of the last."""
+    """Times the loop, from the first step to the end of the last."""
     start = None
 
     def on_step_begin(self, *_, **__):

@@ -9,8 +9,8 @@ student, the same network with an adapter, learns to give the teacher's outputs.
 
 small       a residual network; the ranks of its updates fill the budget and differ by matrix
 scaled      the same, with inputs of unequal scale and true ranks that need twice the budget. The
-            largest singular values are where the input is small and matters little: what counts is
-            what a triplet does to the loss, not its size
+            largest singular values are where the input is small and matters little, so triplets
+            have to be chosen by what they do to the loss, not by size
 pretrained  a RoBERTa or BERT with updates of random ranks that fill the budget; the student matches
             hidden states
 
@@ -19,8 +19,8 @@ frozen network. rank error: sum of |found - true| over the matrices. All methods
 the learning rate warms up, falls linearly, and starts again at the end of the window. Finished runs
 are not repeated.
 
-More rows ask whether ranks matter, and those that SaLoRA finds: a LoRA with the true ranks or the
-found ones from the start, or with the same shuffled over the matrices of one shape:
+More rows ask whether ranks matter: a LoRA that starts with the true ranks or those that SaLoRA
+found, or with either shuffled over the matrices of one shape:
 
     python train_glue.py recover --methods "LoRA found ranks" "LoRA found shuffled"
 """
@@ -73,8 +73,8 @@ def parse_args(argv):
     arg("--strength", type=float, default=1.0, help="factor of the updates' singular values")
     arg("--spread", type=float,
         help="largest over smallest singular value of an update (default: 1, pretrained 3)")
-    arg("--noise", type=float, nargs="+", default=[0.0], help="of the targets in training, over "
-        "what the updates change in them; a table for each")
+    arg("--noise", type=float, nargs="+", default=[0.0], help="of the targets in training, "
+        "relative to what the updates change in them; a table for each")
     arg("--model", metavar="DIR", help="pretrained: folder or hub name (default: the demo's)")
     arg("--data", metavar="DIR",
         help="pretrained: folder in GLUE's layout, to read CoLA (default: the demo's)")
@@ -99,7 +99,7 @@ def parse_args(argv):
     small = set(args.teachers) & {"small", "scaled"}
     need(args.r <= Small.D or not small, "--r", args.r, f"at most {Small.D}, the width of the "
          "small teachers")
-    least = 1 / 16 if small else 0.0  # up to there, all true ranks of `scaled` are 0
+    least = 1 / 16 if small else 0.0  # up to here, all true ranks of `scaled` are 0
     for budget in args.budgets:
         need(least < budget <= 1, "--budgets", budget, f"shares in ({least:g}, 1]")
     start, end = args.window or (0, 0.5)
@@ -233,8 +233,8 @@ def make_teacher(name, args, budget, seed):
 
 
 def install(problem, method, args, budget, seed, ranks=None):
-    """The student of a row of the table, its SaLoRA or AdaLoRA, what an optimizer trains, and the
-    step at which the learning rate starts again. ranks: those of a LoRA with given ones."""
+    """Returns a student, its SaLoRA or AdaLoRA, what the optimizer trains, and the step at which
+    the learning rate starts again. ranks: for a LoRA with given ones."""
     torch.manual_seed(seed)
     model, paths = copy.deepcopy(problem.base), list(problem.ranks)
     if method in ("SaLoRA", "SaLoRA paper"):
@@ -307,7 +307,7 @@ def room_of(teacher, budget):
 
 
 def settings_of(teacher, args):
-    """What a run depends on besides its cell."""
+    """What a run depends on besides its row and table."""
     spread = args.spread or (3.0 if teacher == "pretrained" else 1.0)
     return dict(steps=args.steps or STEPS[teacher], lr=args.lr or LEARNING_RATES[teacher],
                 spread=spread, strength=args.strength, r=args.r, window=args.window,
@@ -387,7 +387,7 @@ def main(argv):
         jobs.append((teacher, method, args, budget, noise, seed, folder))
         if (folder / "result.json").exists():
             found = json.loads((folder / "result.json").read_text())["settings"]
-            need(found == settings_of(teacher, args), f"--out {out}: it", f"of a run with {found}",
+            need(found == settings_of(teacher, args), f"--out {out}: it", f"for runs with {found}",
                  "the same flags: give another folder")
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         done = list(pool.map(run_once, jobs))
@@ -402,4 +402,4 @@ def main(argv):
         picture(out / "ranks.png", results)
         print(f"{out}/: table.md, runs.jsonl, ranks.png")
     except ImportError:
-        print(f"{out}/: table.md, runs.jsonl; no picture, for which matplotlib is needed")
+        print(f"{out}/: table.md, runs.jsonl; no picture, which needs matplotlib")

@@ -1,6 +1,6 @@
 """
 A page for a run, report.html: one file that needs no network, drawn from result.json, log.jsonl and
-gates.jsonl. Every run writes its own, and --seeds one with all of them. To make it again:
+gates.jsonl. Every run writes its own, and --seeds one for all of them. To make it again:
 
     python -m paper.report runs/demo-salora                      # RUN/report.html
     python -m paper.report runs/seeds                            # the page over seed0, seed1 ..
@@ -53,7 +53,7 @@ def read_lines(file, *names):
 
 
 def read_run(folder):
-    """What a run left. gates: the lines of gates.jsonl, none for a method without gates."""
+    """The files of a run. gates: the lines of gates.jsonl, none for a method without gates."""
     folder = Path(folder)
     result = read_result(folder)
     if result is None:
@@ -76,7 +76,7 @@ def read_run(folder):
 
 
 def readable(value):
-    """A setting or a number as text; a path in the project's own folder without that."""
+    """A setting or a number as text; a path in the project's folder is relative to it."""
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -89,7 +89,7 @@ def words(name):
 
 
 def name_runs(runs):
-    """Gives each run a name: the settings that tell it from the others, or its folder."""
+    """Names each run by the settings that tell it from the others, or by its folder."""
     settings = [dict(task=run.result["task"]) | run.result["settings"] for run in runs]
     names = [""] * len(runs)
     for key in dict.fromkeys(["task", "method", "budget", "r", "lr", "seed", *settings[0]]):
@@ -113,7 +113,7 @@ def window_of(result):
 
 
 def ticks(low, high):
-    """Some four round numbers from at most `low` to at least `high`."""
+    """About four round numbers from at most `low` to at least `high`."""
     if high - low <= 1e-9 * abs(high):
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     rough = (high - low) / 4
@@ -125,8 +125,8 @@ def ticks(low, high):
 
 def chart(data, title, note, lines, unit="step", window=None, low=None, high=None, powers=False):
     """A figure as HTML, "" if there is nothing to draw. lines: {name: [(x, y) ..]}; window: the two
-    x that are shaded between; low, high: what the y axis shows at least; powers: of ten, from 1e-6.
-    What the page's script needs to read it out is added to `data`."""
+    x to shade between; low, high: what the y axis has to include; powers: a log axis, from 1e-6.
+    Adds to `data` what the page's script needs to show values."""
     lines = {name: [(x, y) for x, y in points if y is not None] for name, points in lines.items()}
     lines = {name: points[:-1][::math.ceil(len(points) / POINTS)] + points[-1:]
              for name, points in lines.items() if points}
@@ -209,8 +209,8 @@ class Grid:
         return ("W^" if len(kind) == 1 else "") + kind + (f" of layer {layer}" if layer else "")
 
     def draw(self, height, cells):
-        """The map as SVG. cells: {path: what is in it}, with 0 0 at its upper left; height: of a
-        row. Returns (width, height, elements)."""
+        """The map as SVG: (width, height, elements). cells: {path: its elements}, with (0, 0) at
+        the upper left; height: of a row."""
         out = []
         for row, text in enumerate(map(escape, self.rows)):
             if len(text) == 1:  # W^Q, as the paper has it
@@ -250,7 +250,7 @@ def rank_map(values, r, title, note, width=620, unit="rank"):
 
 
 def frames_of(run):
-    """The moments of the window, the last of them the choice: step, density, open (K, r)."""
+    """The moments of the window, the choice last: step, density, open (K, r)."""
     frames = [dict(step=line["step"] + 1, density=line["density"], open=line["open"], choice=False)
               for line in run.gates]
     if run.gates and "kept" in run.gates[-1]:
@@ -260,8 +260,8 @@ def frames_of(run):
 
 
 def gate_map(paths, opened, width=620, narrowest=26):
-    """(width, height, SVG elements) of all gates at a moment: opened (K, r), how sure each is to be
-    open. The triplets of a matrix are stacked, the largest singular value on top."""
+    """(width, height, SVG elements) of all gates at a moment. opened (K, r): P(g > 0) of each. The
+    triplets of a matrix are stacked, the largest singular value on top."""
     grid, r, cells = Grid(paths, width, narrowest), len(opened[0]), {}
     h = max(2, min(6, 48 // r))  # of a gate
     for path, row in zip(paths, opened):
@@ -274,7 +274,7 @@ def gate_map(paths, opened, width=620, narrowest=26):
 
 
 def first_to_lose(run):
-    """A sentence: the matrices that are the first to have a gate below one half."""
+    """A sentence about the first matrices with a gate below one half."""
     grid, lost = Grid(run.result["ranks"]), {}
     for line in run.gates:
         for path, row in zip(run.result["ranks"], line["open"]):
@@ -363,7 +363,7 @@ def tiles(values):
     ) + "</div>\n"
 
 
-PANELS = (  # of log.jsonl: title, what to see in it, the same of the window, what the y axis shows
+PANELS = (  # name in log.jsonl, title, caption, more if there is a window, keywords of chart()
     ("task_loss", "Task loss in training", "The mean since the line before: it falls.", "Where the "
      "learning rate starts again, after the window, it may step up.", dict(low=0)),
     ("density", "Density", "The share of the adapter's parameters that is expected to stay (eq. "
@@ -378,8 +378,8 @@ PANELS = (  # of log.jsonl: title, what to see in it, the same of the window, wh
 
 
 def charts_of(runs):
-    """The charts as HTML, and their data. A run alone has all of its metrics in a chart, several
-    share a chart for each."""
+    """The charts as HTML, and their data. One run has all its metrics in a chart; several runs
+    share a chart for each metric."""
     data, alone, scores, parts = {}, len(runs) == 1, {}, []
     windows = {window_of(run.result) for run in runs} - {None}
     budgets = {run.result["budget"] for run in runs} - {None}
@@ -402,7 +402,7 @@ def charts_of(runs):
         # step + 1, as the progress line counts
         lines = {run.name or words(name): [(line["step"] + 1, line[name]) for line in run.log]
                  for run in runs}
-        if name in ("density", "lambda"):  # one that never moves is of a method without gates
+        if name in ("density", "lambda"):  # without gates it never moves
             lines = {of: line for of, line in lines.items() if len({y for _, y in line}) > 1}
         if name == "density" and len(budgets) == 1:
             lines["budget"] = [(x, *budgets) for x in (1, steps)]
@@ -412,7 +412,7 @@ def charts_of(runs):
 
 
 def answers_of(result):
-    """What a model of instructions answered, as HTML."""
+    """What the model answered to instructions, as HTML."""
     rows = []
     for e in result["answers"]:
         same = "✓ " if e["after"] == e["reference"] else ""
@@ -487,8 +487,8 @@ def agreement(runs):
              for a, b in itertools.combinations(runs, 2)]
     apart = statistics.mean(abs(x - y) for a, b in pairs for x, y in zip(a, b))
     chance = statistics.mean(abs(x - y) for a, b in pairs for x in a for y in b)
-    return (f"Two runs differ by {apart:.2f} triplets a matrix on average; if each dealt its ranks "
-            f"out to the matrices by chance, it would be {chance:.2f}.")
+    return (f"Two runs differ by {apart:.2f} triplets a matrix on average; with ranks shuffled "
+            f"over the matrices it would be {chance:.2f}.")
 
 
 def comparison(runs, file):
@@ -550,7 +550,7 @@ def write_page(folders, file):
 
 
 def last_page(args, root):
-    """At the end of a command: the page over the seeds; the path of the page is the last line."""
+    """Ends a command: writes the page over the seeds, and prints the page's path."""
     if RANK:
         return
     folders = [root] if args.seeds is None else [root / f"seed{seed}" for seed in args.seeds]
@@ -567,8 +567,8 @@ def main(argv):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run, or of "
                         "the runs of --seeds")
     parser.add_argument("--out", metavar="FILE", help="the page (default: report.html in the "
-                        "folder of the run; several need it)")
-    parser.add_argument("--svg", metavar="FILE", help="instead, the gates of a run as a picture")
+                        "folder of the run; for several runs, give one)")
+    parser.add_argument("--svg", metavar="FILE", help="the gates of a run as a picture instead")
     args = parser.parse_args(argv)
     for flag, ending in (("out", ".html"), ("svg", ".svg")):
         file = getattr(args, flag)

@@ -4,7 +4,7 @@ Style transfer on Yelp or GYAFC, zero-shot, and its scores (Table 2).
     python train_instruct.py style --model DIR --adapter DIR --data DIR/yelp --direction neg2pos
     python train_instruct.py score --outputs FILE.. --data DIR/yelp --classifier RUN --lm FILE
 
-The prompts and the files that are read: data/style.py.
+Prompts and input files: data/style.py.
 """
 
 import json
@@ -77,12 +77,12 @@ def score(argv):
     arg("--outputs", required=True, nargs="+", metavar="FILE",
         help="files of transferred sentences, one a line")
     arg("--data", help="folder of Yelp's files, or of one of GYAFC's domains: sources and "
-        "references are its own, by the direction at the end of an --outputs, as in .neg2pos; a "
+        "references come from it, by the direction that an --outputs ends in, such as .neg2pos; a "
         "file is not scored against itself")
     arg("--sources", metavar="FILE",
-        help="sentences they were made from, line by line (default: none, no self-BLEU)")
+        help="the original sentences, line by line (default: none, no self-BLEU)")
     arg("--references", nargs="+", default=[], metavar="FILE", help="human transfers, line by "
-        "line; of a line with tabs the last column counts (default: none, no BLEU)")
+        "line; if a line has tabs, its last column (default: none, no BLEU)")
     arg("--target", help="label of the style to reach (default: what follows the 2 in the "
         "direction)")
     arg("--out", help="folder for table.md and scores.json (default: none, only printed)")
@@ -175,7 +175,7 @@ def open_scorers(args, targets):
             raise InputError(f"--lm {args.lm}: kenlm cannot read it ({reason})") from None
 
         def perplexity(outputs, target):
-            # log10 of each word, as kenlm divides a sentence, and of its end
+            # log10 of each word, as kenlm splits a sentence, and of its end
             words = [word for text in outputs for word, *_ in lm.full_scores(text)]
             return 10 ** (-sum(words) / len(words))
 
@@ -184,8 +184,8 @@ def open_scorers(args, targets):
 
 
 def scores_of(outputs, sources, references, target, scorers):
-    """ACC: percent that the classifier takes for the target style; BLEU against the references and
-    self-BLEU against the sources, of 13a tokens; PPL."""
+    """ACC: percent that the classifier labels as the target style; BLEU against the references and
+    self-BLEU against the sources, on 13a tokens; PPL."""
     scores = {name: scorer(outputs, target) for name, scorer in scorers.items()}
     if references:
         scores["BLEU"] = metrics.bleu(outputs, references)

@@ -196,7 +196,7 @@ def test_pictures_are_drawn_where_matplotlib_is(tmp_path, here, capsys):
         import matplotlib  # noqa: F401
         assert (tmp_path / "components.png").stat().st_size > 10_000
     except ImportError:
-        assert "no pictures, for which matplotlib is needed" in capsys.readouterr().out
+        assert "no pictures, which need matplotlib" in capsys.readouterr().out
         assert not list(tmp_path.glob("*.png"))
 
 
@@ -237,7 +237,7 @@ def test_a_failed_cell_is_told_and_the_others_are_done(tmp_path, capsys):
     ("efficiency", ["--window", "0.5", "0.2"], "--window is 0.5 0.2"),
     ("table1", ["--methods", "lora", ""], "argument --methods: empty, expected a value"),
     ("table1", ["--methods", "a=lora", "a=lora --r 4"],
-     "demo with a is asked for twice: give methods that differ different names"),
+     "demo with a is given twice: name methods that differ"),
     ("table1", ["--methods", "small="], "has an empty entry"),
     ("table1", ["--methods", "lora", "--out", "/dev/null"], "--out /dev/null: cannot be"),
     ("table1", ["--methods", "lora '"], "unrecognized arguments: '"),
