@@ -1,6 +1,6 @@
 """A loop with Hugging Face's Accelerate, with gradient accumulation.
 
-It runs as it is with `accelerate launch` in several processes, too.
+It also runs as it is in several processes, with `accelerate launch`.
 
     PYTHONPATH=. python examples/accelerate_loop.py    # adapter.py needs the whole project
 """
@@ -18,7 +18,7 @@ from salora import SaLoRA, average_gradients, ranks
 accumulate = 2
 accelerator = Accelerator(
     gradient_accumulation_steps=accumulate,
-    # DistributedDataParallel does not know the tensors that the cut puts in
+    # DistributedDataParallel does not know the tensors that the cut makes
     kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
 )
 torch.manual_seed(0)  # the same model everywhere
@@ -32,7 +32,7 @@ model = torch.nn.Sequential(  # in your case: a pretrained one
     torch.nn.ReLU(),
     torch.nn.Linear(64, 2),
 )
-model.to(accelerator.device)  # before SaLoRA, whose gates are made there
+model.to(accelerator.device)  # before SaLoRA, which puts its gates there
 
 epochs = 24
 steps = epochs * math.ceil(len(loader) / accumulate)  # len(loader): batches of this process
@@ -45,7 +45,7 @@ for epoch in range(epochs):
         with accelerator.accumulate(model):
             salora.begin_step()
             loss = F.cross_entropy(model(inputs), labels)
-            # backward() divides by the number of accumulated batches: the penalty counts once
+            # backward() divides by the number of accumulated batches, so the penalty counts once
             accelerator.backward(loss + salora.penalty())
             if accelerator.sync_gradients:  # the last of the accumulated batches
                 average_gradients(optimizer)

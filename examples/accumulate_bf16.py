@@ -1,6 +1,6 @@
 """Four small batches make a step, under bfloat16 autocast.
 
-begin_step() comes before each forward pass and draws once a step; the penalty counts once a step.
+Call begin_step() before each forward pass; it draws once a step. Add the penalty once a step.
 Gradient checkpointing works with use_reentrant=False."""
 
 import torch

@@ -1,6 +1,6 @@
 """torch.compile: train the compiled model, and give SaLoRA the one inside it.
 
-A graph is compiled before the window, in it, and for the smaller tensors after it."""
+There are three graphs: before the window, in it, and for the smaller tensors after it."""
 
 import torch
 import torch.nn.functional as F

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 distributed.py
 
-Every process draws, and keeps, the same gates: give SaLoRA the same seed everywhere."""
+All processes have to draw and keep the same gates: give SaLoRA the same seed everywhere."""
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ model = torch.nn.Sequential(  # in your case: a pretrained one
 steps = 200
 salora = SaLoRA(model, targets=["0", "2"], steps=steps, r=4, budget=0.5)
 optimizer = torch.optim.AdamW(salora.param_groups(lr=1e-2))
-# it goes on waiting for the gradients it knew before the cut, unless it looks for unused ones
+# otherwise it would wait for gradients of tensors that the cut has replaced
 parallel = DistributedDataParallel(model, find_unused_parameters=True)
 
 for step in range(steps):

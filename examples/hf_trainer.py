@@ -1,9 +1,9 @@
 """transformers' Trainer: with gradient accumulation, and with evaluation while it trains.
 
-SaLoRATrainer is what to copy. It runs as it is under torchrun, too.
+Copy SaLoRATrainer. This also runs as it is under torchrun.
 
     PYTHONPATH=. python examples/hf_trainer.py            # adapter.py needs the whole project
-    PYTHONPATH=. python examples/hf_trainer.py FOLDER     # goes on from a checkpoint in it, if any
+    PYTHONPATH=. python examples/hf_trainer.py FOLDER     # resumes from its checkpoint, if any
 """
 
 import sys
@@ -61,7 +61,7 @@ class SaLoRATrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs)
         self.salora.begin_step()
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        loss = loss + self.salora.penalty()  # divided as the losses are: in sum once a step
+        loss = loss + self.salora.penalty()  # divided like the losses: it counts once a step
         return (loss, outputs) if return_outputs else loss
 
 
@@ -104,7 +104,7 @@ config = BertConfig(
     intermediate_size=128,
 )
 model = BertForSequenceClassification(config)  # in your case: .from_pretrained(..)
-model.to(args.device)  # before SaLoRA, whose gates are made there
+model.to(args.device)  # before SaLoRA, which puts its gates there
 targets = [
     "query",
     "key",

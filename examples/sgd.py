@@ -1,8 +1,8 @@
 """SGD: choose gate_lr yourself.
 
-The default gate_lr counts on Adam, which moves log theta by about gate_lr in each step. SGD moves
-it by gate_lr times a small gradient, so it may need more. If it needs more, SaLoRA warns at the
-end of the window. The optimizer has to know the option `maximize`, as most of torch's do."""
+The default gate_lr is for Adam, which moves log theta by about gate_lr in each step. SGD moves it
+by gate_lr times a small gradient, so it may need more. If it does, SaLoRA warns at the end of the
+window. The optimizer has to support the option `maximize`, as most of torch's do."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""A network for images: a DataLoader, a score, a new head, and the plain model in the end."""
+"""A network for images: a DataLoader, a score, a new head, and a plain model at the end."""
 
 import torch
 import torch.nn.functional as F
