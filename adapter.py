@@ -37,23 +37,23 @@ from salora import (
 )
 
 
-def within(name, modules):
+def within(name: str, modules: list) -> bool:
     """Is a parameter of that name inside one of the modules? PEFT puts no adapter there."""
     return any(f".{m}." in f".{name}" for m in modules or ())
 
 
-def replaced(name, modules):
+def replaced(name: str, modules: list) -> bool:
     """Is a parameter of that name replaced whole? PEFT replaces every module whose path ends in
     one of modules_to_save: "norm" matches "input_layernorm" too."""
     return any(f"{m}." in name for m in modules or ())
 
 
-def natural(n, least=0):
+def natural(n, least: int = 0) -> bool:
     return type(n) is int and n >= least
 
 
-def save(model: nn.Module, folder: str | Path, modules_to_save=(), budget: float | None = None,
-         labels=None, **config):
+def save(model: nn.Module, folder: str | Path, modules_to_save: list | tuple = (),
+         budget: float | None = None, labels: list | None = None, **config):
     """Writes the adapters of a model in PEFT's format, with gate and scale folded into B. PEFT has
     no rank 0, so matrices of rank 0 are left out. Some get a triplet of zeros instead: the smallest
     one if all have rank 0, and any whose path ends in the path of a kept one ("b.q" beside "q",
@@ -262,7 +262,7 @@ def as_regex(pattern: str, end: bool = False) -> re.Pattern:
         raise ValueError(f"the pattern {pattern[:60]!r} is no regular expression ({e})") from None
 
 
-def chosen(settings, linears) -> dict:
+def chosen(settings: dict, linears: dict) -> dict:
     """The entries of {module path: ..} that an adapter's settings target, by PEFT's rules."""
     targets, layers = settings["target_modules"], settings.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers

@@ -190,7 +190,7 @@ class Encoder(nn.Module):
             return [self.classifier]
         return [self.body.pooler, self.classifier]
 
-    def target_paths(self, letters: str, layers=None) -> list:
+    def target_paths(self, letters: str, layers: list | None = None) -> list:
         """Module paths of the linear layers named by `letters` (of q k v o u d), in the layers
         with these numbers, by default all."""
         layers = range(self.config.num_hidden_layers) if layers is None else layers
@@ -387,7 +387,7 @@ class Decoder(nn.Module):
         if c.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def target_paths(self, letters: str, layers=None) -> list:
+    def target_paths(self, letters: str, layers: list | None = None) -> list:
         """Module paths of the linear layers named by `letters` (of q k v o u d g), in the layers
         with these numbers, by default all."""
         layers = range(self.config.num_hidden_layers) if layers is None else layers
@@ -413,8 +413,8 @@ class Decoder(nn.Module):
         return self.lm_head(self.hidden(input_ids, **kw))
 
     @torch.inference_mode()
-    def generate(self, prompts: list, max_new_tokens: int, stop_ids=(), temperature: float = 0.0,
-                 top_p: float = 1.0, seed: int = 0):
+    def generate(self, prompts: list, max_new_tokens: int, stop_ids: set = (),
+                 temperature: float = 0.0, top_p: float = 1.0, seed: int = 0):
         """Yields a list with the next token of each of `prompts` (lists of token ids), None where
         a row has ended, until each row has one of `stop_ids` or `max_new_tokens` tokens.
         temperature 0: the most likely token; above 0: sampled from the smallest set of tokens
@@ -652,7 +652,8 @@ def output_names(config: dict, outputs: int) -> list:
     return [f"LABEL_{i}" for i in numbers]
 
 
-def load_encoder(folder: str | Path, num_labels: int, dtype=torch.float32) -> Encoder:
+def load_encoder(folder: str | Path, num_labels: int,
+                 dtype: torch.dtype = torch.float32) -> Encoder:
     """The pretrained Encoder of a Hugging Face folder with `num_labels` outputs, on the CPU. If the
     checkpoint has no head, or one of another size, the head is new, and a printed line says so.
     InputError: as in load_weights."""
@@ -696,7 +697,8 @@ def stop_ids(folder: str | Path) -> set:
 TIED = ("model.embed_tokens.weight", "lm_head.weight")  # a file may have either, or both
 
 
-def load_decoder(folder: str | Path, dtype=torch.float32, device="cpu") -> Decoder:
+def load_decoder(folder: str | Path, dtype: torch.dtype = torch.float32,
+                 device: str | torch.device = "cpu") -> Decoder:
     """The pretrained Decoder of a Hugging Face folder. InputError: as in load_weights."""
     config = read_config(folder, DecoderConfig)
     with torch.device("meta"):

@@ -108,7 +108,7 @@ class SaLoRALinear(nn.Module):
         return updated(self.base.weight, self.scale, *self.matrices())
 
     @torch.no_grad()
-    def prune(self, keep: torch.Tensor, optimizer=None):
+    def prune(self, keep: torch.Tensor, optimizer: torch.optim.Optimizer = None):
         """Keeps the triplets where `keep` (r,) is True: in place, and in the optimizer's state."""
         self.gates, self.uncut, index = None, False, keep.nonzero().squeeze(1)
         for name, dim in self.triplet_dim.items():
@@ -133,7 +133,7 @@ PAPER = dict(beta=0.1, orth_reduction="sum", window=(0.2, 0.5), gate_lr=0.01, tu
              selection="paper", fold_gates=True)  # as published: SaLoRA(.., **PAPER)
 
 @torch.no_grad()
-def turn(layers: list, optimizer) -> torch.Tensor:
+def turn(layers: list, optimizer: torch.optim.Optimizer) -> torch.Tensor:
     """With BA = U S V', its singular value decomposition, A becomes V' and B becomes U S. Returns S
     (K, r). The optimizer's moments belong to the old directions and are dropped. No d x k matrix is
     decomposed. In float64, since the last bits of LAPACK's results may vary from call to call; on
@@ -166,7 +166,7 @@ def largest(scores: torch.Tensor, size: torch.Tensor, budget: float) -> torch.Te
             keep[i], room = True, room - n
     return keep.view_as(scores).to(scores.device)
 
-def window_steps(window, steps: int) -> tuple:
+def window_steps(window: tuple, steps: int) -> tuple:
     """(first step of the window, first step after it). The window has at least one step, and never
     starts at step 0, where B is zero and gates have no gradient."""
     first = max(1, min(math.ceil(window[0] * steps - 1e-9), steps - 1))
@@ -195,11 +195,11 @@ class SaLoRA:
     price: a constant lambda (eq. 10) instead of a budget; the default selection is then "paper"
     """
 
-    def __init__(self, model: nn.Module, targets, steps: int, r: int = 8, alpha: float = None,
-                 budget: float = 0.5, beta: float = 0.0, window: tuple = (0.5, 0.6), seed: int = 0,
-                 *, gate_lr: float = None, lora_dropout: float = 0.0, turn: bool = True,
-                 orth_reduction: str = "mean", selection: str = None, fold_gates: bool = False,
-                 price: float = None):
+    def __init__(self, model: nn.Module, targets: list | str | None, steps: int, r: int = 8,
+                 alpha: float = None, budget: float = 0.5, beta: float = 0.0,
+                 window: tuple = (0.5, 0.6), seed: int = 0, *, gate_lr: float = None,
+                 lora_dropout: float = 0.0, turn: bool = True, orth_reduction: str = "mean",
+                 selection: str = None, fold_gates: bool = False, price: float = None):
         check_settings(steps, budget, beta, window, alpha, gate_lr, lora_dropout, orth_reduction,
                        selection, price)
         if targets is not None:
@@ -265,7 +265,7 @@ class SaLoRA:
         leaf.register_hook(learn)
         self.set_gates(leaf)
 
-    def set_gates(self, gates):
+    def set_gates(self, gates: torch.Tensor):
         """Gives every layer its row of gates (K, r), or None for 1."""
         for layer, g in zip(self.layers, [None] * len(self.layers) if gates is None else gates):
             layer.gates, layer.spent = g, False
@@ -290,7 +290,7 @@ class SaLoRA:
         return total
 
     @torch.no_grad()
-    def end_step(self, optimizer):
+    def end_step(self, optimizer: torch.optim.Optimizer):
         """After every optimizer.step(), before zero_grad(). Keeps lambda >= 0; turns A and B when
         the window opens, and cuts them when it closes."""
         need(self.begun is not None, "end_step() without a begin_step() before the forward pass")
@@ -328,14 +328,14 @@ class SaLoRA:
         """Number of adapter parameters now in the model."""
         return sum(p.numel() for m in self.layers for p in m.parameters(recurse=False))
 
-    def select(self, optimizer=None) -> torch.Tensor:
+    def select(self, optimizer: torch.optim.Optimizer = None) -> torch.Tensor:
         """(K, r) bool: the triplets that stay. LoRA-SVD's, in baselines.py, uses the optimizer."""
         if self.selection == "paper":
             return deterministic_gates(self.log_theta) > 0
         return largest(self.log_theta, self.size, self.budget)
 
     @torch.no_grad()
-    def prune(self, optimizer=None):
+    def prune(self, optimizer: torch.optim.Optimizer = None):
         """The cut: leaves in A, B and the optimizer's state what select() keeps."""
         self.final_density = self.density().item()
         check_density(self)
@@ -363,7 +363,7 @@ class SaLoRA:
             m.uncut = self.gated and not self.pruned
         self.reset()
 
-def average_gradients(optimizer):
+def average_gradients(optimizer: torch.optim.Optimizer):
     """With several processes, between backward() and optimizer.step(): every gradient becomes its
     mean over them, log theta's too, which DistributedDataParallel does not know. With the same seed
     everywhere, all processes keep the same triplets. Each step must use the same adapters in all of
@@ -420,7 +420,7 @@ def plain(name: str) -> str:
     inner = r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)"
     return re.sub(inner, "", name).lstrip(".")
 
-def adapters(model: nn.Module, kind=SaLoRALinear) -> dict:
+def adapters(model: nn.Module, kind: type = SaLoRALinear) -> dict:
     """{path: module of this kind} in the model's order."""
     named = unwrap(model).named_modules(remove_duplicate=False)
     return {plain(path): m for path, m in named if isinstance(m, kind)}
@@ -430,7 +430,7 @@ def replace(modules: dict, path: str, module: nn.Module):
     parent, _, name = path.rpartition(".")
     setattr(modules[parent], name, module)
 
-def find(linears: dict, targets) -> dict:
+def find(linears: dict, targets: list | str) -> dict:
     """The entries of {path: nn.Linear} whose path is one of the targets, or ends in "." + target.
     "all-linear": all but the head. The head has one of these names, or else is the last."""
     if targets == "all-linear":
@@ -445,7 +445,8 @@ def find(linears: dict, targets) -> dict:
         found |= hits
     return {path: m for path, m in linears.items() if path in found}
 
-def adapt(model, targets, r, alpha=None, kind=SaLoRALinear) -> list:
+def adapt(model: nn.Module, targets: list | str, r: int, alpha: float = None,
+          kind: type = SaLoRALinear) -> list:
     """Freezes the model, puts a `kind` layer around every target, returns these layers."""
     need(not adapters(model), "the model has adapters already: merge() them, or go on with "
          "targets=None", ValueError)
@@ -454,15 +455,15 @@ def adapt(model, targets, r, alpha=None, kind=SaLoRALinear) -> list:
     reachable(modules, linears)
     for path, m in linears.items():
         shape = m.out_features, m.in_features  # a quantized weight may have another
-        need(1 <= r <= min(shape), f"r is {r}, expected 1 to {min(shape)}: {path} is {shape}",
-             ValueError)
+        need(r % 1 == 0 and 1 <= r <= min(shape), f"r is {r}, expected 1 to {min(shape)}: {path} "
+             f"is {shape}", ValueError)
     model.requires_grad_(False)
     for path, m in linears.items():
-        replace(modules, path, kind(m, r, (r if alpha is None else alpha) / r))
+        replace(modules, path, kind(m, int(r), (r if alpha is None else alpha) / r))
     return list(adapters(model).values())
 
-def updated(weight, scale, a, b):
-    """weight + scale B A, summed in float32, in the dtype of weight."""
+def updated(weight: torch.Tensor, scale: float, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """weight + scale B A (d, k), summed in float32, in the dtype of weight."""
     return (weight.float() + scale * b.float() @ a.float()).to(weight.dtype)
 
 # ---- mistakes in other people's loops: nothing below changes what is computed -------------------

@@ -144,5 +144,6 @@ def model_folder(name):
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as e:  # the hub client's errors are many, and all mean the same here
         reason = str(e).strip().split("\n")[0]
-        raise InputError(f"--model {name}: no such folder, and not available from the Hugging Face "
-                         f"hub ({type(e).__name__}: {reason})") from None
+        raise InputError(f"--model {name}: no such folder, and it could not be downloaded from the "
+                         f"Hugging Face hub ({type(e).__name__}: {reason}): give a folder, or "
+                         "check name and connection") from None

@@ -172,6 +172,9 @@ def own_task(folder):
             raise InputError(f"{file}: columns are {', '.join(map(repr, names))}, expected "
                              "sentence (or sentence1 and sentence2) and label (or score), "
                              "separated by tabs")
+    for other, used in (("score", label), ("sentence1", text[0])):
+        if other in names and used != other:
+            print(f"{file}: has columns {used} and {other}; {used} is used")
     if label == "score":
         return Task(str(folder), text, label, None, "pearson")
     at = names.index(label)

@@ -169,7 +169,9 @@ def open_scorers(args, targets):
             raise InputError(f"--lm {args.lm}: no such file; lmplz -o 5 < sentences > FILE.arpa "
                              "makes one")
         try:
-            lm = kenlm.Model(str(args.lm))
+            config = kenlm.Config()
+            config.show_progress = False
+            lm = kenlm.Model(str(args.lm), config)
         except OSError as e:
             reason = str(e).split(") ")[-1]
             raise InputError(f"--lm {args.lm}: kenlm cannot read it ({reason})") from None

@@ -265,6 +265,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(number, here, capsys):
     assert before == {file: file.stat().st_mtime_ns for file in here.rglob("*")}
 
 
+def test_a_model_that_is_not_finite_is_told_at_the_first_step(here, capsys):
+    tensors(W, lambda t: [value.fill_(torch.nan) for value in t.values()])(here)
+    with pytest.raises(SystemExit) as e:
+        train_glue.command(GLUE)
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.count("\n") == 1
+    assert "the loss is nan before any training: --model, --adapter" in error
+
+
 @pytest.mark.slow
 def test_what_was_spoilt_was_sound_and_a_text_may_be_absurdly_long(here):
     (here / "data" / "train.tsv").write_text(GOOD + f"{'a ' * 1_000_000}\t1\n")

@@ -159,6 +159,16 @@ def test_own_tsv_folder(tmp_path, header, rows, labels, values, metric):
     assert (task.labels, train.labels, task.metric) == (labels, values, metric)
 
 
+def test_which_of_two_columns_is_used_is_said(tmp_path, capsys):
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / name).write_text(
+            "sentence\tsentence1\tlabel\tscore\na\tx\t1\t2\nb\ty\t0\t3\n")
+    assert load_task(str(tmp_path))[1].texts == [("a",), ("b",)]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/train.tsv: has columns label and score; label is used",
+        f"{tmp_path}/train.tsv: has columns sentence and sentence1; sentence is used"]
+
+
 @pytest.mark.parametrize("train,dev,words", [
     (None, None, "train.tsv: not found"),
     (b"", None, "train.tsv: has no rows"),

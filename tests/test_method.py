@@ -349,6 +349,7 @@ def test_only_adapters_are_trainable_and_full_paths_and_tails_both_name_them():
     (dict(targets=["nope"]), "'nope' matches no nn.Linear"),
     (dict(r=11), "expected 1 to 10: 0 is (24, 10)"),
     (dict(r=0), "r is 0"),
+    (dict(r=2.5), "r is 2.5, expected 1 to 10"),
     (dict(budget=0), "budget is 0"),
     (dict(budget=math.nan), "budget is nan"),
     (dict(window=(0.5, 0.2)), "window is (0.5, 0.2)"),

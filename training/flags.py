@@ -235,6 +235,8 @@ def check(args):
     different(args, "seeds", "layers")
     targets = args.targets or []
     need(len(set(targets)) == len(targets), "--targets", " ".join(targets), "each letter once")
+    need(not args.seeds or args.seed == 0, "--seed", args.seed, "none with --seeds")
+    need(not (args.resume and args.overwrite), "--overwrite", "given", "none with --resume")
     need(not args.resume or args.out, "--resume", "given without --out",
          "the --out of the run to continue")
     find_device(args)

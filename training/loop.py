@@ -235,6 +235,9 @@ class Log:
                     entry["lambda"] = lowrank.lam.item()
         for name in ("loss", "density", "lambda", "orth_a", "orth_b"):
             if not math.isfinite(entry[name] or 0):
+                if step == 0 and name == "loss":
+                    raise InputError(f"the loss is {loss} before any training: --model, --adapter "
+                                     "or the data is damaged")
                 raise runs.Diverged(
                     f"training diverged: {name} is {entry[name]} at step {step} or in the "
                     f"{self.steps - 1} steps before, with a learning rate of {lr:.3g}. Try a "
