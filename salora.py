@@ -92,8 +92,9 @@ class SaLoRALinear(nn.Module):
             return self.lora_A, self.lora_B
         return self.lora_A, self.lora_B * self.gates.to(self.lora_B.device)  # for DataParallel
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (.., k)
-        h = self.base(x)  # (.., d)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """h (.., d) from x (.., k)."""
+        h = self.base(x)
         if self.rank == 0:
             return h
         a, b = self.matrices()
@@ -246,6 +247,7 @@ class SaLoRA:
 
     @property
     def in_window(self) -> bool:
+        """Whether gates learn in the current step."""
         return self.gated and self.first <= self.step < self.last and not self.pruned
 
     def begin_step(self):
@@ -467,16 +469,17 @@ def updated(weight: torch.Tensor, scale: float, a: torch.Tensor, b: torch.Tensor
     return (weight.float() + scale * b.float() @ a.float()).to(weight.dtype)
 
 # ---- mistakes in other people's loops: nothing below changes what is computed -------------------
-def need(ok, words: str, error=RuntimeError):
+def need(ok: bool, words: str, error: type = RuntimeError):
     """Raises the error if not ok. Without these, training would often go on in silence."""
     if not ok:
         raise error(words)
 
 def processes() -> int:
+    """How many train together."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if distributed else 1
 
-def reachable(modules: dict, paths):
+def reachable(modules: dict, paths: dict):
     """ValueError: a forward pass would skip an adapter at one of the paths, or use it twice."""
     for path in paths:
         parent = modules[path.rpartition(".")[0]]
@@ -503,18 +506,18 @@ def check_settings(steps, budget, beta, window, alpha, gate_lr, dropout, orth, s
             ("price", price, price is None or 0 <= price < math.inf, "a number from 0")):
         need(ok, f"{name} is {value!r}, expected {expected}", ValueError)
 
-def moment(salora) -> tuple:
+def moment(salora: SaLoRA) -> tuple:
     """What a step of the optimizer changes: torch's count of changes in place of every lora_B. It
     leaves out those by a fused optimizer, so at step 0 there are the numbers of one lora_B too."""
     b = salora.layers[0].lora_B.detach().clone() if salora.step == 0 else None
     return sum(m.lora_B._version for m in salora.layers), b
 
-def stepped(salora) -> bool:
+def stepped(salora: SaLoRA) -> bool:
     """Has the optimizer stepped since begin_step()?"""
     (count, b), (old_count, old_b) = moment(salora), salora.begun
     return count != old_count or b is not None and not torch.equal(b, old_b)
 
-def check_begin(salora):
+def check_begin(salora: SaLoRA):
     """At begin_step(): there are steps left, the last one has ended, gates can learn."""
     need(salora.step < salora.steps, f"step {salora.step + 1} of {salora.steps}: give "
          "SaLoRA(steps=..) the number of optimizer steps of the whole run")
@@ -527,7 +530,7 @@ def check_begin(salora):
     need(not salora.in_window or all(m.training for m in salora.layers), "an adapted layer is in "
          "eval(), where its gates cannot learn: call model.train() before the step")
 
-def check_step(salora, optimizer):
+def check_step(salora: SaLoRA, optimizer: torch.optim.Optimizer):
     """At end_step() of a run's first step, also after a resume, and of the window's first and last
     step: mistakes with which training would go on, but not as it should."""
     held = {id(p): g for g in getattr(optimizer, "param_groups", []) for p in g["params"]}
@@ -574,7 +577,7 @@ def check_step(salora, optimizer):
          "gradient: gradient checkpointing needs use_reentrant=False; zero_grad() comes after "
          "end_step()")
 
-def check_density(salora):
+def check_density(salora: SaLoRA):
     """When the window ends: the gates have come near the budget."""
     need(math.isfinite(salora.final_density), "training diverged: lower the learning rate")
     met = abs(salora.final_density - salora.budget) <= 0.1

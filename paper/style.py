@@ -171,6 +171,7 @@ def open_scorers(args, targets):
         try:
             config = kenlm.Config()
             config.show_progress = False
+            config.arpa_complain = kenlm.ARPALoadComplain.NONE  # of text files in general
             lm = kenlm.Model(str(args.lm), config)
         except OSError as e:
             reason = str(e).split(") ")[-1]

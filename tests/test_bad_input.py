@@ -272,6 +272,7 @@ def test_a_model_that_is_not_finite_is_told_at_the_first_step(here, capsys):
     error = capsys.readouterr().err
     assert e.value.code == 2 and error.count("\n") == 1
     assert "the loss is nan before any training: --model, --adapter" in error
+    assert not (here / "r").exists()
 
 
 @pytest.mark.slow

@@ -140,6 +140,7 @@ def own_folder(args, out):
     if RANK:
         yield
         return
+    new = not out.exists()
     make_folder(out)
     with contextlib.ExitStack() as held:
         try:
@@ -148,7 +149,13 @@ def own_folder(args, out):
             raise InputError(f"--out {out}: another run is writing into it; give another folder, "
                              "or wait") from None
         refuse_taken(args, out)  # another process may have finished in the meantime
-        yield
+        try:
+            yield
+        except InputError as e:
+            saved = (out / CHECKPOINT).exists() or isinstance(e, Diverged)
+            if new and not saved:  # bad input leaves nothing behind
+                shutil.rmtree(out, ignore_errors=True)
+            raise
 
 
 def make_folder(out):
