@@ -87,8 +87,10 @@ def save(model: nn.Module, folder: str | Path, modules_to_save: list | tuple = (
         raise ValueError(f"{left[0]} is trained ({len(left)} such in all), but is in no adapter: "
                          f"give modules_to_save=[{left[0].rpartition('.')[0]!r}, ..] or freeze it")
     if budget is not None and budget < 1 and all(m.rank == m.r for m in layers.values()):
+        uncut = any(m.uncut for m in layers.values())
+        why = "the window has not ended" if uncut else "every triplet was kept"
         warnings.warn(f"budget is {budget:g}, but nothing has been cut from the adapters, so no "
-                      "budget is recorded: has the window ended?", stacklevel=2)
+                      f"budget is recorded: {why}", stacklevel=2)
         budget = None
     live = [path for path, m in layers.items() if m.rank]
     zeros = [path for path in layers if path not in live

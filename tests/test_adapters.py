@@ -249,7 +249,7 @@ def test_nothing_that_is_trained_is_left_behind(tmp_path):
 def test_a_budget_is_not_recorded_before_anything_was_cut(tmp_path):
     model = small()
     method = sl.SaLoRA(model, ["0", "1.0"], 10, r=4)
-    with pytest.warns(UserWarning, match="budget is 0.5, but nothing has been cut"):
+    with pytest.warns(UserWarning, match="0.5, but nothing has been cut .* window has not ended"):
         adapter.save(model, tmp_path / "a", budget=method.budget)
     assert json.loads((tmp_path / "a" / "salora.json").read_text())["budget"] is None
     assert "no budget recorded" in adapter.show(tmp_path / "a")
@@ -259,6 +259,15 @@ def test_a_budget_is_not_recorded_before_anything_was_cut(tmp_path):
     again = adapter.load(small(), tmp_path / "b")
     adapter.save(again, tmp_path / "c", budget=method.budget)  # it is known to have been cut
     assert "budget 0.5; rank 4 at the start" in adapter.show(tmp_path / "c")
+
+
+def test_a_selection_that_keeps_everything_is_told_as_such(tmp_path):
+    model = small()
+    method = sl.SaLoRA(model, ["0", "1.0"], 10, r=4, selection="paper")
+    with pytest.warns(UserWarning, match="the gates came to a density of 0.92"):
+        method.prune()
+    with pytest.warns(UserWarning, match="every triplet was kept"):
+        adapter.save(model, tmp_path / "a", budget=method.budget)
 
 
 def test_the_rank_map_of_an_adapter_that_was_gone_on_with_is_as_before(tmp_path):
