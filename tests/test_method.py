@@ -1416,7 +1416,8 @@ def test_rank_map_of_a_sequential_is_one_row():
 
 def test_rank_map_of_names_with_numbers_in_them_and_ranks_off_the_scale():
     text = rank_map({"conv1.0.q": 20, "conv1.1.q": 1, "conv1.0.v": 16, "pool": 2}, 16)
-    assert text.splitlines() == ["       0   1", "q    20█  1▁", "v    16█", "pool          2▁"]
+    assert text.splitlines() == [
+        "       0   1", "q    20█  1▁", "v    16█", "pool          2▁"]
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
