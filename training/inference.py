@@ -16,7 +16,7 @@ from data import InputError, need
 from data.batching import batch_order, collate, load_tokenizer, tokenize
 from data.download import model_folder
 from data.instruct import DEMO, TEMPLATES, encode_prompt
-from model import load_decoder, load_encoder, read_json, stop_ids
+from model import DecoderConfig, load_decoder, load_encoder, read_config, read_json, stop_ids
 from training import flags
 from training.device import PROCESSES, RANK
 from training.loop import load_adapter
@@ -125,8 +125,9 @@ def open_model(args):
     flags.fill_in(args, model=str(DEMO / "llama"), template=settings.get("template", "alpaca"))
     folder = model_folder(args.model)
     flags.fill_in(args, dtype=settings.get("dtype") or dtype_of(folder))
-    model = load_decoder(folder, getattr(torch, args.dtype), device).eval()
+    read_config(folder, DecoderConfig)  # a model of another kind is refused as such
     tokenizer, stop = load_tokenizer(folder), stop_ids(folder)
+    model = load_decoder(folder, getattr(torch, args.dtype), device).eval()
     if args.adapter:
         load_adapter(model, args.adapter)
         if args.merge:

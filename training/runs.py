@@ -32,16 +32,23 @@ TUNING_SEED = 100  # of the runs of --lr-grid
 CHECKPOINT = "checkpoint.safetensors"
 
 
-def write_text(file, text):
-    """Writes all of it or nothing, even in a power cut."""
+@contextlib.contextmanager
+def replacing(file):
+    """A path to write to, which then replaces the file: a kill or a power cut leaves the old file
+    or the new one, never a part."""
     beside = file.with_name(file.name + ".new")
     try:
-        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        yield beside
         sync(beside)
         os.replace(beside, file)
-    except OSError:
+    except (OSError, SafetensorError):
         beside.unlink(missing_ok=True)
         raise
+
+
+def write_text(file, text):
+    with replacing(file) as beside:
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(file, value):
@@ -56,7 +63,7 @@ def markdown(head, rows):
 
 def save_checkpoint(file, optimizer, lowrank, progress):
     """Writes all that a run needs to resume into one safetensors file, which cannot hold code:
-    tensors, and `progress` as JSON in its header. A kill or power cut leaves the old or the new."""
+    tensors, and `progress` as JSON in its header."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = {f"param.{i}": p.detach() for i, p in enumerate(trained)}
     for i, p in enumerate(trained):
@@ -69,15 +76,9 @@ def save_checkpoint(file, optimizer, lowrank, progress):
         else:
             progress["method"][name] = value
     tensors = {name: value.contiguous() for name, value in tensors.items()}
-    beside = file.with_name(file.name + ".new")
-    try:
+    with replacing(file) as beside:
         save_file(tensors, beside, dict(progress=json.dumps(progress)))
         shutil.copymode(file.with_name("log.jsonl"), beside)  # save_file makes it private
-        sync(beside)
-        os.replace(beside, file)
-    except (OSError, SafetensorError):
-        beside.unlink(missing_ok=True)
-        raise
     sync(file.parent)
 
 
